@@ -1,0 +1,107 @@
+--[[
+  Moving a session between reference sets: checked as a whole, then done. Needs _store.lua and _session.lua.
+
+  KEYS        none
+  ARGV        none
+
+  Returns nothing: the loader puts it in front of the scripts that need it.
+]]
+
+-- How many members are looked at when a set is joined: expired ids leave faster than new ones come. At a limit, all
+-- are, up to so many more: a set larger than that, since the limit is new, shrinks with each session that joins.
+local SAMPLE, SURPLUS = 4, 500
+
+-- The sets of each reference that a session is to be in, for those that its new values name; false for the others.
+local function read_sets()
+  local sets = {}
+  for i = 1, #refs do
+    local n = number()
+    sets[i] = n >= 0 and {}
+    for j = 1, n do sets[i][j] = key() end
+  end
+  return sets
+end
+
+-- Make room in a set for one more: what to evict for it is added to the plan. Returns an error if it is refused.
+local function make_room(plan, n, set)
+  local live = {}
+  if redis.call("SCARD", set) < refs[n].limit then return end
+  for _, id in ipairs(redis.call("SRANDMEMBER", set, refs[n].limit + SURPLUS)) do
+    local session = id ~= plan.id and belongs(id, n, set)
+    if session and not plan.evicted[id] then
+      live[#live + 1] = session
+    elseif not session and id ~= plan.id then
+      plan.dead[#plan.dead + 1] = { set, id }
+    end
+  end
+  if #live < refs[n].limit then return end
+  if refs[n].on_limit == "refuse" then return redis.error_reply("RSSLIMIT " .. refs[n].field) end
+  table.sort(live, function(a, b) return (a.created or 0) < (b.created or 0) end)
+  for i = 1, #live - refs[n].limit + 1 do plan.evicted[live[i].id] = live[i] end
+end
+
+-- What leaving a set means where delete_by_ref is at work: a session that was in it when that began ends here, or it
+-- would slip away; one that joined later stays marked as such, if only its id changes.
+local function pass_fence(plan, session, set, stays)
+  local fence = redis.pcall("HMGET", fence_of(set), "round", "reason", "id:" .. session.id)
+  if fence.err then return fence end
+  local round, joined = tonumber(fence[1]), tonumber(fence[3] or 0)
+  if round and joined < round then plan.doomed = fence[2] end
+  if round and stays then plan.marks[#plan.marks + 1] = { fence_of(set), "id:" .. plan.id, joined } end
+end
+
+-- What must happen for a session to be in these sets under this id, which is a new one in a rotation: also a set that
+-- was lost, to an eviction say, is joined again. Returns an error if it cannot be. Writes nothing, but for the end of a
+-- session that is doomed.
+local function plan_move(session, id, sets)
+  local plan = { id = id, joins = {}, stays = {}, leaves = {}, marks = {}, dead = {}, evicted = {} }
+  for n, ref in ipairs(refs) do
+    local before, after = {}, {}
+    for _, set in ipairs(session[n] or {}) do before[set] = true end
+    for _, set in ipairs(sets[n] or session[n] or {}) do
+      after[set] = true
+      local member = redis.pcall("SISMEMBER", set, id)
+      if type(member) == "table" then return member end
+      local refused = ref.limit > 0 and not before[set] and make_room(plan, n, set)
+      if refused then return refused end
+      local round = not before[set] and redis.pcall("HGET", fence_of(set), "round")
+      if type(round) == "table" then return round end
+      if round then plan.marks[#plan.marks + 1] = { fence_of(set), "id:" .. id, round } end
+      local list = before[set] and member == 1 and plan.stays or plan.joins
+      list[#list + 1] = { set = set, n = n, ttl = redis.call("PTTL", set) }
+    end
+    for set in pairs(before) do
+      if id ~= session.id or not after[set] then
+        plan.leaves[#plan.leaves + 1] = set
+        local failed = pass_fence(plan, session, set, after[set])
+        if failed then return failed end
+      end
+    end
+  end
+  if plan.doomed then
+    bury(session, plan.doomed)
+    return redis.error_reply("RSSENDED " .. plan.doomed)
+  end
+  return plan
+end
+
+-- Before the hash is written: enter the sets. It comes first, so that a server without memory refuses all of it.
+local function enter(plan)
+  for _, join in ipairs(plan.joins) do redis.call("SADD", join.set, plan.id) end
+  for _, mark in ipairs(plan.marks) do redis.call("HSET", unpack(mark)) end
+end
+
+-- After it: let the sets live as long as the session, leave others, end what was evicted, and let go of some ids whose
+-- session has expired.
+local function settle(plan, session, ttl)
+  for _, join in ipairs(plan.joins) do outlive(join.set, ttl, join.ttl) end
+  for _, stay in ipairs(plan.stays) do outlive(stay.set, ttl, stay.ttl) end
+  for _, set in ipairs(plan.leaves) do leave(set, session.id) end
+  for _, evicted in pairs(plan.evicted) do bury(evicted, "evicted") end
+  for _, join in ipairs(plan.joins) do
+    for _, id in ipairs(redis.call("SRANDMEMBER", join.set, SAMPLE)) do
+      if not belongs(id, join.n, join.set) then plan.dead[#plan.dead + 1] = { join.set, id } end
+    end
+  end
+  for _, dead in ipairs(plan.dead) do leave(dead[1], dead[2]) end
+end

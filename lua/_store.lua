@@ -1,0 +1,82 @@
+--[[
+  The first lines of every script: its arguments one by one, how the store is configured, the names of its keys.
+
+  KEYS        read with key()
+  ARGV        read with arg(); first of all, how the store is configured:
+    prefix            "rss"
+    max_lifetime      longest life of a session from its creation, milliseconds; 0 for no limit
+    tombstone         life of a tombstone, milliseconds
+    encoding          "json", or "text" if a reference field holds one value as it stands
+    references        their number, then for each its field, its limit (0 for none), "evict" or "refuse" at that
+                      limit, and "strict" or "lax"
+
+  Returns nothing: the loader puts it in front of the other scripts.
+]]
+local keys_read, args_read = 0, 0
+
+local function key()
+  keys_read = keys_read + 1
+  return KEYS[keys_read]
+end
+
+local function arg()
+  args_read = args_read + 1
+  return ARGV[args_read]
+end
+
+local function number() return tonumber(arg()) end
+
+local function args(n)
+  local list = {}
+  for i = 1, n do list[i] = arg() end
+  return list
+end
+
+local function append(list, ...)
+  for _, value in ipairs({ ... }) do list[#list + 1] = value end
+end
+
+-- Call a function with all of a list: unpack fails at 8,000, so in pieces.
+local function spread(list, run)
+  for i = 1, #list, 1000 do run(unpack(list, i, math.min(i + 999, #list))) end
+end
+
+-- Run a function for each session of the batch: it reads the arguments of one and returns its reply.
+local function each(run)
+  local replies = {}
+  while args_read < #ARGV do replies[#replies + 1] = run() end
+  return replies
+end
+
+local prefix, max_lifetime, tombstone, encoding = arg(), number(), arg(), arg()
+local refs = {}
+for i = 1, number() do
+  refs[i] = { field = arg(), limit = number(), on_limit = arg(), strict = arg() == "strict" }
+end
+
+local clock = redis.call("TIME")
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+-- Lua itself would write 1.7e+12.
+local function integer(n) return string.format("%.0f", n) end
+
+local function session_key(id) return prefix .. ":{" .. id .. "}" end
+
+-- The reference sets for what a field holds: a text, a JSON string or a JSON list of texts and integers.
+local function sets_of(field, held)
+  if not held or held == "" or (encoding == "json" and held == "null") then return {} end
+  local texts, first = { held }, string.byte(held)
+  if encoding == "json" and (first == 34 or first == 91) then
+    local ok, value = pcall(cjson.decode, held)
+    if ok then texts = type(value) == "table" and value or { value } end
+  end
+  local sets = {}
+  for _, text in ipairs(texts) do
+    if type(text) == "number" then text = integer(text) end
+    if type(text) == "string" then sets[#sets + 1] = prefix .. ":" .. field .. ":{" .. text .. "}" end
+  end
+  return sets
+end
+
+-- Where delete_by_ref, while it works through a large set, finds the sessions that joined after it began.
+local function fence_of(set) return prefix .. ":_fence" .. string.sub(set, #prefix + 1) end

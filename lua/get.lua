@@ -1,0 +1,26 @@
+--[[
+  Read sessions, and renew those that are to be.
+
+  KEYS        for each session: its hash, "rss:{<id>}"
+  ARGV        what _store.lua reads, then for each session
+    max_age           milliseconds to renew it for; 0 to leave its TTL alone
+    fields            their number, -1 for all; then their names
+
+  Returns for each session a list
+    field, value, ... with its id, and at the end its TTL in milliseconds
+    0                 if there is none
+    "_ended", reason, 0 if it was ended
+]]
+local function get()
+  local session, max_age, count = find(key()), number(), number()
+  local fields = count >= 0 and args(count)
+  if not session then return { 0 } end
+  if session.err then return session end
+  if session.ended then return { "_ended", session.ended, 0 } end
+  local ttl = max_age > 0 and renew(session, max_age) or session.ttl
+  local reply = read(session, fields)
+  reply[#reply + 1] = ttl
+  return reply
+end
+
+return each(get)

@@ -1,0 +1,56 @@
+--[[
+  Write fields of sessions, move these between reference sets and renew them; make those that are not there.
+
+  KEYS        for each session: its hash, "rss:{<id>}"; then the reference sets for its new values,
+              "rss:<field>:{<value>}"
+  ARGV        what _store.lua reads, then for each session
+    id                its id
+    max_age           milliseconds to live from now on
+    mode              "set"; "update" if it must be there; "create" if it is new, and written already if it is there
+    expected          their number, then for each field "=" and what it must hold, or "-" and what it may hold if
+                      it is there
+    values            number of fields and values, then field, value, ...
+    sets              for each reference the number of its new reference sets in KEYS, -1 if its field is not written
+
+  Returns for each session its TTL in milliseconds, or
+    RSSNOTFOUND       if it is to be updated and there is none
+    RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
+    RSSCONFLICT       if a field holds something else than expected
+    RSSLIMIT field    if a reference of that field refuses another session
+]]
+local function conflicts(session, expected)
+  for i = 1, #expected, 2 do
+    local held = redis.call("HGET", session.key, expected[i])
+    local wanted = expected[i + 1]
+    local absent = not held and string.sub(wanted, 1, 1) == "-"
+    if not absent and (wanted == "-" or held ~= string.sub(wanted, 2)) then return true end
+  end
+end
+
+local function set()
+  local name, id, max_age, mode = key(), arg(), number(), arg()
+  local expected, values, sets = args(2 * number()), args(number()), read_sets()
+
+  local session = find(name)
+  if session or mode == "update" then
+    local refused = refusal(session)
+    if refused then return refused end
+    if mode == "create" then return session.ttl end
+  end
+  session = session or { key = name, id = id }
+  if conflicts(session, expected) then return redis.error_reply("RSSCONFLICT the session has changed") end
+  local plan = plan_move(session, session.id, sets)
+  if plan.err then return plan end
+
+  local ttl = lifetime(session, max_age)
+  enter(plan)
+  if not session.ttl and redis.call("EXISTS", name) == 1 then redis.call("DEL", name) end
+  if not session.ttl then append(values, "id", id) end
+  if not session.created then append(values, "_created", integer(now)) end
+  spread(values, function(...) redis.call("HSET", session.key, ...) end)
+  expire(session.key, ttl)
+  settle(plan, session, ttl)
+  return ttl
+end
+
+return each(set)

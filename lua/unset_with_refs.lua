@@ -1,0 +1,37 @@
+--[[
+  Take fields out of sessions, and these out of the reference sets of the fields.
+
+  KEYS        for each session: its hash, "rss:{<id>}"
+  ARGV        what _store.lua reads, then for each session
+    max_age           milliseconds to live from now on; 0 to leave its TTL alone
+    fields            their number, then their names
+
+  Returns for each session field, value, ... of what was taken out, or
+    RSSNOTFOUND       if there is none
+    RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
+]]
+local function unset()
+  local session, max_age = find(key()), number()
+  local fields, removed, sets, taken = args(number()), {}, {}, {}
+  local refused = refusal(session)
+  if refused then return refused end
+
+  for _, field in ipairs(fields) do
+    local value = redis.call("HGET", session.key, field)
+    if value and not removed[field] then append(taken, field, value) end
+    removed[field] = true
+  end
+  for n, ref in ipairs(refs) do sets[n] = removed[ref.field] and {} end
+  local plan = plan_move(session, session.id, sets)
+  if plan.err then return plan end
+
+  local ttl = max_age > 0 and lifetime(session, max_age) or session.ttl
+  enter(plan)
+  spread(fields, function(...) redis.call("HDEL", session.key, ...) end)
+  expire(session.key, ttl)
+  if not session.created then redis.call("HSET", session.key, "_created", integer(now)) end
+  settle(plan, session, ttl)
+  return taken
+end
+
+return each(unset)
