@@ -1,0 +1,442 @@
+"""The store: one method is one operation is one script."""
+
+import codecs
+import re
+import sys
+from collections.abc import AsyncIterator, Iterable, Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Final, Generic, Self, TypedDict, Unpack, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from rss.codec import Codec, JSONCodec, TextCodec
+from rss.durations import Duration, milliseconds
+from rss.errors import SessionEnded, SessionError, SessionNotFound
+from rss.keys import Keys, text
+from rss.references import Reference
+from rss.scripts import Scripts
+
+if sys.version_info >= (3, 13):
+    from typing import TypeVar
+else:
+    from typing_extensions import TypeVar
+
+#: The fields of a session: a `TypedDict(total=False)`, or any `dict[str, Any]`.
+S = TypeVar("S", bound=Mapping[str, Any], default=dict[str, Any])
+
+_TOMBSTONE: Final = "300000"  # Milliseconds. Later than that, no request that began before is still running.
+_PAGE: Final = "50"  # Sessions that a script looks at: a millisecond or two, for which all others wait.
+_REASON: Final = re.compile(r"[\w-]{1,32}", re.ASCII)
+
+
+class StoreOptions(TypedDict, total=False):
+    """What `SessionStore` takes beside a client."""
+
+    references: Iterable[str] | Mapping[str, Reference]
+    prefix: str
+    max_age: Duration
+    max_lifetime: Duration | None
+    id_bytes: int
+    codec: Codec
+    timeout: Duration
+
+
+class SessionStore(Generic[S]):
+    """Sessions in one Redis, or one Redis behind Sentinels.
+
+    *client*: a `redis.asyncio.Redis`. It is neither configured nor closed, and may serve other purposes too. Like it,
+    a store belongs to one event loop.
+    *references*: the indexed fields; a mapping says more about each with a `Reference`.
+    *prefix*: the beginning of every key. No brace, and not that of another kind of data.
+    *max_age*: how long a session lives after a write that does not say.
+    *max_lifetime*: the longest a session lives from its creation, however often it is renewed; by the server's clock.
+    *id_bytes*: random bytes in an id, at least 16.
+    *codec*: how values stand in Redis. Those of references are stored by `JSONCodec`, or by `TextCodec` if it is that.
+    *timeout*: how long an operation may take; by reference, a page of one.
+
+    What every method has in common: bad arguments raise `TypeError` or `ValueError` before anything is sent. What
+    fails, fails as a whole. A write by the id of a session that was ended raises `SessionEnded`. When Redis gives no
+    answer in time, `StoreUnavailable` is raised; until then an operation is repeated if Redis did not run it, and,
+    except `pop`, `increment` and a `set` that expects something, also if that is not known: a second run recognises
+    the work of the first, or does the same again.
+    """
+
+    def __init__(
+        self,
+        client: Redis,
+        *,
+        references: Iterable[str] | Mapping[str, Reference] = (),
+        prefix: str = "rss",
+        max_age: Duration = "28 days",
+        max_lifetime: Duration | None = None,
+        id_bytes: int = 24,
+        codec: Codec = JSONCodec(),  # noqa: B008 - it has no state
+        timeout: Duration = 5,
+    ) -> None:
+        if not isinstance(client, Redis):
+            raise TypeError(f"client must be a redis.asyncio.Redis, not {type(client).__name__}")
+        encoder = client.get_encoder()  # type: ignore[no-untyped-call]
+        if codecs.lookup(encoder.encoding).name != "utf-8":
+            raise ValueError("client must have the encoding utf-8, in which keys and values are compared")
+        self._references = _references(references)
+        self._keys = Keys(prefix, id_bytes)
+        self._max_age = str(milliseconds(max_age, "max_age"))
+        longest = "0" if max_lifetime is None else str(milliseconds(max_lifetime, "max_lifetime"))
+        self._codec = codec
+        self._reference_codec = codec if isinstance(codec, TextCodec) else JSONCodec()
+        self._scripts = Scripts(client, milliseconds(timeout, "timeout") / 1000)
+        self._owned: Redis | None = None
+
+        encoding = "text" if isinstance(codec, TextCodec) else "json"
+        self._head: list[str | bytes] = [prefix, longest, _TOMBSTONE, encoding, str(len(self._references))]
+        for field, reference in self._references.items():
+            strictness = "strict" if reference.strict else "lax"
+            self._head += [field, str(reference.limit or 0), reference.on_limit, strictness]
+
+    @classmethod
+    def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:
+        """Return a store with a client of its own, which `aclose` closes: redis://, rediss:// or unix://."""
+        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
+        store = cls(client, **options)
+        store._owned = client
+        return store
+
+    async def load(self) -> None:
+        """Load the scripts, so that the first operation finds them: not needed, but it tells whether Redis is there."""
+        await self._scripts.load()
+
+    async def aclose(self) -> None:
+        """Close the client, if the store made it itself."""
+        if self._owned is not None:
+            await self._owned.aclose()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.load()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(prefix={self._keys.prefix!r}, references={[*self._references]!r})"
+
+    def create_session_id(self) -> str:
+        """Return a new random id, URL-safe, for `set`; `create` makes its own."""
+        return self._keys.mint()
+
+    def get_session_key(self, session_id: str) -> str:
+        """Return the key of a session's hash."""
+        return self._keys.session(session_id)
+
+    def get_reference_key(self, field: str, value: str | int) -> str:
+        """Return the key of a reference set: SMEMBERS of it are the ids, also of some sessions that have expired."""
+        self._number(field)
+        return self._keys.reference(field, value)
+
+    async def create(self, values: S | None = None, max_age: Duration | None = None) -> str:
+        """Make a session with these values and return its id, which is new.
+
+        Raises `LimitExceeded` if a reference refuses it.
+        """
+        session_id = self._keys.mint()
+        await self._set(session_id, values or {}, max_age, "create", None)
+        return session_id
+
+    async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool = False) -> S:
+        """Return a session with its `id`, or these fields of it; those it does not have are left out.
+
+        With *touch*, renew it for the store's max_age in the same round trip. Returns {} if there is no session.
+        """
+        names = None if fields is None else _fields(fields, "id")
+        return self._decode((await self._read(session_id, names, self._max_age if touch else "0"))[:-1])
+
+    async def set(
+        self,
+        session_id: str,
+        values: S,
+        max_age: Duration | None = None,
+        *,
+        create: bool = True,
+        expect: S | None = None,
+    ) -> S:
+        """Write these fields, renew the session for *max_age*, and return the values.
+
+        Other fields stay. A session that is not there is made, unless *create* is false: then `SessionNotFound` is
+        raised. *expect* writes only if these fields hold these values now, else raises `Conflict`; None expects
+        that a field holds None or is not there. Values are compared as they are stored: a dict with its keys in
+        order. With *expect* it is never run twice: if the connection breaks, it is not known whether it was written.
+        Raises `LimitExceeded` if a reference refuses the session. What others left under its key is removed.
+        """
+        await self._set(session_id, values, max_age, "set" if create else "update", expect)
+        return values
+
+    async def unset(self, session_id: str, fields: Iterable[str], max_age: Duration | None = None) -> None:
+        """Take out these fields and renew the session for *max_age*. Does nothing if there is no session."""
+        try:
+            await self._unset(session_id, fields, self._age(max_age), repeatable=True)
+        except SessionEnded:
+            raise
+        except SessionNotFound:
+            pass
+
+    async def pop(self, session_id: str, fields: Iterable[str]) -> S:
+        """Take out these fields and return what they held, without `id`: {} if there were none of them.
+
+        The TTL stays. Raises `SessionNotFound` if there is no session. Never run twice: if the connection breaks,
+        it is not known whether the fields are still there.
+        """
+        return self._decode(await self._unset(session_id, fields, "0", repeatable=False))
+
+    async def increment(self, session_id: str, field: str, by: int = 1) -> int:
+        """Add to an integer field, 0 if it is not there, and return the sum. The TTL stays.
+
+        It is stored as its digits, which a codec of your own must be able to read. Raises `ValueError` if the field
+        holds something else or the sum does not fit into 64 bits, and
+        `SessionNotFound` if there is no session. Never run twice: if the connection breaks, it is not known whether
+        it was counted.
+        """
+        if _field(field) in self._references:
+            raise ValueError(f"{field!r} is a reference: it cannot be counted")
+        if type(by) is not int or not -(2**63) <= by < 2**63:
+            raise ValueError("by must be an integer of 64 bits")
+        args = [*self._head, field, str(by)]
+        keys = [self._keys.session(session_id)]
+        return cast("int", await self._scripts.run("increment", keys, args, repeatable=False))
+
+    async def touch(self, session_id: str, max_age: Duration | None = None) -> bool:
+        """Renew a session for *max_age*, and the reference sets it is in. Returns False if there is no session."""
+        keys = [self._keys.session(session_id)]
+        return bool(await self._scripts.run("touch", keys, [*self._head, self._age(max_age)]))
+
+    async def delete(self, session_id: str, *, reason: str = "deleted") -> bool:
+        """End a session; for five minutes `ended` tells the *reason*, a short word.
+
+        Returns False if there is no session. So it may also do if the connection broke and it was run twice.
+        """
+        args = [*self._head, _reason(reason)]
+        return bool(await self._scripts.run("delete_with_refs", [self._keys.session(session_id)], args))
+
+    async def ended(self, session_id: str) -> str | None:
+        """Return why a session was ended, for five minutes after; None if it was not, or is not known any more."""
+        reply = await self._read(session_id, [])
+        return reply[1].decode() if reply[0] == b"_ended" else None
+
+    async def rotate(self, session_id: str, values: S | None = None, *, grace: Duration | None = None) -> str:
+        """Give a session a new id, as at a login, write these values, and return the id. Data, age and TTL stay.
+
+        The old id has ended, with the reason "rotated". For *grace* it still leads to the session, so that requests
+        that were under way are not signed out; but it cannot be rotated again. Raises `SessionNotFound` if there
+        is no session, and `LimitExceeded` if a reference refuses it.
+        """
+        new = self._keys.mint()
+        pairs, sets, counts = self._encode(values or {})
+        patience = "0" if grace is None else str(milliseconds(grace, "grace"))
+        keys = [self._keys.session(session_id), self._keys.session(new), *sets]
+        args = [*self._head, new, patience, str(len(pairs)), *pairs, *counts]
+        await self._scripts.run("rotate_with_refs", keys, args)
+        return new
+
+    async def ttl(self, session_id: str) -> timedelta | None:
+        """Return how long a session has left to live; None if there is none."""
+        ttl = (await self._read(session_id, []))[-1]
+        return timedelta(milliseconds=ttl) if ttl else None
+
+    async def ids_by(self, field: str, value: str | int) -> list[str]:
+        """Return the ids of the sessions with that value of a reference, in no order."""
+        return [session["id"] async for session in self._find(field, value, [])]
+
+    async def count_by(self, field: str, value: str | int) -> int:
+        """Return how many sessions have that value of a reference: all are looked at, page by page."""
+        return len(await self.ids_by(field, value))
+
+    def find_by(self, field: str, value: str | int, fields: Iterable[str] | None = None) -> AsyncIterator[S]:
+        """Iterate over the sessions with that value of a reference, as `get` returns them, in no order.
+
+        Reads fifty at a time. One that joins or ends meanwhile may be seen or not; none is seen twice.
+        """
+        return self._find(field, value, None if fields is None else _fields(fields, "id"))
+
+    async def delete_by(
+        self, field: str, value: str | int, *, keep: Iterable[str] = (), reason: str = "deleted"
+    ) -> int:
+        """End every session with that value of a reference, except those to *keep*, and return how many that were.
+
+        All that have the value when it is called end, none that gets it later: fifty at a time, so that nobody
+        else waits long. When it raises `StoreUnavailable`, some may have ended and some not: call it again. Only if
+        a connection broke may it count too few, or end one that got the value in the moment between two attempts.
+        """
+        keys = [self._keys.reference(field, value), self._keys.fence(field, value)]
+        spared = [text(session_id, "an id to keep") for session_id in _listed(keep, "keep")]
+        head = [*self._head, self._number(field)]
+        args = [_PAGE, self._keys.mint(), _reason(reason), str(len(spared)), *spared]
+        cursor, ended = b"0", 0
+        while True:
+            cursor, count = await self._scripts.run("delete_by_ref", keys, [*head, cursor, *args])
+            ended += int(count)
+            if cursor == b"0":
+                return ended
+
+    async def _set(
+        self, session_id: str, values: Mapping[str, Any], max_age: Duration | None, mode: str, expect: S | None
+    ) -> None:
+        pairs, sets, counts = self._encode(values)
+        expected: list[str | bytes] = []
+        for field, value in _items({} if expect is None else expect, "expect"):
+            expected += [field, self._expectation(field, value)]
+        args = [*self._head, session_id, self._age(max_age), mode]
+        args += [str(len(expected) // 2), *expected, str(len(pairs)), *pairs, *counts]
+        keys = [self._keys.session(session_id), *sets]
+        await self._scripts.run("set_with_refs", keys, args, repeatable=not expected)
+
+    async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[bytes]:
+        names = _fields(fields)
+        args = [*self._head, max_age, str(len(names)), *names]
+        keys = [self._keys.session(session_id)]
+        reply: list[bytes] = await self._scripts.run("unset_with_refs", keys, args, repeatable=repeatable)
+        return reply
+
+    async def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> list[Any]:
+        args = [*self._head, max_age, *_wanted(fields)]
+        reply: list[Any] = await self._scripts.run("get", [self._keys.session(session_id)], args)
+        return reply
+
+    def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
+        keys, head = [self._keys.reference(field, value)], [*self._head, self._number(field)]
+
+        async def sessions() -> AsyncIterator[S]:
+            cursor, seen = b"0", set[str]()
+            while True:
+                cursor, *page = await self._scripts.run("find_by_ref", keys, [*head, cursor, _PAGE, *_wanted(fields)])
+                for session in map(self._decode, page):
+                    if session["id"] not in seen:  # A set that is rehashed between two pages shows members again.
+                        seen.add(session["id"])
+                        yield session
+                if cursor == b"0":
+                    return
+
+        return sessions()
+
+    def _age(self, max_age: Duration | None) -> str:
+        return self._max_age if max_age is None else str(milliseconds(max_age, "max_age"))
+
+    def _number(self, field: str) -> str:
+        """Return which of the references a field is, as the scripts count."""
+        try:
+            return str([*self._references].index(field) + 1)
+        except ValueError:
+            raise ValueError(f"{field!r} is not one of the references of this store") from None
+
+    def _encode(self, values: Mapping[str, Any]) -> tuple[list[str | bytes], list[str], list[str]]:
+        """Return fields and data in turn, the reference sets to be in, and how many these are for each reference."""
+        pairs: list[str | bytes] = []
+        for field, value in _items(values, "values"):
+            pairs += [field, self._encode_value(field, value)]
+        sets: list[str] = []
+        counts: list[str] = []
+        for field in self._references:
+            if field in values:
+                own = self._sets(field, values[field])
+                sets += own
+                counts.append(str(len(own)))
+            else:
+                counts.append("-1")
+        return pairs, sets, counts
+
+    def _sets(self, field: str, value: Any) -> list[str]:
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            return [self._keys.reference(field, value)]
+        if any(isinstance(one, int) and abs(one) > 2**53 for one in value):
+            raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
+        return list(dict.fromkeys(self._keys.reference(field, one) for one in value))
+
+    def _codec_of(self, field: str) -> Codec:
+        return self._reference_codec if field in self._references else self._codec
+
+    def _encode_value(self, field: str, value: Any) -> str | bytes:
+        codec = self._codec_of(field)
+        try:
+            return codec.encode(field, value)
+        except (TypeError, ValueError) as error:
+            # What is wrong is said without the text of the error, which may hold the value.
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            problem = f"{type(codec).__name__} cannot store this {type(value).__name__} in the field {field!r}"
+        raise kind(problem)
+
+    def _expectation(self, field: str, value: Any) -> bytes:
+        try:
+            data = self._encode_value(field, value)
+        except (TypeError, ValueError):
+            if value is not None:
+                raise
+            return b"-"  # This codec stores no None: the field must be absent.
+        return (b"-" if value is None else b"=") + (data.encode() if isinstance(data, str) else data)
+
+    def _decode(self, pairs: list[bytes]) -> S:
+        session: dict[str, Any] = {}
+        for i in range(0, len(pairs), 2):
+            field, data = pairs[i].decode(errors="backslashreplace"), pairs[i + 1]
+            if field == "id":
+                session[field] = data.decode()
+            elif not field.startswith("_"):
+                try:
+                    session[field] = self._codec_of(field).decode(field, data)
+                except (TypeError, ValueError):
+                    raise SessionError(f"the field {field!r} holds data that is not readable") from None
+        return cast("S", session)
+
+
+def _references(references: Iterable[str] | Mapping[str, Reference]) -> dict[str, Reference]:
+    if not isinstance(references, Mapping):
+        references = dict.fromkeys(_listed(references, "references"), Reference())
+    for field, reference in references.items():
+        if any(mark in _field(field) for mark in ":{}"):
+            raise ValueError("the field of a reference must not hold a colon or a brace: they delimit it in keys")
+        if not isinstance(reference, Reference):
+            raise TypeError("references must be fields, or a mapping of fields to Reference")
+    return dict(references)
+
+
+def _listed(values: Iterable[str], name: str) -> list[str]:
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be several str, in a list for one")
+    return list(values)
+
+
+def _items(values: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name} must be a mapping of fields to values, not {type(values).__name__}")
+    return [(_field(field), value) for field, value in values.items()]
+
+
+def _field(field: str) -> str:
+    if text(field, "a field") == "id" or field.startswith("_"):
+        raise ValueError(f"the field {field!r} is reserved: 'id' and names that begin with '_' are the library's")
+    return field
+
+
+def _fields(fields: Iterable[str], *readable: str) -> list[str]:
+    names = _listed(fields, "fields")
+    if not names:
+        raise ValueError("fields must not be empty")
+    return [_field(name) for name in names if name not in readable]
+
+
+def _wanted(fields: list[str] | None) -> list[str]:
+    return ["-1"] if fields is None else [str(len(fields)), *fields]
+
+
+def _reason(reason: str) -> str:
+    if not isinstance(reason, str) or not _REASON.fullmatch(reason):
+        raise ValueError("reason must be a short word: at most 32 letters, digits, '-' and '_'")
+    return reason
