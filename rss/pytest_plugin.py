@@ -1,0 +1,29 @@
+"""Fixtures that give tests a real Redis: `pytest_plugins = ["rss.pytest_plugin"]` in the top conftest.py."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from rss.testing import RedisServer, redis_server
+
+_USED = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session", name="redis_server")
+def _redis_server(pytestconfig: pytest.Config) -> Iterator[RedisServer]:
+    """A server for the whole session: see `rss.testing.redis_server` for which one it is."""
+    with redis_server() as server:
+        pytestconfig.stash[_USED] = server.origin
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_server: RedisServer) -> str:
+    """Its URL. If it was not started for the tests, it holds the data of others: use a prefix of your own."""
+    return redis_server.url
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which server it was."""
+    if _USED in config.stash:
+        terminalreporter.write_line(f"Redis: {config.stash[_USED]}")

