@@ -1,0 +1,54 @@
+"""What all tests share: a server, a store on it with a prefix of its own, and a look at all of its keys."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+
+import pytest
+from hypothesis import settings
+from redis.asyncio import Redis
+
+from rss import SessionStore
+from tests.keyspace import Keyspace
+
+pytest_plugins = ["rss.pytest_plugin"]
+
+# `--hypothesis-profile=thorough` is for CI: a few minutes.
+settings.register_profile("quick", deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile("quick")
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+try:
+    import uvloop
+except ImportError:  # There is none for Windows.
+    pass
+else:
+    LOOPS["uvloop"] = uvloop.new_event_loop
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run the contract of the store on every event loop, the rest on asyncio's own."""
+    return LOOPS if item.path.name == "test_store.py" else {"asyncio": LOOPS["asyncio"]}
+
+
+@pytest.fixture(name="client")
+async def _client(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Redis]:
+    """The client that the store gets; a test may be parametrized with options for it."""
+    async with Redis.from_url(redis_url, **getattr(request, "param", {})) as client:
+        yield client
+
+
+@pytest.fixture(name="keyspace")
+async def _keyspace(redis_url: str) -> AsyncIterator[Keyspace]:
+    """All keys of the store of this test, and of no other; they are removed at its end."""
+    async with Redis.from_url(redis_url, decode_responses=True) as client:
+        keyspace = Keyspace(client, f"test-{secrets.token_hex(8)}")
+        yield keyspace
+        await keyspace.clear()
+
+
+@pytest.fixture(name="store")
+def _store(client: Redis, keyspace: Keyspace) -> SessionStore:
+    """A store as most tests use it."""
+    return SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)

@@ -1,0 +1,239 @@
+"""Reference sets: limits, strictness, and how the ids of expired sessions leave them."""
+
+import asyncio
+
+import pytest
+from redis.asyncio import Redis
+
+from rss import LimitExceeded, Reference, SessionEnded, SessionNotFound, SessionStore
+from tests.keyspace import Keyspace
+
+
+def _store(client: Redis, keyspace: Keyspace, **reference: object) -> SessionStore:
+    references = {"user_id": Reference(**reference), "ip": Reference()}  # type: ignore[arg-type]
+    return SessionStore(client, references=references, prefix=keyspace.prefix)
+
+
+async def _sign_in(store: SessionStore, keyspace: Keyspace, *ids: str, user_id: object = 1) -> None:
+    """Make sessions of a user one after the other: a millisecond apart, since the clock of sessions counts those."""
+    for session_id in ids:
+        await store.set(session_id, {"user_id": user_id, "ip": session_id})
+        created = await keyspace.client.hget(store.get_session_key(session_id), "_created")
+        while (await keyspace.client.time())[0] * 1000 + (await keyspace.client.time())[1] // 1000 <= int(created or 0):
+            pass
+
+
+async def test_the_oldest_goes_at_a_limit(client: Redis, keyspace: Keyspace) -> None:
+    """One more session ends the oldest, by creation, in the same step."""
+    store = _store(client, keyspace, limit=2)
+    await _sign_in(store, keyspace, "a", "b")
+    await store.touch("a")
+    await store.set("a", {"user_id": 1, "x": 1})
+    await store.set("c", {"user_id": 1})
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "evicted"},
+        "{b}": {"id": "b", "user_id": "1", "ip": "b"},
+        "{c}": {"id": "c", "user_id": "1"},
+        "user_id:{1}": {"b", "c"},
+        "ip:{b}": {"b"},
+    }
+    with pytest.raises(SessionEnded, match="evicted"):
+        await store.set("a", {"user_id": 1})
+
+
+async def test_a_limit_that_refuses(client: Redis, keyspace: Keyspace) -> None:
+    """LimitExceeded names the field, nothing is written, and there is room again when one ends or expires."""
+    store = _store(client, keyspace, limit=2, on_limit="refuse")
+    await _sign_in(store, keyspace, "a", "b")
+    await store.set("c", {"user_id": 2, "ip": "c"})
+    before = await keyspace.dump()
+    for write in (
+        store.create({"user_id": 1}),
+        store.set("d", {"user_id": 1}),
+        store.set("c", {"user_id": 1, "x": 1}),
+        store.set("c", {"user_id": [2, 1]}),
+        store.rotate("c", {"user_id": 1}),
+    ):
+        with pytest.raises(LimitExceeded) as raised:
+            await write
+        assert raised.value.field == "user_id"
+        assert await keyspace.dump() == before
+    await store.set("a", {"user_id": 1, "x": 1})
+    a = await store.rotate("a", {"user_id": 1})
+    await keyspace.expire("{b}")
+    await store.set("c", {"user_id": 1})
+    assert (await keyspace.dump())["user_id:{1}"] == {a, "c"}
+    await store.delete("c")
+    await store.set("d", {"user_id": 1})
+    assert (await keyspace.dump())["user_id:{1}"] == {a, "d"}
+
+
+async def test_a_limit_holds_against_parallel_logins(client: Redis, keyspace: Keyspace) -> None:
+    """However many sign in at once, the limit is never exceeded."""
+    store = _store(client, keyspace, limit=3)
+    await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(50)))
+    assert await store.count_by("user_id", 1) == 3
+    assert len([key for key, held in (await keyspace.dump()).items() if held == {"_ended": "evicted"}]) == 47
+
+
+async def test_a_new_limit_shrinks_a_large_set(client: Redis, keyspace: Keyspace) -> None:
+    """A limit that comes later ends the surplus when the next session joins."""
+    await _sign_in(_store(client, keyspace), keyspace, *"abcdef")
+    await _store(client, keyspace, limit=2).set("g", {"user_id": 1})
+    assert (await keyspace.dump())["user_id:{1}"] == {"f", "g"}
+
+
+async def test_a_session_evicted_for_one_value_makes_room_in_others(client: Redis, keyspace: Keyspace) -> None:
+    """A session that joins several sets at their limit ends no more sessions than it must."""
+    store = _store(client, keyspace, limit=2)
+    await _sign_in(store, keyspace, "a", user_id=[1, 2])
+    await _sign_in(store, keyspace, "b")
+    await _sign_in(store, keyspace, "c", user_id=2)
+    await store.set("d", {"user_id": [1, 2]})
+    assert await store.ended("a") == "evicted"
+    dump = await keyspace.dump()
+    assert dump["user_id:{1}"] == {"b", "d"}
+    assert dump["user_id:{2}"] == {"c", "d"}
+
+
+async def test_strict_deleting_the_set_revokes(client: Redis, keyspace: Keyspace) -> None:
+    """Once the set is gone no session of it is alive, and no write brings one back."""
+    store = _store(client, keyspace, strict=True)
+    for session_id in "ab":
+        await store.set(session_id, {"user_id": 1, "ip": "x"})
+    await store.set("c", {"ip": "x"})
+    await keyspace.client.delete(store.get_reference_key("user_id", 1))
+    before = await keyspace.dump()
+    assert await store.get("a") == {}
+    assert await store.get("a", ["ip"], touch=True) == {}
+    assert await store.ended("a") == "revoked"
+    assert await store.ttl("a") is None
+    assert not await store.touch("a")
+    for write in (
+        store.set("a", {"user_id": 1}),
+        store.unset("a", ["user_id"]),
+        store.pop("a", ["ip"]),
+        store.increment("a", "n"),
+        store.rotate("a"),
+    ):
+        with pytest.raises(SessionEnded, match="revoked"):
+            await write
+    assert await keyspace.dump() == before
+    assert not await store.delete("a")
+    assert await store.ids_by("ip", "x") == ["c"]
+    dump = await keyspace.dump()
+    assert dump["{a}"] == {"_ended": "revoked"}
+    assert dump["ip:{x}"] == {"c"}
+
+
+async def test_strict_needs_every_value_of_a_list(client: Redis, keyspace: Keyspace) -> None:
+    """A session with two values is revoked with either set; one with none has no set to be in."""
+    store = _store(client, keyspace, strict=True)
+    await store.set("a", {"user_id": [1, 2]})
+    await store.set("b", {"user_id": None})
+    await keyspace.client.srem(store.get_reference_key("user_id", 2), "a")
+    assert await store.get("a") == {}
+    assert await store.get("b") == {"id": "b", "user_id": None}
+
+
+async def test_strict_another_type_in_place_of_a_set(client: Redis, keyspace: Keyspace) -> None:
+    """Its sessions are revoked, and disturb no other of the same user."""
+    references = {"user_id": Reference(), "team": Reference(strict=True)}
+    store = SessionStore(client, references=references, prefix=keyspace.prefix)
+    await store.set("a", {"user_id": 1, "team": "x"})
+    await keyspace.client.set(store.get_reference_key("team", "x"), "planted", ex=60)
+    assert await store.get("a") == {}
+    await store.set("b", {"user_id": 1})
+    assert await store.ids_by("user_id", 1) == ["b"]
+    assert await store.delete_by("user_id", 1) == 1
+
+
+async def test_a_lost_set_is_made_again(store: SessionStore, keyspace: Keyspace) -> None:
+    """Where the reference is not strict, the next write or rotation puts the session into a set that Redis lost."""
+    await store.set("a", {"user_id": 1, "ip": "x"})
+    before = await keyspace.dump()
+    await keyspace.client.delete(store.get_reference_key("user_id", 1))
+    await store.set("a", {})
+    assert await keyspace.dump() == before
+    await keyspace.client.delete(store.get_reference_key("ip", "x"))
+    new = await store.rotate("a")
+    assert (await keyspace.dump())["ip:{x}"] == {new}
+
+
+async def test_expired_ids_leave_as_new_ones_come(client: Redis, keyspace: Keyspace) -> None:
+    """Without a job, an event or a read: a set holds few more ids than there are live sessions."""
+    store = SessionStore(client, references=["ip"], prefix=keyspace.prefix)
+    key = store.get_reference_key("ip", "x")
+    await store.set("live", {"ip": "x"})
+    for _ in range(500):
+        await keyspace.expire(f"{{{await store.create({'ip': 'x'}, '1m')}}}")
+    assert await keyspace.client.scard(key) < 20
+    assert await store.ids_by("ip", "x") == ["live"]
+    assert await keyspace.client.smembers(key) == {"live"}
+
+
+async def test_a_session_made_again_counts_only_for_its_new_value(store: SessionStore, keyspace: Keyspace) -> None:
+    """A plain set on the id of an expired session makes another session: that of before is not found by it."""
+    await store.set("a", {"user_id": 1})
+    await keyspace.expire("{a}")
+    await store.set("a", {"user_id": 2})
+    assert await store.delete_by("user_id", 1) == 0
+    assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": "2"}, "user_id:{2}": {"a"}}
+
+
+async def test_a_set_without_a_ttl_keeps_none(store: SessionStore, keyspace: Keyspace) -> None:
+    """A set that others made to stay stays; nor does another's TTL get shorter."""
+    key = store.get_reference_key("user_id", 1)
+    await keyspace.client.sadd(key, "other")
+    await store.set("a", {"user_id": 1})
+    await store.touch("a")
+    assert await keyspace.client.pttl(key) == -1
+
+
+async def test_a_session_lives_no_longer_than_its_lifetime(client: Redis, keyspace: Keyspace) -> None:
+    """No renewal takes it beyond max_lifetime from its creation, nor does a new id."""
+    store = SessionStore(client, prefix=keyspace.prefix, max_age="2h", max_lifetime="3h")
+    key = store.get_session_key("a")
+    await store.set("a", {})
+    await keyspace.client.hincrby(key, "_created", -2 * 3_600_000)
+    await store.touch("a")
+    assert 3_500_000 < await keyspace.ttl("{a}") <= 3_600_000
+    await store.set("a", {"x": 1}, "100 days")
+    assert 3_500_000 < await keyspace.ttl("{a}") <= 3_600_000
+    new = await store.rotate("a")
+    await store.get(new, touch=True)
+    assert 3_500_000 < await keyspace.ttl(f"{{{new}}}") <= 3_600_000
+
+    await keyspace.client.hincrby(store.get_session_key(new), "_created", -3_600_000)
+    assert await store.get(new) == {}
+    assert await store.ended(new) == "expired"
+    with pytest.raises(SessionEnded, match="expired"):
+        await store.set(new, {"x": 1})
+
+
+async def test_a_session_of_the_original_gets_a_birthday(client: Redis, keyspace: Keyspace) -> None:
+    """One that does not say when it was created is young at its first renewal, and no younger later."""
+    store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_lifetime="3h")
+    key = store.get_session_key("a")
+    await keyspace.client.hset(key, mapping={"id": "a", "user_id": "1"})
+    await keyspace.client.expire(key, 3600)
+    assert await store.get("a") == {"id": "a", "user_id": 1}
+    assert await store.touch("a")
+    created = await keyspace.client.hget(key, "_created")
+    await store.set("a", {"x": 1})
+    assert created
+    assert await keyspace.client.hget(key, "_created") == created
+    assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": "1", "x": "1"}, "user_id:{1}": {"a"}}
+
+
+async def test_a_hash_without_ttl_is_no_session(store: SessionStore, keyspace: Keyspace) -> None:
+    """What others left under the key of a session is not taken for one, nor mixed into a new one."""
+    key = store.get_session_key("a")
+    for rest in ({"id": "a", "role": "admin"}, {"role": "admin"}):
+        await keyspace.client.delete(key)
+        await keyspace.client.hset(key, mapping=rest)  # type: ignore[arg-type]
+        assert await store.get("a") == {}
+        with pytest.raises(SessionNotFound):
+            await store.increment("a", "n")
+        await store.set("a", {"x": 1})
+        assert await keyspace.dump() == {"{a}": {"id": "a", "x": "1"}}

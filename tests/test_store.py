@@ -1,0 +1,441 @@
+"""The contract of the store: every method, with every kind of client, on every event loop."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from rss import Conflict, SessionEnded, SessionNotFound, SessionStore
+from tests.keyspace import Keyspace
+
+pytestmark = pytest.mark.parametrize(
+    "client",
+    [
+        pytest.param({"protocol": protocol, "decode_responses": decode}, id=f"resp{protocol}-{kind}")
+        for protocol in (2, 3)
+        for decode, kind in ((False, "bytes"), (True, "str"))
+    ],
+    indirect=True,
+)
+
+DAY = 86_400_000
+ALICE: dict[str, Any] = {"user_id": 1, "ip": "::1", "name": "alice"}
+
+
+async def test_set_makes_a_session_with_its_references(store: SessionStore, keyspace: Keyspace) -> None:
+    """A session is a hash; each of its reference values has a set with its id."""
+    assert await store.set("a", ALICE) == ALICE
+    assert await keyspace.dump() == {
+        "{a}": {"id": "a", "user_id": "1", "ip": "::1", "name": "alice"},
+        "user_id:{1}": {"a"},
+        "ip:{::1}": {"a"},
+    }
+    assert await store.get("a") == {"id": "a", **ALICE}
+
+
+async def test_a_session_without_fields_is_a_session(store: SessionStore, keyspace: Keyspace) -> None:
+    """It can be told from none."""
+    await store.set("a", {})
+    assert await store.get("a") == {"id": "a"}
+    assert await store.get("b") == {}
+    assert await keyspace.dump() == {"{a}": {"id": "a"}}
+
+
+async def test_set_keeps_the_other_fields(store: SessionStore, keyspace: Keyspace) -> None:
+    """Two requests that write different fields do not overwrite each other's."""
+    await store.set("a", ALICE)
+    await store.set("a", {"theme": "dark"})
+    assert await store.get("a") == {"id": "a", "theme": "dark", **ALICE}
+    assert await keyspace.dump() == {
+        "{a}": {"id": "a", "user_id": "1", "ip": "::1", "name": "alice", "theme": "dark"},
+        "user_id:{1}": {"a"},
+        "ip:{::1}": {"a"},
+    }
+
+
+async def test_set_moves_a_session_between_sets(store: SessionStore, keyspace: Keyspace) -> None:
+    """A new value of a reference takes the session out of the set of the old one, and leaves others alone."""
+    await store.set("a", ALICE)
+    await store.set("b", ALICE)
+    await store.set("a", {"user_id": 2})
+    assert await keyspace.dump() == {
+        "{a}": {"id": "a", "user_id": "2", "ip": "::1", "name": "alice"},
+        "{b}": {"id": "b", "user_id": "1", "ip": "::1", "name": "alice"},
+        "user_id:{1}": {"b"},
+        "user_id:{2}": {"a"},
+        "ip:{::1}": {"a", "b"},
+    }
+
+
+async def test_a_list_puts_a_session_into_several_sets(store: SessionStore, keyspace: Keyspace) -> None:
+    """A reference that holds a list is in the set of each, and moves as one; 1 and "1" share a set."""
+    await store.set("a", {"user_id": [1, "1", "x]", 2**53]})
+    assert await keyspace.dump() == {
+        "{a}": {"id": "a", "user_id": '[1,"1","x]",9007199254740992]'},
+        "user_id:{1}": {"a"},
+        "user_id:{x]}": {"a"},
+        "user_id:{9007199254740992}": {"a"},
+    }
+    await store.set("a", {"user_id": [2, 1]})
+    assert await keyspace.dump() == {
+        "{a}": {"id": "a", "user_id": "[2,1]"},
+        "user_id:{1}": {"a"},
+        "user_id:{2}": {"a"},
+    }
+    await store.set("a", {"user_id": []})
+    assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": "[]"}}
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "1", '"', '"x"', "[", "[1]", "[0x10]", " [1]", "{}", "true", "a:b", "}", "\n\0", "ü😀", "x" * 512]
+)
+async def test_any_text_is_a_reference_value(store: SessionStore, keyspace: Keyspace, value: str) -> None:
+    """A value that looks like JSON, or delimits keys, is one text: its session is found, moved and ended by it."""
+    await store.set("a", {"user_id": value})
+    assert await store.get("a") == {"id": "a", "user_id": value}
+    assert await store.ids_by("user_id", value) == ["a"]
+    assert set(await keyspace.dump()) == {"{a}", f"user_id:{{{value}}}"}
+    await store.set("a", {"user_id": 7})
+    assert set(await keyspace.dump()) == {"{a}", "user_id:{7}"}
+    await store.set("a", {"user_id": value})
+    assert await store.delete_by("user_id", value) == 1
+    assert await keyspace.dump() == {"{a}": {"_ended": "deleted"}}
+
+
+async def test_a_reference_that_is_none_is_in_no_set(store: SessionStore, keyspace: Keyspace) -> None:
+    """None is stored, and says that there is no value."""
+    await store.set("a", {"user_id": 1})
+    await store.set("a", {"user_id": None})
+    assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": "null"}}
+    assert await store.get("a") == {"id": "a", "user_id": None}
+
+
+async def test_get_reads_some_fields(store: SessionStore) -> None:
+    """With fields, only these are read, with the id; those that are not there are left out."""
+    await store.set("a", ALICE)
+    assert await store.get("a", ["name", "missing"]) == {"id": "a", "name": "alice"}
+    assert await store.get("a", ["missing", "id"]) == {"id": "a"}
+    assert await store.get("b", ["name"]) == {}
+
+
+async def test_get_with_touch_renews(store: SessionStore, keyspace: Keyspace) -> None:
+    """It renews the session and its sets for the store's max_age; a plain get leaves them alone."""
+    await store.set("a", ALICE, "1 day")
+    await store.get("a")
+    assert await keyspace.ttl("{a}") <= DAY
+    assert await store.get("a", ["name"], touch=True) == {"id": "a", "name": "alice"}
+    for key in await keyspace.dump():
+        assert 27 * DAY < await keyspace.ttl(key) <= 28 * DAY
+    assert await store.get("b", touch=True) == {}
+    assert len(await keyspace.dump()) == 3
+
+
+async def test_create_mints_an_id(store: SessionStore, keyspace: Keyspace) -> None:
+    """The id is new, random and URL-safe."""
+    session_id = await store.create({"user_id": 1}, "1 day")
+    assert len(session_id) == 32
+    assert await keyspace.dump() == {
+        f"{{{session_id}}}": {"id": session_id, "user_id": "1"},
+        "user_id:{1}": {session_id},
+    }
+    assert DAY - 60_000 < await keyspace.ttl("user_id:{1}") <= DAY
+    assert await store.create() != session_id
+
+
+async def test_set_without_create_needs_a_session(store: SessionStore, keyspace: Keyspace) -> None:
+    """It raises SessionNotFound and writes nothing if there is none."""
+    with pytest.raises(SessionNotFound):
+        await store.set("a", ALICE, create=False)
+    assert await keyspace.dump() == {}
+    await store.set("a", {})
+    await store.set("a", {"x": 1}, create=False)
+    assert await store.get("a") == {"id": "a", "x": 1}
+
+
+@pytest.mark.parametrize(
+    ("expect", "meets"),
+    [
+        ({"n": 1}, True),
+        ({"n": 1, "user_id": 1}, True),
+        ({"n": "1"}, False),
+        ({"n": 2}, False),
+        ({"n": 1, "x": 1}, False),
+        ({"missing": None}, True),
+        ({"nothing": None}, True),
+        ({"n": None}, False),
+        ({"l": [1, {"a": "ü"}]}, True),
+        ({}, True),
+    ],
+)
+async def test_set_expects(store: SessionStore, keyspace: Keyspace, expect: dict[str, Any], *, meets: bool) -> None:
+    """It writes only if the fields hold what is expected; None is met by None and by an absent field."""
+    await store.set("a", {"n": 1, "user_id": 1, "nothing": None, "l": [1, {"a": "ü"}]})
+    before = await keyspace.dump()
+    if meets:
+        await store.set("a", {"n": 3}, expect=expect)
+        assert (await store.get("a"))["n"] == 3
+    else:
+        with pytest.raises(Conflict):
+            await store.set("a", {"n": 3, "user_id": 5}, expect=expect)
+        assert await keyspace.dump() == before
+
+
+async def test_set_expects_of_a_session_that_is_not_there(store: SessionStore, keyspace: Keyspace) -> None:
+    """It holds no value: only None is met."""
+    with pytest.raises(Conflict):
+        await store.set("a", {"n": 1}, expect={"n": 0})
+    assert await keyspace.dump() == {}
+    await store.set("a", {"n": 1}, expect={"n": None})
+    assert await store.get("a") == {"id": "a", "n": 1}
+
+
+async def test_unset_takes_fields_out(store: SessionStore, keyspace: Keyspace) -> None:
+    """The fields go, and with a reference its set; the session is renewed."""
+    await store.set("a", ALICE, "1 day")
+    await store.unset("a", ["user_id", "name", "missing", "name"], "2 days")
+    assert await keyspace.dump() == {"{a}": {"id": "a", "ip": "::1"}, "ip:{::1}": {"a"}}
+    assert DAY < await keyspace.ttl("{a}") <= 2 * DAY
+    assert DAY < await keyspace.ttl("ip:{::1}") <= 2 * DAY
+
+
+async def test_unset_of_no_session_does_nothing(store: SessionStore, keyspace: Keyspace) -> None:
+    """It never makes one."""
+    await store.unset("a", ["name"])
+    assert await keyspace.dump() == {}
+
+
+async def test_pop_takes_fields_out_and_returns_them(store: SessionStore, keyspace: Keyspace) -> None:
+    """What the fields held comes back once; the TTL stays."""
+    await store.set("a", {"user_id": 1, "state": "xyz"}, "1 day")
+    assert await store.pop("a", ["state", "user_id", "missing"]) == {"state": "xyz", "user_id": 1}
+    assert await store.pop("a", ["state"]) == {}
+    assert await keyspace.dump() == {"{a}": {"id": "a"}}
+    assert await keyspace.ttl("{a}") <= DAY
+    with pytest.raises(SessionNotFound):
+        await store.pop("b", ["state"])
+
+
+async def test_increment_counts(store: SessionStore, keyspace: Keyspace) -> None:
+    """An absent field counts from 0; the TTL stays."""
+    await store.set("a", {}, "1 day")
+    assert await store.increment("a", "n") == 1
+    assert await store.increment("a", "n", -5) == -4
+    assert await store.get("a") == {"id": "a", "n": -4}
+    assert await keyspace.ttl("{a}") <= DAY
+    with pytest.raises(SessionNotFound):
+        await store.increment("b", "n")
+    assert set(await keyspace.dump()) == {"{a}"}
+
+
+@pytest.mark.parametrize("value", ["alice", 2**63 - 1, [1]])
+async def test_increment_needs_an_integer(store: SessionStore, keyspace: Keyspace, value: object) -> None:
+    """Anything else, and a sum beyond 64 bits, is a ValueError; the field stays."""
+    await store.set("a", {"n": value})
+    before = await keyspace.dump()
+    with pytest.raises(ValueError, match="does not hold an integer"):
+        await store.increment("a", "n")
+    assert await keyspace.dump() == before
+
+
+async def test_touch_renews_a_session_and_its_sets(store: SessionStore, keyspace: Keyspace) -> None:
+    """A set lives as long as its longest-lived member: it is made to live longer, never shorter."""
+    await store.set("a", ALICE, "1 day")
+    assert await store.touch("a", "3 days")
+    for key in await keyspace.dump():
+        assert 2 * DAY < await keyspace.ttl(key) <= 3 * DAY
+    assert await store.touch("a", "2 days")
+    assert DAY < await keyspace.ttl("{a}") <= 2 * DAY
+    assert 2 * DAY < await keyspace.ttl("user_id:{1}") <= 3 * DAY
+    assert await store.touch("a")
+    assert 27 * DAY < await keyspace.ttl("{a}") <= 28 * DAY
+    assert not await store.touch("b")
+    assert set(await keyspace.dump()) == {"{a}", "user_id:{1}", "ip:{::1}"}
+
+
+async def test_delete_leaves_a_tombstone(store: SessionStore, keyspace: Keyspace) -> None:
+    """The session is gone and in no set; what is left tells the reason for five minutes."""
+    await store.set("a", ALICE)
+    await store.set("b", ALICE)
+    assert await store.delete("a", reason="signed-out")
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "signed-out"},
+        "{b}": {"id": "b", "user_id": "1", "ip": "::1", "name": "alice"},
+        "user_id:{1}": {"b"},
+        "ip:{::1}": {"b"},
+    }
+    assert 240_000 < await keyspace.ttl("{a}") <= 300_000
+    assert await store.get("a") == {}
+    assert await store.get("a", ["name"]) == {}
+    assert await store.ended("a") == "signed-out"
+    assert await store.ended("b") is None
+    assert await store.ended("c") is None
+
+
+async def test_delete_of_no_session(store: SessionStore, keyspace: Keyspace) -> None:
+    """It says so, and leaves no tombstone; one that is there keeps its reason."""
+    assert not await store.delete("a")
+    assert await keyspace.dump() == {}
+    await store.set("a", {})
+    await store.delete("a", reason="first")
+    assert not await store.delete("a", reason="second")
+    assert await store.ended("a") == "first"
+
+
+async def test_a_late_write_is_refused(store: SessionStore, keyspace: Keyspace) -> None:
+    """No write revives a session that was ended: it raises SessionEnded, and nothing changes."""
+    await store.set("a", ALICE)
+    await store.delete("a", reason="password")
+    before = await keyspace.dump()
+    for write in (
+        store.set("a", {"user_id": 1}),
+        store.set("a", {"user_id": 1}, create=False),
+        store.set("a", {"user_id": 1}, expect={"user_id": 1}),
+        store.unset("a", ["name"]),
+        store.pop("a", ["name"]),
+        store.increment("a", "n"),
+        store.rotate("a"),
+    ):
+        with pytest.raises(SessionEnded) as raised:
+            await write
+        assert raised.value.reason == "password"
+    assert not await store.touch("a")
+    assert await store.get("a", touch=True) == {}
+    assert await keyspace.dump() == before
+
+
+async def test_rotate_gives_a_new_id(store: SessionStore, keyspace: Keyspace) -> None:
+    """Data, references and TTL stay, new values are written, and the old id has ended."""
+    await store.set("a", ALICE, "1 day")
+    created = await keyspace.client.hget(f"{keyspace.prefix}:{{a}}", "_created")
+    new = await store.rotate("a", {"user_id": 2, "theme": "dark"})
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "rotated"},
+        f"{{{new}}}": {"id": new, "user_id": "2", "ip": "::1", "name": "alice", "theme": "dark"},
+        "user_id:{2}": {new},
+        "ip:{::1}": {new},
+    }
+    assert await keyspace.client.hget(f"{keyspace.prefix}:{{{new}}}", "_created") == created
+    assert DAY - 60_000 < await keyspace.ttl(f"{{{new}}}") <= DAY
+    assert await store.get("a") == {}
+    assert await store.ended("a") == "rotated"
+    with pytest.raises(SessionEnded):
+        await store.rotate("a")
+    with pytest.raises(SessionNotFound):
+        await store.rotate("b")
+
+
+async def test_rotate_with_grace_lets_the_old_id_lead_to_the_new(store: SessionStore, keyspace: Keyspace) -> None:
+    """For that long requests by the old id work on the session; it cannot be rotated again."""
+    await store.set("a", ALICE)
+    b = await store.rotate("a", grace="30s")
+    c = await store.rotate(b, grace="30s")
+    for old in ("a", b):
+        assert await store.get(old) == {"id": c, **ALICE}
+        assert await store.get(old, ["name"], touch=True) == {"id": c, "name": "alice"}
+        assert await store.ended(old) is None
+        assert await store.touch(old)
+        assert await store.ttl(old)
+        with pytest.raises(SessionEnded):
+            await store.rotate(old)
+    await store.set("a", {"user_id": 2}, create=False, expect={"user_id": 1})
+    assert await store.increment("a", "n") == 1
+    assert await store.pop("a", ["name"]) == {"name": "alice"}
+    await store.unset("a", ["ip"])
+    dump = await keyspace.dump()
+    assert dump[f"{{{c}}}"] == {"id": c, "user_id": "2", "n": "1"}
+    assert dump["user_id:{2}"] == {c}
+    assert set(dump) == {"{a}", f"{{{b}}}", f"{{{c}}}", "user_id:{2}"}
+    assert await store.delete("a", reason="bye")
+    assert await store.ended("a") == "bye"
+    assert await store.ended(c) == "bye"
+
+
+async def test_grace_passes(store: SessionStore) -> None:
+    """After it the old id has ended like any other, and the session lives on."""
+    await store.set("a", ALICE)
+    new = await store.rotate("a", grace=0.001)
+    while await store.get("a"):
+        pass
+    assert await store.ended("a") == "rotated"
+    with pytest.raises(SessionEnded):
+        await store.set("a", {"x": 1})
+    assert await store.get(new) == {"id": new, **ALICE}
+
+
+async def test_ttl_tells_what_is_left(store: SessionStore) -> None:
+    """It is None for no session, and for one that was ended."""
+    await store.set("a", {}, timedelta(hours=1))
+    left = await store.ttl("a")
+    assert left is not None
+    assert timedelta(minutes=59) < left <= timedelta(hours=1)
+    await store.delete("a")
+    assert await store.ttl("a") is None
+    assert await store.ttl("b") is None
+
+
+async def test_find_by_reads_the_sessions_with_a_value(store: SessionStore, keyspace: Keyspace) -> None:
+    """It yields what get returns, ids_by the ids, count_by how many; the value may be int or str."""
+    await store.set("a", {"user_id": 1, "name": "x"})
+    await store.set("b", {"user_id": [1, 2]})
+    await store.set("c", {"user_id": 2})
+    found = [session async for session in store.find_by("user_id", "1")]
+    assert sorted(found, key=str) == [
+        {"id": "a", "user_id": 1, "name": "x"},
+        {"id": "b", "user_id": [1, 2]},
+    ]
+    some = [session async for session in store.find_by("user_id", 2, ["name"])]
+    assert sorted(some, key=str) == [{"id": "b"}, {"id": "c"}]
+    assert sorted(await store.ids_by("user_id", 1)) == ["a", "b"]
+    assert await store.count_by("user_id", 2) == 2
+    assert await store.ids_by("user_id", 3) == []
+    assert await store.count_by("user_id", 3) == 0
+    assert len(await keyspace.dump()) == 5
+
+
+async def test_fields_that_hold_names_of_the_library(store: SessionStore) -> None:
+    """A value is never taken for the name of a field."""
+    for session_id in "ab":
+        await store.set(session_id, {"kind": "id", "user_id": "_ended"})
+    found = [session async for session in store.find_by("user_id", "_ended")]
+    assert sorted(found, key=str) == [{"id": i, "kind": "id", "user_id": "_ended"} for i in "ab"]
+
+
+async def test_reading_by_reference_removes_dead_ids(store: SessionStore, keyspace: Keyspace) -> None:
+    """The ids of expired sessions leave the sets that are read."""
+    await store.set("a", {"user_id": 1})
+    await store.set("b", {"user_id": 1})
+    await keyspace.expire("{b}")
+    assert (await keyspace.dump())["user_id:{1}"] == {"a", "b"}
+    assert await store.ids_by("user_id", 1) == ["a"]
+    assert (await keyspace.dump())["user_id:{1}"] == {"a"}
+
+
+async def test_delete_by_ends_all_sessions_with_a_value(store: SessionStore, keyspace: Keyspace) -> None:
+    """Those to keep stay, and so do those with other values; dead ids go."""
+    for name in "abcd":
+        await store.set(name, {"user_id": 1, "ip": name})
+    await store.set("e", {"user_id": 2, "ip": "a"})
+    await keyspace.expire("{d}")
+    assert await store.delete_by("user_id", 1, keep=["c", "unknown"], reason="password") == 2
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "password"},
+        "{b}": {"_ended": "password"},
+        "{c}": {"id": "c", "user_id": "1", "ip": "c"},
+        "{e}": {"id": "e", "user_id": "2", "ip": "a"},
+        "user_id:{1}": {"c"},
+        "user_id:{2}": {"e"},
+        "ip:{a}": {"e"},
+        "ip:{c}": {"c"},
+        "ip:{d}": {"d"},  # It has not been read; it expires with the session that it was for.
+    }
+    assert await store.delete_by("user_id", 1, keep=["c"]) == 0
+    assert await store.delete_by("user_id", 9) == 0
+
+
+async def test_key_names(store: SessionStore, keyspace: Keyspace) -> None:
+    """They are those of the Node original, so that its recipes work."""
+    await store.set("a", {"user_id": 1})
+    assert store.get_session_key("a") == f"{keyspace.prefix}:{{a}}"
+    assert store.get_reference_key("user_id", 1) == f"{keyspace.prefix}:user_id:{{1}}"
+    assert await keyspace.client.smembers(store.get_reference_key("user_id", "1")) == {"a"}
+    assert len(store.create_session_id()) == 32
