@@ -41,10 +41,16 @@ local function spread(list, run)
   for i = 1, #list, 1000 do run(unpack(list, i, math.min(i + 999, #list))) end
 end
 
--- Run a function for each session of the batch: it reads the arguments of one and returns its reply.
+-- Run a function for each session of the batch: it reads the arguments of one and returns its reply. Where it fails,
+-- which is not to happen, the batch ends: the sessions behind it are sent again, and it is the first then.
 local function each(run)
   local replies = {}
-  while args_read < #ARGV do replies[#replies + 1] = run() end
+  while args_read < #ARGV do
+    local done, reply = pcall(run)
+    if not done and #replies == 0 then error(reply, 0) end
+    if not done then break end
+    replies[#replies + 1] = reply
+  end
   return replies
 end
 

@@ -1,12 +1,11 @@
-"""Runs the scripts of `lua/` on Redis: loads them, repeats what is safe to repeat, and makes its errors ours."""
+"""Runs the scripts of `lua/` on Redis: loads them, sends them, and makes its errors ours."""
 
 import asyncio
 import hashlib
-import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import anyio
 import redis.exceptions
@@ -15,10 +14,9 @@ from redis.asyncio.connection import AbstractConnection
 
 from rss.errors import Conflict, LimitExceeded, SessionEnded, SessionError, SessionNotFound, StoreUnavailable
 
-_Commands = Sequence[Sequence[str | bytes]]
+_Commands = Sequence[Sequence[str | bytes | int]]
 
 _SHARED: Final = ("_store", "_session", "_refs")
-_CONNECTIONS: Final = 32
 
 _FAILURES: Final = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 # Redis refused to run the script: what it will do later, and what it will not until somebody acts.
@@ -66,30 +64,47 @@ def _code(error: BaseException) -> str:
     return match[1] if match else ""
 
 
-def _error_for(reply: redis.exceptions.ResponseError) -> Exception:
-    """Return the error of ours that one session's reply stands for."""
-    word, _, rest = str(reply).partition(" ")
-    error: Exception = reply
+def error_for(error: BaseException) -> Exception | None:
+    """Return the error of ours that one of Redis stands for; None if what failed may succeed when it is tried again."""
+    code, words = _code(error), str(error)
+    if code in _LASTING:
+        ours: Exception = StoreUnavailable(f"Redis refuses: {code}")
+        ours.__cause__ = error
+        return ours
+    if code in _PASSING or not isinstance(error, redis.exceptions.ResponseError):
+        return None
+    word, _, rest = words.partition(" ")
+    ours = type(error)(words)  # A new one for each caller.
     match word:
         case "RSSNOTFOUND":
-            error = SessionNotFound("there is no such session")
+            ours = SessionNotFound("there is no such session")
         case "RSSENDED":
-            error = SessionEnded(rest)
+            ours = SessionEnded(rest)
         case "RSSCONFLICT":
-            error = Conflict("a field does not hold what was expected; nothing was written")
+            ours = Conflict("a field does not hold what was expected; nothing was written")
         case "RSSLIMIT":
-            error = LimitExceeded(rest)
-        case _ if "WRONGTYPE" in str(reply):
-            error = SessionError("a key of ours holds another type of data; nothing was written. Is the prefix shared?")
+            ours = LimitExceeded(rest)
+        case _ if "WRONGTYPE" in words:
+            ours = SessionError("a key of ours holds another type of data; nothing was written. Is the prefix shared?")
         case "RSSINTEGER":
-            error = ValueError("the field does not hold an integer, or the sum does not fit into 64 bits")
-        case _ if "with args beginning" in str(reply):  # It would show keys.
-            error = SessionError("Redis does not know the command EVALSHA")
-    return error
+            ours = ValueError("the field does not hold an integer, or the sum does not fit into 64 bits")
+        case _ if "with args beginning" in words:  # It would show keys.
+            ours = SessionError("Redis does not know the command EVALSHA")
+    return ours
 
 
-class _Interrupted(Exception):
-    """The exchange broke off after the command may have been sent."""
+class Unanswered(Exception):
+    """An attempt failed for the reason that is its cause; another one may succeed."""
+
+    #: The connection broke after the script was sent: it may have been run all the same.
+    doubtful: bool
+
+    def __init__(self, *, doubtful: bool) -> None:
+        super().__init__()
+        self.doubtful = doubtful
+
+    def __str__(self) -> str:
+        return _code(self.__cause__) or type(self.__cause__).__name__ if self.__cause__ else ""
 
 
 class _Unsent(redis.exceptions.ConnectionError):
@@ -99,88 +114,64 @@ class _Unsent(redis.exceptions.ConnectionError):
 class Scripts:
     """The scripts, on the Redis of one client. It borrows connections and leaves the client as it is."""
 
-    def __init__(self, client: Redis, timeout: float) -> None:
+    def __init__(self, client: Redis) -> None:
         self._pool = client.connection_pool
-        self._timeout = timeout
+        self._loaded: object = None  # Another one after each time.
         self._loading = asyncio.Lock()
-        self._loads = 0
-        # A pool raises when it has no connection left: rather queue here than fail there.
-        self._connections = asyncio.Semaphore(min(_CONNECTIONS, self._pool.max_connections))
 
-    async def load(self) -> None:
-        """Load all scripts in one round trip."""
-        await self._answer(_LOAD, repeatable=True)
-        self._loads += 1
+    @property
+    def max_connections(self) -> int:
+        """How many connections the client has to lend."""
+        return self._pool.max_connections
 
-    async def run(self, name: str, keys: Sequence[str], args: Sequence[str | bytes], *, repeatable: bool = True) -> Any:
-        """Run a script for one session and return its reply; raise the error that the reply stands for.
+    async def run(self, name: str, keys: Sequence[str], args: Sequence[str | bytes]) -> list[Any]:
+        """Make one attempt to run a script for a batch of sessions, and return a reply for each, or the error it got.
 
-        Until the deadline it is run again whenever Redis surely did not run it, and, if *repeatable*, also when that
-        is not known since the connection broke. Raises `StoreUnavailable` then.
+        A script may stop early: there is no reply then for the sessions it did not look at. Raises `Unanswered`, or
+        what Redis says of the first session or of the script as a whole.
         """
-        (replies,) = await self._answer([("EVALSHA", _SHAS[name], str(len(keys)), *keys, *args)], repeatable=repeatable)
-        reply = replies[0]
-        if isinstance(reply, redis.exceptions.ResponseError):
-            raise _error_for(reply) from None
-        return reply
+        loaded = self._loaded or await self._load()
+        try:
+            (replies,) = await self._exchange([("EVALSHA", _SHAS[name], len(keys), *keys, *args)])
+        except Unanswered as unanswered:
+            if str(unanswered) == "NOSCRIPT" and self._loaded is loaded:
+                self._loaded = None
+            raise
+        return cast("list[Any]", replies)
 
-    async def _answer(self, commands: _Commands, *, repeatable: bool) -> list[Any]:
-        """Return the replies to these commands, however many attempts it takes within the deadline."""
-        failure: BaseException | None = None
-        missing, attempts, loads = False, 0, 0
-        with anyio.move_on_after(self._timeout):
-            while True:
-                try:
-                    if missing:
-                        await self._load_missing(loads)
-                    loads = self._loads
-                    return await self._exchange(commands)
-                except _Interrupted as interrupted:
-                    failure = interrupted.__cause__
-                    if not repeatable:
-                        raise StoreUnavailable("the connection broke: it is not known what was done") from failure
-                except (redis.exceptions.ResponseError, *_FAILURES) as error:
-                    failure, code = error, _code(error)
-                    missing = code == "NOSCRIPT"
-                    if code in _LASTING:
-                        raise StoreUnavailable(f"Redis refuses: {code}") from error
-                    if isinstance(error, redis.exceptions.ResponseError) and code not in _PASSING:
-                        raise _error_for(error) from None
-                if attempts:
-                    await anyio.sleep(min(0.25, 0.005 * 2 ** min(attempts, 8)) * random.uniform(0.5, 1))  # noqa: S311 - jitter
-                attempts += 1
-        reason = _code(failure) or type(failure).__name__ if failure else "it takes too long"
-        raise StoreUnavailable(f"no answer from Redis within the deadline: {reason}") from failure
-
-    async def _load_missing(self, loads: int) -> None:
-        """Load the scripts, unless another caller has since they were loaded that many times."""
+    async def _load(self) -> object:
+        """Load all scripts in one round trip, unless another caller did so meanwhile."""
         async with self._loading:
-            if loads == self._loads:
+            if not self._loaded:
                 try:
                     await self._exchange(_LOAD)
-                except _Interrupted as interrupted:  # No doubt about the operation: it has not been run yet.
-                    raise redis.exceptions.ConnectionError from interrupted.__cause__
-                self._loads += 1
+                except Unanswered as unanswered:
+                    unanswered.doubtful = False  # What they are to do has not begun.
+                    raise
+                self._loaded = object()
+            return self._loaded
 
     async def _exchange(self, commands: _Commands) -> list[Any]:
-        """Send commands on one connection, once, and return their replies; raise the first error among them."""
-        async with self._connections:
+        """Send commands on one connection, once, and return their replies."""
+        sent = False
+        try:
             connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
             try:
+                sent = True
                 await self._send(connection, commands)
                 return [await connection.read_response(disable_decoding=True) for _ in commands]
-            except (redis.exceptions.BusyLoadingError, redis.exceptions.AuthenticationError, _Unsent):
-                raise
             except redis.exceptions.ResponseError as error:
                 # The replies behind an error must not be taken for others; a demoted master is best asked no more.
                 if len(commands) > 1 or _code(error) == "READONLY":
                     await connection.disconnect()
                 raise
-            except _FAILURES as error:
-                raise _Interrupted from error
             finally:
                 with anyio.CancelScope(shield=True):
                     await self._pool.release(connection)
+        except (redis.exceptions.ResponseError, *_FAILURES) as error:
+            if error_for(error) is None:
+                raise Unanswered(doubtful=sent and not isinstance(error, _SURELY_NOT_RUN)) from error
+            raise
 
     @staticmethod
     async def _send(connection: AbstractConnection, commands: _Commands) -> None:
@@ -192,3 +183,6 @@ class Scripts:
             if connection.is_connected:
                 raise
             raise _Unsent from error
+
+
+_SURELY_NOT_RUN: Final = (redis.exceptions.ResponseError, redis.exceptions.BusyLoadingError, _Unsent)

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from rss.coalesce import Coalescer
 from rss.codec import Codec, JSONCodec, TextCodec
 from rss.durations import Duration, milliseconds
 from rss.errors import SessionEnded, SessionError, SessionNotFound
@@ -87,14 +88,14 @@ class SessionStore(Generic[S]):
         longest = "0" if max_lifetime is None else str(milliseconds(max_lifetime, "max_lifetime"))
         self._codec = codec
         self._reference_codec = codec if isinstance(codec, TextCodec) else JSONCodec()
-        self._scripts = Scripts(client, milliseconds(timeout, "timeout") / 1000)
         self._owned: Redis | None = None
 
         encoding = "text" if isinstance(codec, TextCodec) else "json"
-        self._head: list[str | bytes] = [prefix, longest, _TOMBSTONE, encoding, str(len(self._references))]
+        head = [prefix, longest, _TOMBSTONE, encoding, str(len(self._references))]
         for field, reference in self._references.items():
             strictness = "strict" if reference.strict else "lax"
-            self._head += [field, str(reference.limit or 0), reference.on_limit, strictness]
+            head += [field, str(reference.limit or 0), reference.on_limit, strictness]
+        self._calls = Coalescer(Scripts(client), head, milliseconds(timeout, "timeout") / 1000)
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:
@@ -106,10 +107,11 @@ class SessionStore(Generic[S]):
 
     async def load(self) -> None:
         """Load the scripts, so that the first operation finds them: not needed, but it tells whether Redis is there."""
-        await self._scripts.load()
+        await self.ended(self._keys.mint())
 
     async def aclose(self) -> None:
         """Close the client, if the store made it itself."""
+        await self._calls.drain()
         if self._owned is not None:
             await self._owned.aclose()
 
@@ -208,22 +210,22 @@ class SessionStore(Generic[S]):
             raise ValueError(f"{field!r} is a reference: it cannot be counted")
         if type(by) is not int or not -(2**63) <= by < 2**63:
             raise ValueError("by must be an integer of 64 bits")
-        args = [*self._head, field, str(by)]
+        args = [field, str(by)]
         keys = [self._keys.session(session_id)]
-        return cast("int", await self._scripts.run("increment", keys, args, repeatable=False))
+        return cast("int", await self._calls.run("increment", keys, args, repeatable=False))
 
     async def touch(self, session_id: str, max_age: Duration | None = None) -> bool:
         """Renew a session for *max_age*, and the reference sets it is in. Returns False if there is no session."""
         keys = [self._keys.session(session_id)]
-        return bool(await self._scripts.run("touch", keys, [*self._head, self._age(max_age)]))
+        return bool(await self._calls.run("touch", keys, [self._age(max_age)]))
 
     async def delete(self, session_id: str, *, reason: str = "deleted") -> bool:
         """End a session; for five minutes `ended` tells the *reason*, a short word.
 
         Returns False if there is no session. So it may also do if the connection broke and it was run twice.
         """
-        args = [*self._head, _reason(reason)]
-        return bool(await self._scripts.run("delete_with_refs", [self._keys.session(session_id)], args))
+        args = [_reason(reason)]
+        return bool(await self._calls.run("delete_with_refs", [self._keys.session(session_id)], args))
 
     async def ended(self, session_id: str) -> str | None:
         """Return why a session was ended, for five minutes after; None if it was not, or is not known any more."""
@@ -241,8 +243,8 @@ class SessionStore(Generic[S]):
         pairs, sets, counts = self._encode(values or {})
         patience = "0" if grace is None else str(milliseconds(grace, "grace"))
         keys = [self._keys.session(session_id), self._keys.session(new), *sets]
-        args = [*self._head, new, patience, str(len(pairs)), *pairs, *counts]
-        await self._scripts.run("rotate_with_refs", keys, args)
+        args = [new, patience, str(len(pairs)), *pairs, *counts]
+        await self._calls.run("rotate_with_refs", keys, args)
         return new
 
     async def ttl(self, session_id: str) -> timedelta | None:
@@ -276,11 +278,11 @@ class SessionStore(Generic[S]):
         """
         keys = [self._keys.reference(field, value), self._keys.fence(field, value)]
         spared = [text(session_id, "an id to keep") for session_id in _listed(keep, "keep")]
-        head = [*self._head, self._number(field)]
+        head = [self._number(field)]
         args = [_PAGE, self._keys.mint(), _reason(reason), str(len(spared)), *spared]
         cursor, ended = b"0", 0
         while True:
-            cursor, count = await self._scripts.run("delete_by_ref", keys, [*head, cursor, *args])
+            cursor, count = await self._calls.run("delete_by_ref", keys, [*head, cursor, *args])
             ended += int(count)
             if cursor == b"0":
                 return ended
@@ -292,30 +294,30 @@ class SessionStore(Generic[S]):
         expected: list[str | bytes] = []
         for field, value in _items({} if expect is None else expect, "expect"):
             expected += [field, self._expectation(field, value)]
-        args = [*self._head, session_id, self._age(max_age), mode]
+        args = [session_id, self._age(max_age), mode]
         args += [str(len(expected) // 2), *expected, str(len(pairs)), *pairs, *counts]
         keys = [self._keys.session(session_id), *sets]
-        await self._scripts.run("set_with_refs", keys, args, repeatable=not expected)
+        await self._calls.run("set_with_refs", keys, args, repeatable=not expected)
 
     async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[bytes]:
         names = _fields(fields)
-        args = [*self._head, max_age, str(len(names)), *names]
+        args = [max_age, str(len(names)), *names]
         keys = [self._keys.session(session_id)]
-        reply: list[bytes] = await self._scripts.run("unset_with_refs", keys, args, repeatable=repeatable)
+        reply: list[bytes] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
     async def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> list[Any]:
-        args = [*self._head, max_age, *_wanted(fields)]
-        reply: list[Any] = await self._scripts.run("get", [self._keys.session(session_id)], args)
+        args = [max_age, *_wanted(fields)]
+        reply: list[Any] = await self._calls.run("get", [self._keys.session(session_id)], args)
         return reply
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
-        keys, head = [self._keys.reference(field, value)], [*self._head, self._number(field)]
+        keys, head = [self._keys.reference(field, value)], [self._number(field)]
 
         async def sessions() -> AsyncIterator[S]:
             cursor, seen = b"0", set[str]()
             while True:
-                cursor, *page = await self._scripts.run("find_by_ref", keys, [*head, cursor, _PAGE, *_wanted(fields)])
+                cursor, *page = await self._calls.run("find_by_ref", keys, [*head, cursor, _PAGE, *_wanted(fields)])
                 for session in map(self._decode, page):
                     if session["id"] not in seen:  # A set that is rehashed between two pages shows members again.
                         seen.add(session["id"])

@@ -1,0 +1,195 @@
+"""Calls of one script that wait in the same moment become one: that is what makes the store fast.
+
+A call through redis-py costs some hundred microseconds of Python, whatever Redis does. Here it waits until the event
+loop has run all that is ready, and goes out with the others of its kind: one EVALSHA over many sessions, a flight. A
+call that is alone goes at once. Every caller has a deadline of its own and gets a reply or an error of its own.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis.exceptions
+
+from rss.errors import StoreUnavailable
+from rss.scripts import Scripts, Unanswered, error_for
+
+#: Sessions in a flight, at most: over so many, a script holds Redis for a millisecond or two.
+BATCH = 128
+#: Flights in the air, at most: Redis does one while Python prepares another and reads the replies of a third.
+FLIGHTS = 3
+
+# What holds Redis for long enough as it is.
+_ALONE: Final = {"find_by_ref", "delete_by_ref"}
+# Characters in the arguments of a flight, about: the larger they are, the fewer fly together.
+_LOAD: Final = 1 << 17
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    keys: Sequence[str]
+    args: Sequence[str | bytes]
+    deadline: float
+    answer: asyncio.Future[Any]
+    failure: Unanswered | None = None
+
+    def succeed(self, reply: object) -> None:
+        if not self.answer.done():
+            self.answer.set_result(reply)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # A caller that is cancelled now will not ask for it; asyncio would complain.
+
+    def give_up(self, why: str, failure: Unanswered | None) -> None:
+        error = StoreUnavailable(why)
+        error.__cause__ = failure and failure.__cause__
+        self.fail(error)
+
+
+class Coalescer:
+    """Runs scripts for many callers at once, each of whom sees only the own session.
+
+    *head*: the arguments that every script begins with. *timeout*: seconds that a caller waits at most.
+    """
+
+    def __init__(self, scripts: Scripts, head: Sequence[str], timeout: float) -> None:
+        self._scripts = scripts
+        self._head = head
+        self._timeout = timeout
+        self._waiting: dict[tuple[str, bool], deque[_Call]] = {}
+        self._flights: dict[asyncio.Task[None], list[_Call]] = {}
+        self._boarding = False  # A flight is about to take all that wait when it takes off.
+        self._timer: asyncio.TimerHandle | None = None
+
+    def run(
+        self, name: str, keys: Sequence[str], args: Sequence[str | bytes], *, repeatable: bool = True
+    ) -> asyncio.Future[Any]:
+        """Run a script for one session; the result is its reply, or the error that this stands for.
+
+        Until the deadline it is run again whenever Redis surely did not run it, and, if *repeatable*, also when that
+        is not known since the connection broke. After that, the error is `StoreUnavailable`.
+        """
+        loop = asyncio.get_running_loop()
+        call = _Call(keys, args, loop.time() + self._timeout, loop.create_future())
+        kind = (name, repeatable)
+        queue = self._waiting.get(kind)
+        if queue is None:
+            queue = self._waiting[kind] = deque()
+        queue.append(call)
+        if not self._boarding:
+            self._board()
+        if self._timer is None:
+            self._timer = loop.call_at(call.deadline, self._expire)
+        return call.answer
+
+    async def drain(self) -> None:
+        """Wait until every caller has an answer."""
+        while self._flights:
+            await asyncio.wait(self._flights)
+
+    def _board(self) -> None:
+        """Begin another flight, if one may; it takes off when the event loop has run all that is ready."""
+        if len(self._flights) < min(FLIGHTS, self._scripts.max_connections):
+            self._boarding = True
+            flight = asyncio.get_running_loop().create_task(self._fly())
+            self._flights.setdefault(flight, [])
+            flight.add_done_callback(self._land)
+
+    def _land(self, flight: asyncio.Task[None]) -> None:
+        """Leave nobody behind, whatever ended the flight: the deadline, the end of the event loop, or an error."""
+        self._boarding = self._boarding and not flight.cancelled()
+        for call in self._flights.pop(flight):
+            if flight.cancelled():
+                call.give_up("the operation was cancelled", call.failure)
+            else:
+                call.fail(flight.exception() or asyncio.InvalidStateError())
+        if any(not call.answer.done() for queue in self._waiting.values() for call in queue):
+            if not self._boarding:
+                self._board()
+        elif not self._flights and self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    async def _fly(self) -> None:
+        """Answer the calls that wait, a batch at a time, until none does."""
+        self._boarding = False
+        flight = asyncio.current_task()
+        assert flight
+        failures = 0
+        while batch := self._take():
+            kind, calls = batch
+            self._flights[flight] = calls
+            if self._waiting and not self._boarding:
+                self._board()
+            name, repeatable = kind
+            keys = [key for call in calls for key in call.keys]
+            args = [*self._head, *(arg for call in calls for arg in call.args)]
+            try:
+                replies = await self._scripts.run(name, keys, args)
+            except Unanswered as failure:
+                for call in calls:
+                    call.failure = failure
+                    if failure.doubtful and not repeatable:
+                        call.give_up("the connection broke: it is not known what was done", failure)
+                replies, failures = [], failures + 1
+            except redis.exceptions.RedisError as error:
+                replies, failures = [error], 0
+                if isinstance(error_for(error), StoreUnavailable):
+                    replies *= len(calls)
+            else:
+                failures = 0
+            for call, reply in zip(calls, replies, strict=False):
+                if isinstance(reply, redis.exceptions.RedisError):
+                    call.fail(error_for(reply) or reply)
+                else:
+                    call.succeed(reply)
+            self._flights[flight] = []
+            if len(replies) < len(calls):
+                self._waiting.setdefault(kind, deque()).extendleft(reversed(calls[len(replies) :]))
+            if failures > 1:
+                await asyncio.sleep(min(0.25, 0.005 * 2 ** min(failures, 8)) * random.uniform(0.5, 1))  # noqa: S311 - jitter
+
+    def _take(self) -> tuple[tuple[str, bool], list[_Call]] | None:
+        """Take calls of the kind that waits longest, as many as may fly together; None if nobody waits."""
+        while self._waiting:
+            kind = next(iter(self._waiting))
+            queue = self._waiting.pop(kind)
+            share = -(-(len(queue) + sum(map(len, self._flights.values()))) // FLIGHTS)
+            seats = 1 if kind[0] in _ALONE else min(BATCH, share)
+            calls: list[_Call] = []
+            load = 0
+            while queue and len(calls) < seats and load < _LOAD:
+                call = queue.popleft()
+                if not call.answer.done():  # The caller is gone.
+                    calls.append(call)
+                    load += sum(map(len, call.args))
+            if queue:
+                self._waiting[kind] = queue
+            if calls:
+                return kind, calls
+        return None
+
+    def _expire(self) -> None:
+        """Tell the callers whose deadline has passed, and end the flights that nobody waits for any more."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for calls in (*self._waiting.values(), *self._flights.values()):
+            for call in calls:
+                if call.deadline <= now:
+                    why = call.failure or "it takes too long"
+                    call.give_up(f"no answer from Redis within the deadline: {why}", call.failure)
+        for flight, calls in self._flights.items():
+            if calls and all(call.deadline <= now for call in calls):
+                flight.cancel()
+        left = [
+            call.deadline
+            for calls in (*self._waiting.values(), *self._flights.values())
+            for call in calls
+            if call.deadline > now
+        ]
+        self._timer = loop.call_at(min(left), self._expire) if left else None
