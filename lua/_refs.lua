@@ -17,7 +17,7 @@ local function read_sets()
   for i = 1, #refs do
     local n = number()
     sets[i] = n >= 0 and {}
-    for j = 1, n do sets[i][j] = key() end
+    for _ = 1, n do add(sets[i], key()) end
   end
   return sets
 end
@@ -55,22 +55,20 @@ end
 -- session that is doomed.
 local function plan_move(session, id, sets)
   local plan = { id = id, joins = {}, stays = {}, leaves = {}, marks = {}, dead = {}, evicted = {} }
-  for n, ref in ipairs(refs) do
-    local before, after = {}, {}
-    for _, set in ipairs(session[n] or {}) do before[set] = true end
-    for _, set in ipairs(sets[n] or session[n] or {}) do
-      after[set] = true
+  for n = 1, #refs do
+    local before, after = sets_in(session, n), sets[n] or sets_in(session, n)
+    for _, set in ipairs(after) do
       local member = redis.pcall("SISMEMBER", set, id)
       if type(member) == "table" then return member end
-      local refused = ref.limit > 0 and not before[set] and make_room(plan, n, set)
+      local refused = refs[n].limit > 0 and not before[set] and make_room(plan, n, set)
       if refused then return refused end
       local round = not before[set] and redis.pcall("HGET", fence_of(set), "round")
       if type(round) == "table" then return round end
       if round then plan.marks[#plan.marks + 1] = { fence_of(set), "id:" .. id, round } end
-      local list = before[set] and member == 1 and plan.stays or plan.joins
-      list[#list + 1] = { set = set, n = n, ttl = redis.call("PTTL", set) }
+      local stays = before[set] and member == 1
+      if stays then append(plan.stays, set) else append(plan.joins, { set = set, ttl = redis.call("PTTL", set) }) end
     end
-    for set in pairs(before) do
+    for _, set in ipairs(before) do
       if id ~= session.id or not after[set] then
         plan.leaves[#plan.leaves + 1] = set
         local failed = pass_fence(plan, session, set, after[set])
@@ -95,12 +93,12 @@ end
 -- session has expired.
 local function settle(plan, session, ttl)
   for _, join in ipairs(plan.joins) do outlive(join.set, ttl, join.ttl) end
-  for _, stay in ipairs(plan.stays) do outlive(stay.set, ttl, stay.ttl) end
+  for _, set in ipairs(plan.stays) do outlive(set, ttl, redis.call("PTTL", set)) end
   for _, set in ipairs(plan.leaves) do leave(set, session.id) end
   for _, evicted in pairs(plan.evicted) do bury(evicted, "evicted") end
   for _, join in ipairs(plan.joins) do
     for _, id in ipairs(redis.call("SRANDMEMBER", join.set, SAMPLE)) do
-      if not belongs(id, join.n, join.set) then plan.dead[#plan.dead + 1] = { join.set, id } end
+      if redis.call("EXISTS", session_key(id)) == 0 then plan.dead[#plan.dead + 1] = { join.set, id } end
     end
   end
   for _, dead in ipairs(plan.dead) do leave(dead[1], dead[2]) end

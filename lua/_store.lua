@@ -27,8 +27,10 @@ end
 local function number() return tonumber(arg()) end
 
 local function args(n)
+  args_read = args_read + n
+  if n <= 1000 then return { unpack(ARGV, args_read - n + 1, args_read) } end
   local list = {}
-  for i = 1, n do list[i] = arg() end
+  for i = 1, n do list[i] = ARGV[args_read - n + i] end
   return list
 end
 
@@ -58,31 +60,54 @@ local prefix, max_lifetime, tombstone, encoding = arg(), number(), arg(), arg()
 local refs = {}
 for i = 1, number() do
   refs[i] = { field = arg(), limit = number(), on_limit = arg(), strict = arg() == "strict" }
+  refs[i].stem = prefix .. ":" .. refs[i].field .. ":{"
 end
 
 local clock = redis.call("TIME")
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
--- Lua itself would write 1.7e+12.
+-- As a text: Lua itself would write 1.7e+12.
 local function integer(n) return string.format("%.0f", n) end
 
 local function session_key(id) return prefix .. ":{" .. id .. "}" end
 
--- The reference sets for what a field holds: a text, a JSON string or a JSON list of texts and integers.
-local function sets_of(field, held)
-  if not held or held == "" or (encoding == "json" and held == "null") then return {} end
-  local texts, first = { held }, string.byte(held)
+-- Reference sets: a list of them that also tells of each whether it is among them.
+local function add(sets, set)
+  sets[#sets + 1] = set
+  sets[set] = true
+end
+
+-- The sets of a reference for what its field holds: a text, a JSON string or a JSON list of texts and integers.
+local function sets_of(ref, held)
+  local first = held and string.byte(held)
+  if not first or (encoding == "json" and held == "null") then return {} end
   if encoding == "json" and (first == 34 or first == 91) then
-    local ok, value = pcall(cjson.decode, held)
-    if ok then texts = type(value) == "table" and value or { value } end
+    local sets, ok, value = {}, pcall(cjson.decode, held)
+    for _, text in ipairs(ok and type(value) == "table" and value or { ok and value or held }) do
+      if type(text) == "number" then text = integer(text) end
+      if type(text) == "string" then add(sets, ref.stem .. text .. "}") end
+    end
+    return sets
   end
-  local sets = {}
-  for _, text in ipairs(texts) do
-    if type(text) == "number" then text = integer(text) end
-    if type(text) == "string" then sets[#sets + 1] = prefix .. ":" .. field .. ":{" .. text .. "}" end
-  end
-  return sets
+  local set = ref.stem .. held .. "}"
+  return { set, [set] = true }
 end
 
 -- Where delete_by_ref, while it works through a large set, finds the sessions that joined after it began.
 local function fence_of(set) return prefix .. ":_fence" .. string.sub(set, #prefix + 1) end
+
+-- By the clock, not from the moment of the command: where time runs on in a script, a set would die before its session.
+-- Redis writes a number of Lua with all of its digits, up to 2^53.
+local function expire(name, ttl) redis.call("PEXPIREAT", name, now + ttl) end
+
+-- A set lives at least as long as its members, and somewhat longer: so it need not be renewed with each of them, each
+-- time. One without a TTL, made by others, keeps none; -2: it was not there.
+local function outlive(set, ttl, before)
+  if before == -2 or (before >= 0 and before < ttl) then expire(set, ttl + math.floor(ttl / 32)) end
+end
+
+-- A key of another type under the name of a set holds no id: no reason to keep a session alive.
+local function leave(set, id)
+  local reply = redis.pcall("SREM", set, id)
+  if type(reply) == "table" and not string.find(reply.err, "WRONGTYPE") then redis.call("SREM", set, id) end
+end

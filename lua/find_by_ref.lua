@@ -19,7 +19,7 @@ local function find_by()
 
   local reply = { scanned[1] }
   for _, id in ipairs(scanned[2]) do
-    local session = belongs(id, n, set)
+    local session = belongs(id, n, set, not fields)
     if session then
       append(reply, read(session, fields))
     else

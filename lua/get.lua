@@ -12,8 +12,9 @@
     "_ended", reason, 0 if it was ended
 ]]
 local function get()
-  local session, max_age, count = find(key()), number(), number()
+  local name, max_age, count = key(), number(), number()
   local fields = count >= 0 and args(count)
+  local session = find(name, not fields)
   if not session then return { 0 } end
   if session.err then return session end
   if session.ended then return { "_ended", session.ended, 0 } end

@@ -6,6 +6,10 @@ from redis.asyncio import Redis
 Content = dict[str, str] | set[str] | str
 
 
+#: A reference set may live so many times as long as its longest-lived member.
+SLACK = 33 / 32
+
+
 class Keyspace:
     """All keys that begin with a prefix."""
 

@@ -24,7 +24,7 @@ def _between_pages(
     store: SessionStore, monkeypatch: pytest.MonkeyPatch, others: Callable[[], Awaitable[object]]
 ) -> None:
     """Let others do something after each page of this store."""
-    run = store._scripts.run
+    run = store._calls.run
 
     async def run_and_let_others(name: str, *args: Any, **options: Any) -> Any:
         reply = await run(name, *args, **options)
@@ -32,7 +32,7 @@ def _between_pages(
             await others()
         return reply
 
-    monkeypatch.setattr(store._scripts, "run", run_and_let_others)
+    monkeypatch.setattr(store._calls, "run", run_and_let_others)
 
 
 async def test_all_end_that_were_there_and_none_that_came(

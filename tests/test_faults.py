@@ -96,6 +96,7 @@ async def _broken(url: str, shop: SessionStore) -> AsyncIterator[tuple[Proxy, Se
         proxied(url) as (proxy, address),
         SessionStore.from_url(address, references=["user_id", "ip"], timeout=2) as store,
     ):
+        proxy.scripts = 0
         yield proxy, store
 
 

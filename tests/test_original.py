@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from rss import SessionEnded, SessionError, SessionStore, TextCodec
-from tests.keyspace import Keyspace
+from tests.keyspace import SLACK, Keyspace
 
 
 async def test_b1_delete_leaves_every_set(store: SessionStore, keyspace: Keyspace) -> None:
@@ -26,7 +26,7 @@ async def test_b2_a_new_value_leaves_the_old_set(store: SessionStore, keyspace: 
 async def test_b3_reference_sets_have_a_ttl(store: SessionStore, keyspace: Keyspace) -> None:
     """Those of the original stay for ever."""
     await store.set("a", {"user_id": 1}, "1h")
-    assert 3_590_000 < await keyspace.ttl("user_id:{1}") <= 3_600_000
+    assert 3_590_000 < await keyspace.ttl("{a}") <= await keyspace.ttl("user_id:{1}") <= 3_600_000 * SLACK
 
 
 async def test_b4_the_id_of_an_expired_session_goes(store: SessionStore, keyspace: Keyspace) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from rss import scripts
+from rss import SessionStore, scripts
 
 FILES = sorted((Path(__file__).parents[1] / "lua").glob("*.lua"))
 NAMES = {"get", "set_with_refs", "unset_with_refs", "increment", "touch", "delete_with_refs", "rotate_with_refs"}
@@ -65,6 +65,5 @@ def test_a_header_names_the_arguments_in_the_order_they_are_read(file: Path) -> 
 async def test_loading_is_one_round_trip(client: Redis) -> None:
     """All scripts are there after it."""
     await client.script_flush()
-    loader = scripts.Scripts(client, 5)
-    await loader.load()
+    await SessionStore(client).load()
     assert all(await client.script_exists(*scripts._SHAS.values()))
