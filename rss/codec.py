@@ -1,6 +1,7 @@
 """How the value of a field stands in the hash."""
 
 import json
+import re
 from typing import Any, Protocol
 
 
@@ -23,9 +24,10 @@ def _refuse(constant: str) -> float:
 _loads = json.JSONDecoder(parse_constant=_refuse).decode
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
-# What a JSON text can begin with.
+# What a JSON text can begin with; "" is none. What begins like a number is hardly ever one: addresses, dates, ids.
 _JSON_STARTS = frozenset('"[{-0123456789tfn \t\n\r')
-_JSON_START_BYTES = frozenset(map(ord, _JSON_STARTS))
+_NUMBER_STARTS = frozenset("-0123456789")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?[ \t\n\r]*")
 
 
 class JSONCodec:
@@ -40,7 +42,7 @@ class JSONCodec:
         if type(value) is int:
             return str(value)
         if type(value) is str:
-            text = _dumps(value) if self._is_like_json(value) else value
+            text = _dumps(value) if value[:1] in _JSON_STARTS and self._is_like_json(value) else value
         else:
             try:
                 text = _dumps(value)
@@ -53,19 +55,20 @@ class JSONCodec:
 
     def decode(self, field: str, data: bytes, /) -> Any:
         text = data.decode()
-        if data and data[0] in _JSON_START_BYTES:
-            try:
-                return _loads(text)
-            except (ValueError, RecursionError):
-                pass  # A plain text that only begins like JSON.
-        return text
+        first = text[:1]
+        if first not in _JSON_STARTS or (first in _NUMBER_STARTS and not _NUMBER.fullmatch(text)):
+            return text
+        try:
+            return int(text) if data.isdigit() else _loads(text)
+        except (ValueError, RecursionError):
+            return text  # It only begins like JSON.
 
     def _is_like_json(self, text: str) -> bool:
-        if not text or text[0] not in _JSON_STARTS:
-            return False
         # The scripts parse what begins like this with a parser of their own, which takes more for JSON than ours.
         if text[0] in '"[{':
             return True
+        if text[0] in _NUMBER_STARTS:
+            return _NUMBER.fullmatch(text) is not None
         try:
             _loads(text)
         except (ValueError, RecursionError):

@@ -20,11 +20,16 @@ def text(value: object, name: str) -> str:
 
 def reference_value(value: object, field: str) -> str:
     """Return the text that stands for a reference value: str and int, 1 to 512 bytes; 1 and "1" are the same."""
-    if not isinstance(value, str | int) or isinstance(value, bool):
+    if isinstance(value, str):
+        plain = str.__str__(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        plain = int.__repr__(value)
+    else:
         raise TypeError(f"a value of the reference {field!r} must be a str or an int, not {type(value).__name__}")
-    plain = text(str.__str__(value) if isinstance(value, str) else int.__repr__(value), f"a value of {field!r}")
-    if len(plain.encode()) > 512:
+    if not 0 < len(plain) <= 128 and len(text(plain, f"a value of {field!r}").encode()) > 512:
         raise ValueError(f"a value of the reference {field!r} must not be longer than 512 bytes")
+    if not plain.isascii():
+        text(plain, f"a value of {field!r}")
     return plain
 
 

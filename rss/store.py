@@ -1,6 +1,8 @@
 """The store: one method is one operation is one script."""
 
+import asyncio
 import codecs
+import functools
 import re
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -87,7 +89,8 @@ class SessionStore(Generic[S]):
         self._max_age = str(milliseconds(max_age, "max_age"))
         longest = "0" if max_lifetime is None else str(milliseconds(max_lifetime, "max_lifetime"))
         self._codec = codec
-        self._reference_codec = codec if isinstance(codec, TextCodec) else JSONCodec()
+        own = codec if isinstance(codec, TextCodec) else JSONCodec()
+        self._codecs: dict[str, Codec] = dict.fromkeys(self._references, own)  # Of the other fields: `codec`.
         self._owned: Redis | None = None
 
         encoding = "text" if isinstance(codec, TextCodec) else "json"
@@ -159,7 +162,8 @@ class SessionStore(Generic[S]):
         With *touch*, renew it for the store's max_age in the same round trip. Returns {} if there is no session.
         """
         names = None if fields is None else _fields(fields, "id")
-        return self._decode((await self._read(session_id, names, self._max_age if touch else "0"))[:-1])
+        reply = await self._read(session_id, names, self._max_age if touch else "0")
+        return self._decode(reply[:-1])
 
     async def set(
         self,
@@ -306,10 +310,8 @@ class SessionStore(Generic[S]):
         reply: list[bytes] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
-    async def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> list[Any]:
-        args = [max_age, *_wanted(fields)]
-        reply: list[Any] = await self._calls.run("get", [self._keys.session(session_id)], args)
-        return reply
+    def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> asyncio.Future[list[Any]]:
+        return self._calls.run("get", [self._keys.session(session_id)], [max_age, *_wanted(fields)])
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
         keys, head = [self._keys.reference(field, value)], [self._number(field)]
@@ -341,16 +343,13 @@ class SessionStore(Generic[S]):
         """Return fields and data in turn, the reference sets to be in, and how many these are for each reference."""
         pairs: list[str | bytes] = []
         for field, value in _items(values, "values"):
-            pairs += [field, self._encode_value(field, value)]
+            pairs += (field, self._encode_value(field, value))
         sets: list[str] = []
         counts: list[str] = []
         for field in self._references:
-            if field in values:
-                own = self._sets(field, values[field])
-                sets += own
-                counts.append(str(len(own)))
-            else:
-                counts.append("-1")
+            own = self._sets(field, values[field]) if field in values else None
+            sets += own or ()
+            counts.append("-1" if own is None else str(len(own)))
         return pairs, sets, counts
 
     def _sets(self, field: str, value: Any) -> list[str]:
@@ -362,11 +361,8 @@ class SessionStore(Generic[S]):
             raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
         return list(dict.fromkeys(self._keys.reference(field, one) for one in value))
 
-    def _codec_of(self, field: str) -> Codec:
-        return self._reference_codec if field in self._references else self._codec
-
     def _encode_value(self, field: str, value: Any) -> str | bytes:
-        codec = self._codec_of(field)
+        codec = self._codecs.get(field, self._codec)
         try:
             return codec.encode(field, value)
         except (TypeError, ValueError) as error:
@@ -386,13 +382,14 @@ class SessionStore(Generic[S]):
 
     def _decode(self, pairs: list[bytes]) -> S:
         session: dict[str, Any] = {}
+        codecs, codec = self._codecs, self._codec
         for i in range(0, len(pairs), 2):
-            field, data = pairs[i].decode(errors="backslashreplace"), pairs[i + 1]
+            field = pairs[i].decode(errors="backslashreplace")
             if field == "id":
-                session[field] = data.decode()
+                session[field] = pairs[i + 1].decode()
             elif not field.startswith("_"):
                 try:
-                    session[field] = self._codec_of(field).decode(field, data)
+                    session[field] = codecs.get(field, codec).decode(field, pairs[i + 1])
                 except (TypeError, ValueError):
                     raise SessionError(f"the field {field!r} holds data that is not readable") from None
         return cast("S", session)
@@ -421,6 +418,7 @@ def _items(values: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
     return [(_field(field), value) for field, value in values.items()]
 
 
+@functools.lru_cache(maxsize=1024)
 def _field(field: str) -> str:
     if text(field, "a field") == "id" or field.startswith("_"):
         raise ValueError(f"the field {field!r} is reserved: 'id' and names that begin with '_' are the library's")

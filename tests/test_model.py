@@ -459,7 +459,7 @@ def test_the_model_finds_a_bug(
     """Scripts with a bug planted do not do what the model does."""
     planted = {name: source.replace(right, wrong) for name, source in scripts.SCRIPTS.items()}
     assert planted != scripts.SCRIPTS
-    monkeypatch.setattr(scripts, "_LOAD", [("SCRIPT LOAD", source) for source in planted.values()])
+    monkeypatch.setattr(scripts, "_LOAD", [("SCRIPT", "LOAD", source) for source in planted.values()])
     monkeypatch.setattr(scripts, "_SHAS", {n: hashlib.sha1(s.encode()).hexdigest() for n, s in planted.items()})
     with pytest.raises((AssertionError, SessionError, pytest.fail.Exception)):
         _run(redis_server, max_examples=500, database=None, phases=[Phase.generate], derandomize=True)
