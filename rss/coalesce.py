@@ -6,13 +6,15 @@ call that is alone goes at once. Every caller has a deadline of its own and gets
 """
 
 import asyncio
-import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from itertools import chain
+from typing import Any, Final, cast
 
 import redis.exceptions
+from redis.asyncio.connection import AbstractConnection
+from redis.backoff import EqualJitterBackoff
 
 from rss.errors import StoreUnavailable
 from rss.scripts import Scripts, Unanswered, error_for
@@ -26,6 +28,11 @@ FLIGHTS = 3
 _ALONE: Final = {"find_by_ref", "delete_by_ref"}
 # Characters in the arguments of a flight, about: the larger they are, the fewer fly together.
 _LOAD: Final = 1 << 17
+# Seconds between attempts; the first repetition does not wait.
+_BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
+
+
+_Kind = tuple[str, bool]  # The name of a script, and whether it is repeatable.
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +68,7 @@ class Coalescer:
         self._scripts = scripts
         self._head = head
         self._timeout = timeout
-        self._waiting: dict[tuple[str, bool], deque[_Call]] = {}
+        self._waiting: dict[_Kind, deque[_Call]] = {}
         self._flights: dict[asyncio.Task[None], list[_Call]] = {}
         self._boarding = False  # A flight is about to take all that wait when it takes off.
         self._timer: asyncio.TimerHandle | None = None
@@ -81,10 +88,10 @@ class Coalescer:
         if queue is None:
             queue = self._waiting[kind] = deque()
         queue.append(call)
-        if not self._boarding:
-            self._board()
         if self._timer is None:
             self._timer = loop.call_at(call.deadline, self._expire)
+        if not self._boarding:
+            self._board()
         return call.answer
 
     async def drain(self) -> None:
@@ -108,7 +115,7 @@ class Coalescer:
                 call.give_up("the operation was cancelled", call.failure)
             else:
                 call.fail(flight.exception() or asyncio.InvalidStateError())
-        if any(not call.answer.done() for queue in self._waiting.values() for call in queue):
+        if any(not call.answer.done() for call in self._queued()):
             if not self._boarding:
                 self._board()
         elif not self._flights and self._timer:
@@ -116,45 +123,67 @@ class Coalescer:
             self._timer = None
 
     async def _fly(self) -> None:
-        """Answer the calls that wait, a batch at a time, until none does."""
+        """Answer the calls that wait, a batch at a time, until nobody waits."""
         self._boarding = False
-        flight = asyncio.current_task()
-        assert flight
+        flight = cast("asyncio.Task[None]", asyncio.current_task())
         failures = 0
-        while batch := self._take():
-            kind, calls = batch
-            self._flights[flight] = calls
-            if self._waiting and not self._boarding:
-                self._board()
-            name, repeatable = kind
-            keys = [key for call in calls for key in call.keys]
-            args = [*self._head, *(arg for call in calls for arg in call.args)]
+        while self._waiting:
             try:
-                replies = await self._scripts.run(name, keys, args)
+                async with self._scripts.connection() as connection:
+                    while batch := self._take():
+                        kind, self._flights[flight] = batch
+                        if self._waiting and not self._boarding:
+                            self._board()
+                        await self._serve(connection, kind, self._flights[flight])
+                        failures = 0
+                        # Those who got an answer may call again at once: this flight takes them too.
+                        self._boarding = True
+                        await asyncio.sleep(0)
+                        self._boarding = False
             except Unanswered as failure:
-                for call in calls:
+                for call in self._queued():
                     call.failure = failure
-                    if failure.doubtful and not repeatable:
-                        call.give_up("the connection broke: it is not known what was done", failure)
-                replies, failures = [], failures + 1
-            except redis.exceptions.RedisError as error:
-                replies, failures = [error], 0
-                if isinstance(error_for(error), StoreUnavailable):
-                    replies *= len(calls)
-            else:
-                failures = 0
-            for call, reply in zip(calls, replies, strict=False):
-                if isinstance(reply, redis.exceptions.RedisError):
-                    call.fail(error_for(reply) or reply)
-                else:
-                    call.succeed(reply)
-            self._flights[flight] = []
-            if len(replies) < len(calls):
-                self._waiting.setdefault(kind, deque()).extendleft(reversed(calls[len(replies) :]))
-            if failures > 1:
-                await asyncio.sleep(min(0.25, 0.005 * 2 ** min(failures, 8)) * random.uniform(0.5, 1))  # noqa: S311 - jitter
+                failures += 1
+                if failures > 1:
+                    await asyncio.sleep(_BACKOFF.compute(failures))
+            except (redis.exceptions.RedisError, OSError) as error:  # Redis lets nobody in.
+                for call in self._queued():
+                    call.fail(error_for(error) or error)
+                self._waiting.clear()
 
-    def _take(self) -> tuple[tuple[str, bool], list[_Call]] | None:
+    async def _serve(self, connection: AbstractConnection, kind: _Kind, calls: list[_Call]) -> None:
+        """Run a script for these calls, once, and hand out the replies; calls that got none wait again."""
+        name, repeatable = kind
+        keys = [key for call in calls for key in call.keys]
+        args = [*self._head, *(arg for call in calls for arg in call.args)]
+        replies: list[Any] = []
+        try:
+            replies = await self._scripts.run(connection, name, keys, args)
+        except Unanswered as failure:
+            if failure.doubtful and not repeatable:
+                for call in calls:
+                    call.give_up("the connection broke: it is not known what was done", failure)
+            self._wait_again(kind, calls)
+            raise
+        except redis.exceptions.RedisError as error:
+            replies = [error] * (len(calls) if isinstance(error_for(error), StoreUnavailable) else 1)
+        for call, reply in zip(calls, replies, strict=False):
+            if isinstance(reply, redis.exceptions.RedisError):
+                call.fail(error_for(reply) or reply)
+            else:
+                call.succeed(reply)
+        del calls[: len(replies)]
+        if calls:
+            self._wait_again(kind, calls)
+
+    def _queued(self) -> Iterator[_Call]:
+        return chain.from_iterable(self._waiting.values())
+
+    def _wait_again(self, kind: _Kind, calls: list[_Call]) -> None:
+        self._waiting.setdefault(kind, deque()).extendleft(reversed(calls))
+        calls.clear()
+
+    def _take(self) -> tuple[_Kind, list[_Call]] | None:
         """Take calls of the kind that waits longest, as many as may fly together; None if nobody waits."""
         while self._waiting:
             kind = next(iter(self._waiting))
@@ -165,7 +194,7 @@ class Coalescer:
             load = 0
             while queue and len(calls) < seats and load < _LOAD:
                 call = queue.popleft()
-                if not call.answer.done():  # The caller is gone.
+                if not call.answer.done():  # Else the caller is gone.
                     calls.append(call)
                     load += sum(map(len, call.args))
             if queue:
@@ -178,18 +207,19 @@ class Coalescer:
         """Tell the callers whose deadline has passed, and end the flights that nobody waits for any more."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for calls in (*self._waiting.values(), *self._flights.values()):
-            for call in calls:
-                if call.deadline <= now:
-                    why = call.failure or "it takes too long"
-                    call.give_up(f"no answer from Redis within the deadline: {why}", call.failure)
+        deadlines = []
+        for call in chain(self._queued(), *self._flights.values()):
+            if call.deadline > now:
+                deadlines.append(call.deadline)
+            else:
+                why = call.failure or "it takes too long"
+                call.give_up(f"no answer from Redis within the deadline: {why}", call.failure)
+        self._waiting = {
+            kind: deque(live)
+            for kind, queue in self._waiting.items()
+            if (live := [call for call in queue if not call.answer.done()])
+        }
         for flight, calls in self._flights.items():
             if calls and all(call.deadline <= now for call in calls):
                 flight.cancel()
-        left = [
-            call.deadline
-            for calls in (*self._waiting.values(), *self._flights.values())
-            for call in calls
-            if call.deadline > now
-        ]
-        self._timer = loop.call_at(min(left), self._expire) if left else None
+        self._timer = loop.call_at(min(deadlines), self._expire) if deadlines else None

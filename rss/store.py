@@ -98,12 +98,14 @@ class SessionStore(Generic[S]):
         for field, reference in self._references.items():
             strictness = "strict" if reference.strict else "lax"
             head += [field, str(reference.limit or 0), reference.on_limit, strictness]
-        self._calls = Coalescer(Scripts(client), head, milliseconds(timeout, "timeout") / 1000)
+        seconds = milliseconds(timeout, "timeout") / 1000
+        self._calls = Coalescer(Scripts(client, seconds), head, seconds)
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:
         """Return a store with a client of its own, which `aclose` closes: redis://, rediss:// or unix://."""
-        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
+        # Every call has a deadline: the client need not watch each packet too.
+        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
         store = cls(client, **options)
         store._owned = client
         return store
@@ -298,8 +300,8 @@ class SessionStore(Generic[S]):
         expected: list[str | bytes] = []
         for field, value in _items({} if expect is None else expect, "expect"):
             expected += [field, self._expectation(field, value)]
-        args = [session_id, self._age(max_age), mode]
-        args += [str(len(expected) // 2), *expected, str(len(pairs)), *pairs, *counts]
+        args = [session_id, self._age(max_age), mode, str(len(expected) // 2), *expected]
+        args += [str(len(pairs)), *pairs, *counts]
         keys = [self._keys.session(session_id), *sets]
         await self._calls.run("set_with_refs", keys, args, repeatable=not expected)
 

@@ -236,6 +236,7 @@ async def test_an_idle_connection_that_was_reset(url: str, shop: SessionStore) -
     async with Redis.from_url(url) as admin:
         for n in range(10):
             assert await shop.increment("a", "m") == n + 1
+            await shop._calls.drain()
             (idle,) = shop._owned.connection_pool._available_connections
             await admin.client_kill_filter(_type="normal", skipme=True)
             while idle._reader and not idle._reader.at_eof():
@@ -524,6 +525,7 @@ async def test_a_client_is_left_as_it_is(url: str, shop: SessionStore) -> None:
         await own.get("a")
         owned = own._owned
         assert owned is not None
+        await own._calls.drain()
         assert owned.connection_pool._available_connections[0].is_connected
     assert not owned.connection_pool._available_connections[0].is_connected
 
