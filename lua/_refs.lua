@@ -16,8 +16,8 @@ local function read_sets()
   local sets = {}
   for i = 1, #refs do
     local n = number()
-    sets[i] = n >= 0 and {}
-    for _ = 1, n do add(sets[i], key()) end
+    sets[i] = n >= 0 and { n > 0 and key() or nil }
+    for _ = 2, n do add(sets[i], key()) end
   end
   return sets
 end
@@ -60,18 +60,19 @@ local function plan_move(session, id, sets)
     for _, set in ipairs(after) do
       local member = redis.pcall("SISMEMBER", set, id)
       if type(member) == "table" then return member end
-      local refused = refs[n].limit > 0 and not before[set] and make_room(plan, n, set)
+      local refused = refs[n].limit > 0 and not has(before, set) and make_room(plan, n, set)
       if refused then return refused end
-      local round = not before[set] and redis.pcall("HGET", fence_of(set), "round")
+      local round = not has(before, set) and redis.pcall("HGET", fence_of(set), "round")
       if type(round) == "table" then return round end
       if round then plan.marks[#plan.marks + 1] = { fence_of(set), "id:" .. id, round } end
-      local stays = before[set] and member == 1
-      if stays then append(plan.stays, set) else append(plan.joins, { set = set, ttl = redis.call("PTTL", set) }) end
+      local stays = has(before, set) and member == 1
+      local list = stays and plan.stays or plan.joins
+      list[#list + 1] = stays and set or { set = set, ttl = redis.call("PTTL", set) }
     end
     for _, set in ipairs(before) do
-      if id ~= session.id or not after[set] then
+      if id ~= session.id or not has(after, set) then
         plan.leaves[#plan.leaves + 1] = set
-        local failed = pass_fence(plan, session, set, after[set])
+        local failed = pass_fence(plan, session, set, has(after, set))
         if failed then return failed end
       end
     end

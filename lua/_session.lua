@@ -6,9 +6,9 @@
 
   Returns nothing: the loader puts it in front of the scripts that need it.
 ]]
-local state, place = { "id", "_ended", "_created" }, {}
+local state, place, blank = { "id", "_ended", "_created" }, {}, {}
 for n = 1, #refs do state[3 + n] = refs[n].field end
-for i, field in ipairs(state) do place[field] = i end
+for i, field in ipairs(state) do place[field], blank[i] = i, false end
 
 -- The sets of the n-th reference that a session is in, as far as its hash says.
 local function sets_in(session, n)
@@ -20,7 +20,7 @@ end
 -- the reason as `ended`, a tombstone has nothing else; a key that is no hash has only `err`.
 local function look(name, all)
   local fields = all and redis.pcall("HGETALL", name)
-  local held = fields and {} or redis.pcall("HMGET", name, unpack(state))
+  local held = fields and { unpack(blank) } or redis.pcall("HMGET", name, unpack(state))
   for i = 1, fields and #fields or 0, 2 do
     if place[fields[i]] then held[place[fields[i]]] = fields[i + 1] end
   end
@@ -100,5 +100,5 @@ end
 -- The session with that id if it lives and belongs into the set, which is one of the n-th reference.
 local function belongs(id, n, set, all)
   local session = look(session_key(id), all)
-  return session and not session.ended and sets_in(session, n)[set] and session
+  return session and not session.ended and has(sets_in(session, n), set) and session
 end

@@ -34,13 +34,14 @@ local function args(n)
   return list
 end
 
-local function append(list, ...)
-  for _, value in ipairs({ ... }) do list[#list + 1] = value end
+local function append(list, first, second)
+  list[#list + 1] = first
+  list[#list + 1] = second
 end
 
--- Call a function with all of a list: unpack fails at 8,000, so in pieces.
-local function spread(list, run)
-  for i = 1, #list, 1000 do run(unpack(list, i, math.min(i + 999, #list))) end
+-- Call a command on a key with all of a list: unpack fails at 8,000, so in pieces.
+local function spread(command, name, list)
+  for i = 1, #list, 1000 do redis.call(command, name, unpack(list, i, math.min(i + 999, #list))) end
 end
 
 -- Run a function for each session of the batch: it reads the arguments of one and returns its reply. Where it fails,
@@ -71,11 +72,13 @@ local function integer(n) return string.format("%.0f", n) end
 
 local function session_key(id) return prefix .. ":{" .. id .. "}" end
 
--- Reference sets: a list of them that also tells of each whether it is among them.
+-- Reference sets: a list that also has each set as a key, but for the first, which is hardly ever not the only one.
 local function add(sets, set)
+  if sets[1] then sets[set] = true end
   sets[#sets + 1] = set
-  sets[set] = true
 end
+
+local function has(sets, set) return sets[1] == set or sets[set] end
 
 -- The sets of a reference for what its field holds: a text, a JSON string or a JSON list of texts and integers.
 local function sets_of(ref, held)
@@ -89,8 +92,7 @@ local function sets_of(ref, held)
     end
     return sets
   end
-  local set = ref.stem .. held .. "}"
-  return { set, [set] = true }
+  return { ref.stem .. held .. "}" }
 end
 
 -- Where delete_by_ref, while it works through a large set, finds the sessions that joined after it began.

@@ -6,22 +6,19 @@
     max_age           milliseconds to renew it for; 0 to leave its TTL alone
     fields            their number, -1 for all; then their names
 
-  Returns for each session a list
-    field, value, ... with its id, and at the end its TTL in milliseconds
-    0                 if there is none
-    "_ended", reason, 0 if it was ended
+  Returns for each session its TTL in milliseconds, and a list of field, value, ... with its id; or
+    0, {}             if there is none
+    0, {"_ended", reason}
+                      if it was ended
 ]]
 local function get()
   local name, max_age, count = key(), number(), number()
   local fields = count >= 0 and args(count)
   local session = find(name, not fields)
-  if not session then return { 0 } end
+  if not session then return { 0, {} } end
   if session.err then return session end
-  if session.ended then return { "_ended", session.ended, 0 } end
-  local ttl = max_age > 0 and renew(session, max_age) or session.ttl
-  local reply = read(session, fields)
-  reply[#reply + 1] = ttl
-  return reply
+  if session.ended then return { 0, { "_ended", session.ended } } end
+  return { max_age > 0 and renew(session, max_age) or session.ttl, read(session, fields) }
 end
 
 return each(get)

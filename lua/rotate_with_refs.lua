@@ -33,7 +33,7 @@ local function rotate()
   redis.call("RENAME", old, new)
   append(values, "id", id)
   if not session.created then append(values, "_created", integer(now)) end
-  spread(values, function(...) redis.call("HSET", new, ...) end)
+  spread("HSET", new, values)
   expire(new, session.ttl)
   redis.call("HSET", old, "_ended", "rotated")
   if grace > 0 then redis.call("HSET", old, "_next", id, "_until", integer(now + grace)) end

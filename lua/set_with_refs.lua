@@ -47,7 +47,7 @@ local function set()
   if not session.ttl and redis.call("EXISTS", name) == 1 then redis.call("DEL", name) end
   if not session.ttl then append(values, "id", id) end
   if not session.created then append(values, "_created", integer(now)) end
-  spread(values, function(...) redis.call("HSET", session.key, ...) end)
+  spread("HSET", session.key, values)
   expire(session.key, ttl)
   settle(plan, session, ttl)
   return ttl

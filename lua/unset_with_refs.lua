@@ -27,7 +27,7 @@ local function unset()
 
   local ttl = max_age > 0 and lifetime(session, max_age) or session.ttl
   enter(plan)
-  spread(fields, function(...) redis.call("HDEL", session.key, ...) end)
+  spread("HDEL", session.key, fields)
   expire(session.key, ttl)
   if not session.created then redis.call("HSET", session.key, "_created", integer(now)) end
   settle(plan, session, ttl)

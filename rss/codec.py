@@ -56,10 +56,12 @@ class JSONCodec:
     def decode(self, field: str, data: bytes, /) -> Any:
         text = data.decode()
         first = text[:1]
-        if first not in _JSON_STARTS or (first in _NUMBER_STARTS and not _NUMBER.fullmatch(text)):
+        if first not in _JSON_STARTS:
             return text
         try:
-            return int(text) if data.isdigit() else _loads(text)
+            if data.isdigit() and (first != "0" or text == "0"):
+                return int(text)
+            return text if first in _NUMBER_STARTS and not _NUMBER.fullmatch(text) else _loads(text)
         except (ValueError, RecursionError):
             return text  # It only begins like JSON.
 

@@ -5,7 +5,7 @@ import codecs
 import functools
 import re
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypedDict, Unpack, cast
@@ -91,6 +91,7 @@ class SessionStore(Generic[S]):
         self._codec = codec
         own = codec if isinstance(codec, TextCodec) else JSONCodec()
         self._codecs: dict[str, Codec] = dict.fromkeys(self._references, own)  # Of the other fields: `codec`.
+        self._reader = functools.lru_cache(maxsize=1024)(self._make_reader)
         self._owned: Redis | None = None
 
         encoding = "text" if isinstance(codec, TextCodec) else "json"
@@ -164,8 +165,8 @@ class SessionStore(Generic[S]):
         With *touch*, renew it for the store's max_age in the same round trip. Returns {} if there is no session.
         """
         names = None if fields is None else _fields(fields, "id")
-        reply = await self._read(session_id, names, self._max_age if touch else "0")
-        return self._decode(reply[:-1])
+        _, pairs = await self._read(session_id, names, self._max_age if touch else "0")
+        return self._decode(pairs)
 
     async def set(
         self,
@@ -235,8 +236,8 @@ class SessionStore(Generic[S]):
 
     async def ended(self, session_id: str) -> str | None:
         """Return why a session was ended, for five minutes after; None if it was not, or is not known any more."""
-        reply = await self._read(session_id, [])
-        return reply[1].decode() if reply[0] == b"_ended" else None
+        _, pairs = await self._read(session_id, [])
+        return pairs[1].decode() if pairs[:1] == [b"_ended"] else None
 
     async def rotate(self, session_id: str, values: S | None = None, *, grace: Duration | None = None) -> str:
         """Give a session a new id, as at a login, write these values, and return the id. Data, age and TTL stay.
@@ -255,7 +256,7 @@ class SessionStore(Generic[S]):
 
     async def ttl(self, session_id: str) -> timedelta | None:
         """Return how long a session has left to live; None if there is none."""
-        ttl = (await self._read(session_id, []))[-1]
+        ttl, _ = await self._read(session_id, [])
         return timedelta(milliseconds=ttl) if ttl else None
 
     async def ids_by(self, field: str, value: str | int) -> list[str]:
@@ -312,7 +313,7 @@ class SessionStore(Generic[S]):
         reply: list[bytes] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
-    def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> asyncio.Future[list[Any]]:
+    def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> asyncio.Future[tuple[int, list[bytes]]]:
         return self._calls.run("get", [self._keys.session(session_id)], [max_age, *_wanted(fields)])
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
@@ -382,16 +383,21 @@ class SessionStore(Generic[S]):
             return b"-"  # This codec stores no None: the field must be absent.
         return (b"-" if value is None else b"=") + (data.encode() if isinstance(data, str) else data)
 
+    def _make_reader(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
+        """Return a field by what it is called in the hash, and what decodes it: nothing, if it is the library's."""
+        field = name.decode(errors="backslashreplace")
+        if field == "id":
+            return field, lambda _, data: data.decode()
+        return field, None if field.startswith("_") else self._codecs.get(field, self._codec).decode
+
     def _decode(self, pairs: list[bytes]) -> S:
         session: dict[str, Any] = {}
-        codecs, codec = self._codecs, self._codec
-        for i in range(0, len(pairs), 2):
-            field = pairs[i].decode(errors="backslashreplace")
-            if field == "id":
-                session[field] = pairs[i + 1].decode()
-            elif not field.startswith("_"):
+        turns = iter(pairs)
+        for name, data in zip(turns, turns, strict=True):
+            field, decode = self._reader(name)
+            if decode:
                 try:
-                    session[field] = codecs.get(field, codec).decode(field, pairs[i + 1])
+                    session[field] = decode(field, data)
                 except (TypeError, ValueError):
                     raise SessionError(f"the field {field!r} holds data that is not readable") from None
         return cast("S", session)
