@@ -11,21 +11,21 @@
 -- are, up to so many more: a set larger than that, since the limit is new, shrinks with each session that joins.
 local SAMPLE, SURPLUS = 4, 500
 
--- The sets of each reference that a session is to be in, for those that its new values name; false for the others.
-local function read_sets()
-  local sets = {}
-  for i = 1, #refs do
-    local n = number()
-    sets[i] = n >= 0 and { n > 0 and key() or nil }
-    for _ = 2, n do add(sets[i], key()) end
+-- Whether a session is in all of these sets already, and in no other: hardly a write moves it.
+local function settled(session, sets)
+  for n = 1, #refs do
+    local before, after = sets_in(session, n), sets[n] or sets_in(session, n)
+    if #before ~= #after then return false end
+    for _, set in ipairs(after) do
+      if not has(before, set) or redis.pcall("SISMEMBER", set, session.id) ~= 1 then return false end
+    end
   end
-  return sets
+  return true
 end
 
 -- Make room in a set for one more: what to evict for it is added to the plan. Returns an error if it is refused.
 local function make_room(plan, n, set)
   local live = {}
-  if redis.call("SCARD", set) < refs[n].limit then return end
   for _, id in ipairs(redis.call("SRANDMEMBER", set, refs[n].limit + SURPLUS)) do
     local session = id ~= plan.id and belongs(id, n, set)
     if session and not plan.evicted[id] then
@@ -54,20 +54,19 @@ end
 -- was lost, to an eviction say, is joined again. Returns an error if it cannot be. Writes nothing, but for the end of a
 -- session that is doomed.
 local function plan_move(session, id, sets)
-  local plan = { id = id, joins = {}, stays = {}, leaves = {}, marks = {}, dead = {}, evicted = {} }
+  local plan = { id = id, joins = {}, leaves = {}, marks = {}, dead = {}, evicted = {} }
   for n = 1, #refs do
     local before, after = sets_in(session, n), sets[n] or sets_in(session, n)
     for _, set in ipairs(after) do
-      local member = redis.pcall("SISMEMBER", set, id)
-      if type(member) == "table" then return member end
-      local refused = refs[n].limit > 0 and not has(before, set) and make_room(plan, n, set)
+      local size = redis.pcall("SCARD", set)
+      if type(size) == "table" then return size end
+      local new = not has(before, set)
+      local refused = new and refs[n].limit > 0 and size >= refs[n].limit and make_room(plan, n, set)
       if refused then return refused end
-      local round = not has(before, set) and redis.pcall("HGET", fence_of(set), "round")
+      local round = new and redis.pcall("HGET", fence_of(set), "round")
       if type(round) == "table" then return round end
       if round then plan.marks[#plan.marks + 1] = { fence_of(set), "id:" .. id, round } end
-      local stays = has(before, set) and member == 1
-      local list = stays and plan.stays or plan.joins
-      list[#list + 1] = stays and set or { set = set, ttl = redis.call("PTTL", set) }
+      plan.joins[#plan.joins + 1] = { set = set, ttl = redis.call("PTTL", set) }
     end
     for _, set in ipairs(before) do
       if id ~= session.id or not has(after, set) then
@@ -93,14 +92,14 @@ end
 -- After it: let the sets live as long as the session, leave others, end what was evicted, and let go of some ids whose
 -- session has expired.
 local function settle(plan, session, ttl)
-  for _, join in ipairs(plan.joins) do outlive(join.set, ttl, join.ttl) end
-  for _, set in ipairs(plan.stays) do outlive(set, ttl, redis.call("PTTL", set)) end
-  for _, set in ipairs(plan.leaves) do leave(set, session.id) end
-  for _, evicted in pairs(plan.evicted) do bury(evicted, "evicted") end
   for _, join in ipairs(plan.joins) do
+    outlive(join.set, ttl, join.ttl)
     for _, id in ipairs(redis.call("SRANDMEMBER", join.set, SAMPLE)) do
-      if redis.call("EXISTS", session_key(id)) == 0 then plan.dead[#plan.dead + 1] = { join.set, id } end
+      local gone = id ~= plan.id and redis.call("EXISTS", session_key(id)) == 0
+      if gone then plan.dead[#plan.dead + 1] = { join.set, id } end
     end
   end
+  for _, set in ipairs(plan.leaves) do leave(set, session.id) end
+  for _, evicted in pairs(plan.evicted) do bury(evicted, "evicted") end
   for _, dead in ipairs(plan.dead) do leave(dead[1], dead[2]) end
 end

@@ -80,6 +80,17 @@ end
 
 local function has(sets, set) return sets[1] == set or sets[set] end
 
+-- The sets of each reference that a session is to be in, for those that its new values name; false for the others.
+local function read_sets()
+  local sets = {}
+  for i = 1, #refs do
+    local n = number()
+    sets[i] = n >= 0 and { n > 0 and key() or nil }
+    for _ = 2, n do add(sets[i], key()) end
+  end
+  return sets
+end
+
 -- The sets of a reference for what its field holds: a text, a JSON string or a JSON list of texts and integers.
 local function sets_of(ref, held)
   local first = held and string.byte(held)

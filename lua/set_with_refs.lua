@@ -39,6 +39,10 @@ local function set()
   end
   session = session or { key = name, id = id }
   if conflicts(session, expected) then return redis.error_reply("RSSCONFLICT the session has changed") end
+  if session.ttl and settled(session, sets) then
+    spread("HSET", session.key, values)
+    return renew(session, max_age)
+  end
   local plan = plan_move(session, session.id, sets)
   if plan.err then return plan end
 

@@ -22,6 +22,11 @@ local function unset()
     removed[field] = true
   end
   for n, ref in ipairs(refs) do sets[n] = removed[ref.field] and {} end
+  if settled(session, sets) then
+    spread("HDEL", session.key, fields)
+    if max_age > 0 then renew(session, max_age) end
+    return taken
+  end
   local plan = plan_move(session, session.id, sets)
   if plan.err then return plan end
 

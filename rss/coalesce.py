@@ -154,8 +154,11 @@ class Coalescer:
     async def _serve(self, connection: AbstractConnection, kind: _Kind, calls: list[_Call]) -> None:
         """Run a script for these calls, once, and hand out the replies; calls that got none wait again."""
         name, repeatable = kind
-        keys = [key for call in calls for key in call.keys]
-        args = [*self._head, *(arg for call in calls for arg in call.args)]
+        keys: list[str] = []
+        args: list[str | bytes] = [*self._head]
+        for call in calls:
+            keys += call.keys
+            args += call.args
         replies: list[Any] = []
         try:
             replies = await self._scripts.run(connection, name, keys, args)

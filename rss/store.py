@@ -313,7 +313,9 @@ class SessionStore(Generic[S]):
         reply: list[bytes] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
-    def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> asyncio.Future[tuple[int, list[bytes]]]:
+    def _read(
+        self, session_id: str, fields: list[str] | None, max_age: str = "0"
+    ) -> asyncio.Future[tuple[int, list[bytes]]]:
         return self._calls.run("get", [self._keys.session(session_id)], [max_age, *_wanted(fields)])
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
