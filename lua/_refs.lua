@@ -36,7 +36,7 @@ local function make_room(plan, n, set)
   end
   if #live < refs[n].limit then return end
   if refs[n].on_limit == "refuse" then return redis.error_reply("RSSLIMIT " .. refs[n].field) end
-  table.sort(live, function(a, b) return (a.created or 0) < (b.created or 0) end)
+  table.sort(live, function(a, b) return tonumber(a.created or 0) < tonumber(b.created or 0) end)
   for i = 1, #live - refs[n].limit + 1 do plan.evicted[live[i].id] = live[i] end
 end
 

@@ -6,8 +6,11 @@
 
   Returns nothing: the loader puts it in front of the scripts that need it.
 ]]
-local state, place, blank = { "id", "_ended", "_created" }, {}, {}
-for n = 1, #refs do state[3 + n] = refs[n].field end
+local state, place, blank, strict = { "id", "_ended", "_created" }, {}, {}, {}
+for n, ref in ipairs(refs) do
+  state[3 + n] = ref.field
+  if ref.strict then strict[#strict + 1] = n end
+end
 for i, field in ipairs(state) do place[field], blank[i] = i, false end
 
 -- The sets of the n-th reference that a session is in, as far as its hash says.
@@ -28,10 +31,10 @@ local function look(name, all)
   if held[2] then return { key = name, ended = held[2] } end
   local ttl = held[1] and redis.call("PTTL", name)
   if not ttl or ttl <= 0 then return nil end
-  local session = { key = name, id = held[1], created = tonumber(held[3]), ttl = ttl, held = held, fields = fields }
+  local session = { key = name, id = held[1], created = held[3], ttl = ttl, held = held, fields = fields }
   if max_lifetime > 0 and session.created and session.created + max_lifetime <= now then session.ended = "expired" end
-  for n = 1, #refs do
-    for _, set in ipairs(refs[n].strict and sets_in(session, n) or {}) do
+  for _, n in ipairs(strict) do
+    for _, set in ipairs(sets_in(session, n)) do
       if redis.pcall("SISMEMBER", set, session.id) ~= 1 then session.ended = "revoked" end
     end
   end

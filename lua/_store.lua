@@ -44,15 +44,18 @@ local function spread(command, name, list)
   for i = 1, #list, 1000 do redis.call(command, name, unpack(list, i, math.min(i + 999, #list))) end
 end
 
--- Run a function for each session of the batch: it reads the arguments of one and returns its reply. Where it fails,
--- which is not to happen, the batch ends: the sessions behind it are sent again, and it is the first then.
+-- Run a function for each session of the batch: it reads the arguments of one, and returns its reply and perhaps the
+-- weight of that in bytes. After about so many, the batch ends, that nobody else waits long; it does also where the
+-- function fails, as when Redis refuses a write: the sessions that got no reply are sent again.
+local ENOUGH = 131072
 local function each(run)
-  local replies = {}
-  while args_read < #ARGV do
-    local done, reply = pcall(run)
+  local replies, sum = {}, 0
+  while args_read < #ARGV and sum < ENOUGH do
+    local done, reply, weight = pcall(run)
     if not done and #replies == 0 then error(reply, 0) end
     if not done then break end
     replies[#replies + 1] = reply
+    sum = sum + (weight or 0)
   end
   return replies
 end
@@ -95,15 +98,13 @@ end
 local function sets_of(ref, held)
   local first = held and string.byte(held)
   if not first or (encoding == "json" and held == "null") then return {} end
-  if encoding == "json" and (first == 34 or first == 91) then
-    local sets, ok, value = {}, pcall(cjson.decode, held)
-    for _, text in ipairs(ok and type(value) == "table" and value or { ok and value or held }) do
-      if type(text) == "number" then text = integer(text) end
-      if type(text) == "string" then add(sets, ref.stem .. text .. "}") end
-    end
-    return sets
+  if encoding ~= "json" or (first ~= 34 and first ~= 91) then return { ref.stem .. held .. "}" } end
+  local sets, ok, value = {}, pcall(cjson.decode, held)
+  for _, text in ipairs(ok and type(value) == "table" and value or { ok and value or held }) do
+    if type(text) == "number" then text = integer(text) end
+    if type(text) == "string" then add(sets, ref.stem .. text .. "}") end
   end
-  return { ref.stem .. held .. "}" }
+  return sets
 end
 
 -- Where delete_by_ref, while it works through a large set, finds the sessions that joined after it began.

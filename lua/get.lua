@@ -18,7 +18,9 @@ local function get()
   if not session then return { 0, {} } end
   if session.err then return session end
   if session.ended then return { 0, { "_ended", session.ended } } end
-  return { max_age > 0 and renew(session, max_age) or session.ttl, read(session, fields) }
+  local values, weight = read(session, fields), 0
+  for i = 2, #values, 2 do weight = weight + #values[i] end
+  return { max_age > 0 and renew(session, max_age) or session.ttl, values }, weight
 end
 
 return each(get)

@@ -20,14 +20,14 @@ from rss.errors import StoreUnavailable
 from rss.scripts import Scripts, Unanswered, error_for
 
 #: Sessions in a flight, at most: over so many, a script holds Redis for a millisecond or two.
-BATCH = 128
+BATCH = 64
 #: Flights in the air, at most: Redis does one while Python prepares another and reads the replies of a third.
 FLIGHTS = 3
 
 # What holds Redis for long enough as it is.
 _ALONE: Final = {"find_by_ref", "delete_by_ref"}
 # Characters in the arguments of a flight, about: the larger they are, the fewer fly together.
-_LOAD: Final = 1 << 17
+_LOAD: Final = 131072
 # Seconds between attempts; the first repetition does not wait.
 _BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
 
