@@ -556,6 +556,7 @@ async def test_callers_that_are_cancelled_disturb_nobody(url: str, shop: Session
                 assert result == {"id": ids[n], "n": n}
                 answered += 1
         assert 1500 <= answered < 2000
+        await store.aclose()
         assert not client.connection_pool._in_use_connections
         await client.connection_pool.disconnect()
 
