@@ -19,11 +19,6 @@ from redis.backoff import EqualJitterBackoff
 from rss.errors import StoreUnavailable
 from rss.scripts import Scripts, Unanswered, error_for
 
-#: Sessions in a flight, at most: over so many, a script holds Redis for a millisecond or two.
-BATCH = 64
-#: Flights in the air, at most: Redis does one while Python prepares another and reads the replies of a third.
-FLIGHTS = 3
-
 # What holds Redis for long enough as it is.
 _ALONE: Final = {"find_by_ref", "delete_by_ref"}
 # Characters in the arguments of a flight, about: the larger they are, the fewer fly together.
@@ -64,6 +59,11 @@ class Coalescer:
     *head*: the arguments that every script begins with. *timeout*: seconds that a caller waits at most.
     """
 
+    #: Calls in a flight, at most: over so many sessions, a script holds Redis for a millisecond or two.
+    seats: int = 64
+    #: Flights in the air, at most: Redis does one while Python prepares another and reads the replies of a third.
+    flights: int = 3
+
     def __init__(self, scripts: Scripts, head: Sequence[str], timeout: float) -> None:
         self._scripts = scripts
         self._head = head
@@ -101,7 +101,7 @@ class Coalescer:
 
     def _board(self) -> None:
         """Begin another flight, if one may; it takes off when the event loop has run all that is ready."""
-        if len(self._flights) < min(FLIGHTS, self._scripts.max_connections):
+        if len(self._flights) < min(self.flights, self._scripts.max_connections):
             self._boarding = True
             flight = asyncio.get_running_loop().create_task(self._fly())
             self._flights.setdefault(flight, [])
@@ -191,8 +191,8 @@ class Coalescer:
         while self._waiting:
             kind = next(iter(self._waiting))
             queue = self._waiting.pop(kind)
-            share = -(-(len(queue) + sum(map(len, self._flights.values()))) // FLIGHTS)
-            seats = 1 if kind[0] in _ALONE else min(BATCH, share)
+            share = -(-(len(queue) + sum(map(len, self._flights.values()))) // self.flights)
+            seats = 1 if kind[0] in _ALONE else min(self.seats, share)
             calls: list[_Call] = []
             load = 0
             while queue and len(calls) < seats and load < _LOAD:
