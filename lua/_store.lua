@@ -47,10 +47,9 @@ end
 -- Run a function for each session of the batch: it reads the arguments of one, and returns its reply and perhaps the
 -- weight of that in bytes. After about so many, the batch ends, that nobody else waits long; it does also where the
 -- function fails, as when Redis refuses a write: the sessions that got no reply are sent again.
-local ENOUGH = 131072
 local function each(run)
   local replies, sum = {}, 0
-  while args_read < #ARGV and sum < ENOUGH do
+  while args_read < #ARGV and sum < 131072 do
     local done, reply, weight = pcall(run)
     if not done and #replies == 0 then error(reply, 0) end
     if not done then break end
@@ -74,6 +73,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local function integer(n) return string.format("%.0f", n) end
 
 local function session_key(id) return prefix .. ":{" .. id .. "}" end
+local function id_of(name) return string.sub(name, #prefix + 3, -2) end
 
 -- Reference sets: a list that also has each set as a key, but for the first, which is hardly ever not the only one.
 local function add(sets, set)

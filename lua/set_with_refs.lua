@@ -4,7 +4,6 @@
   KEYS        for each session: its hash, "rss:{<id>}"; then the reference sets for its new values,
               "rss:<field>:{<value>}"
   ARGV        what _store.lua reads, then for each session
-    id                its id
     max_age           milliseconds to live from now on
     mode              "set"; "update" if it must be there; "create" if it is new, and written already if it is there
     expected          their number, then for each field "=" and what it must hold, or "-" and what it may hold if
@@ -28,7 +27,7 @@ local function conflicts(session, expected)
 end
 
 local function set()
-  local name, id, max_age, mode = key(), arg(), number(), arg()
+  local name, max_age, mode = key(), number(), arg()
   local expected, values, sets = args(2 * number()), args(number()), read_sets()
 
   local session = find(name)
@@ -37,7 +36,7 @@ local function set()
     if refused then return refused end
     if mode == "create" then return session.ttl end
   end
-  session = session or { key = name, id = id }
+  session = session or { key = name, id = id_of(name) }
   if conflicts(session, expected) then return redis.error_reply("RSSCONFLICT the session has changed") end
   if session.ttl and settled(session, sets) then
     spread("HSET", session.key, values)
@@ -49,7 +48,7 @@ local function set()
   local ttl = lifetime(session, max_age)
   enter(plan)
   if not session.ttl and redis.call("EXISTS", name) == 1 then redis.call("DEL", name) end
-  if not session.ttl then append(values, "id", id) end
+  if not session.ttl then append(values, "id", session.id) end
   if not session.created then append(values, "_created", integer(now)) end
   spread("HSET", session.key, values)
   expire(session.key, ttl)

@@ -38,10 +38,6 @@ class _Call:
     answer: asyncio.Future[Any]
     failure: Unanswered | None = None
 
-    def succeed(self, reply: object) -> None:
-        if not self.answer.done():
-            self.answer.set_result(reply)
-
     def fail(self, error: BaseException) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
@@ -60,9 +56,9 @@ class Coalescer:
     """
 
     #: Calls in a flight, at most: over so many sessions, a script holds Redis for a millisecond or two.
-    seats: int = 64
-    #: Flights in the air, at most: Redis does one while Python prepares another and reads the replies of a third.
-    flights: int = 3
+    seats: int = 100
+    #: Flights in the air, at most: while Redis is at one, Python is at the other.
+    flights: int = 2
 
     def __init__(self, scripts: Scripts, head: Sequence[str], timeout: float) -> None:
         self._scripts = scripts
@@ -173,8 +169,8 @@ class Coalescer:
         for call, reply in zip(calls, replies, strict=False):
             if isinstance(reply, redis.exceptions.RedisError):
                 call.fail(error_for(reply) or reply)
-            else:
-                call.succeed(reply)
+            elif not call.answer.done():
+                call.answer.set_result(reply)
         del calls[: len(replies)]
         if calls:
             self._wait_again(kind, calls)

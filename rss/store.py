@@ -5,7 +5,7 @@ import codecs
 import functools
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, ItemsView, Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypedDict, Unpack, cast
@@ -299,11 +299,11 @@ class SessionStore(Generic[S]):
     ) -> None:
         pairs, sets, counts = self._encode(values)
         expected: list[str | bytes] = []
-        for field, value in _items({} if expect is None else expect, "expect"):
-            expected += [field, self._expectation(field, value)]
-        args = [session_id, self._age(max_age), mode, str(len(expected) // 2), *expected]
-        args += [str(len(pairs)), *pairs, *counts]
+        if expect is not None:
+            for field, value in _items(expect, "expect"):
+                expected += (_field(field), self._expectation(field, value))
         keys = [self._keys.session(session_id), *sets]
+        args = [self._age(max_age), mode, str(len(expected) // 2), *expected, str(len(pairs)), *pairs, *counts]
         await self._calls.run("set_with_refs", keys, args, repeatable=not expected)
 
     async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[bytes]:
@@ -348,7 +348,7 @@ class SessionStore(Generic[S]):
         """Return fields and data in turn, the reference sets to be in, and how many these are for each reference."""
         pairs: list[str | bytes] = []
         for field, value in _items(values, "values"):
-            pairs += (field, self._encode_value(field, value))
+            pairs += (_field(field), self._encode_value(field, value))
         sets: list[str] = []
         counts: list[str] = []
         for field in self._references:
@@ -422,10 +422,10 @@ def _listed(values: Iterable[str], name: str) -> list[str]:
     return list(values)
 
 
-def _items(values: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+def _items(values: Mapping[str, Any], name: str) -> ItemsView[str, Any]:
     if not isinstance(values, Mapping):
         raise TypeError(f"{name} must be a mapping of fields to values, not {type(values).__name__}")
-    return [(_field(field), value) for field, value in values.items()]
+    return values.items()
 
 
 @functools.lru_cache(maxsize=1024)
