@@ -1,6 +1,7 @@
 """The same work on sessions, done by this library and by others: a session has three fields, two of them references."""
 
 import asyncio
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ MAX_AGE = 28 * 86400
 REFERENCES = ("user_id", "ip")
 
 
+@functools.cache
 def session_id(n: int) -> str:
     """Return the id of the n-th session, as long as a real one."""
     return f"{n:032d}"

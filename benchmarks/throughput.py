@@ -110,5 +110,6 @@ async def _pages(admin: Redis):  # noqa: ANN202
 
 if __name__ == "__main__":
     import sys
+
     for plan in plans(quick=True):
         asyncio.run(throughput(sys.argv[1], plan))

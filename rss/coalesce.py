@@ -1,8 +1,8 @@
-"""Calls of one script that wait in the same moment become one: that is what makes the store fast.
+"""Calls of one script that are pending in the same moment become one: that is what makes the store fast.
 
 A call through redis-py costs some hundred microseconds of Python, whatever Redis does. Here it waits until the event
-loop has run all that is ready, and goes out with the others of its kind: one EVALSHA over many sessions, a flight. A
-call that is alone goes at once. Every caller has a deadline of its own and gets a reply or an error of its own.
+loop has run all that is ready, and is sent with the others of its kind: one EVALSHA for a batch of sessions. A call
+that is alone is sent at once. Every caller has a deadline of its own, and gets a reply or an error of its own.
 """
 
 import asyncio
@@ -20,14 +20,15 @@ from rss.errors import StoreUnavailable
 from rss.scripts import Scripts, Unanswered, error_for
 
 # What holds Redis for long enough as it is.
-_ALONE: Final = {"find_by_ref", "delete_by_ref"}
-# Characters in the arguments of a flight, about: the larger they are, the fewer fly together.
-_LOAD: Final = 131072
+_UNBATCHED: Final = {"find_by_ref", "delete_by_ref"}
+# What carries values: the larger they are, the fewer calls make a batch, of about so many characters.
+_CARRYING_VALUES: Final = {"set_with_refs", "rotate_with_refs"}
+_MAX_CHARACTERS: Final = 131072
 # Seconds between attempts; the first repetition does not wait.
 _BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
 
-
-_Kind = tuple[str, bool]  # The name of a script, and whether it is repeatable.
+# The name of a script, and whether it is repeatable: what a batch has in common.
+_Kind = tuple[str, bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -55,18 +56,18 @@ class Coalescer:
     *head*: the arguments that every script begins with. *timeout*: seconds that a caller waits at most.
     """
 
-    #: Calls in a flight, at most: over so many sessions, a script holds Redis for a millisecond or two.
-    seats: int = 100
-    #: Flights in the air, at most: while Redis is at one, Python is at the other.
-    flights: int = 2
+    #: Calls in a batch, at most: over so many sessions, a script holds Redis for a millisecond or two.
+    max_batch: int = 100
+    #: Batches in flight, at most: while Redis does one, Python prepares the other or hands out its replies.
+    max_in_flight: int = 2
 
     def __init__(self, scripts: Scripts, head: Sequence[str], timeout: float) -> None:
         self._scripts = scripts
         self._head = head
         self._timeout = timeout
-        self._waiting: dict[_Kind, deque[_Call]] = {}
-        self._flights: dict[asyncio.Task[None], list[_Call]] = {}
-        self._boarding = False  # A flight is about to take all that wait when it takes off.
+        self._queues: dict[_Kind, deque[_Call]] = {}
+        self._workers: dict[asyncio.Task[None], list[_Call]] = {}  # And the batch that each has in flight.
+        self._collecting = False  # Whether a worker is about to look what is pending.
         self._timer: asyncio.TimerHandle | None = None
 
     def run(
@@ -80,75 +81,75 @@ class Coalescer:
         loop = asyncio.get_running_loop()
         call = _Call(keys, args, loop.time() + self._timeout, loop.create_future())
         kind = (name, repeatable)
-        queue = self._waiting.get(kind)
+        queue = self._queues.get(kind)
         if queue is None:
-            queue = self._waiting[kind] = deque()
+            queue = self._queues[kind] = deque()
         queue.append(call)
         if self._timer is None:
             self._timer = loop.call_at(call.deadline, self._expire)
-        if not self._boarding:
-            self._board()
+        if not self._collecting:
+            self._start_worker()
         return call.answer
 
     async def drain(self) -> None:
         """Wait until every caller has an answer."""
-        while self._flights:
-            await asyncio.wait(self._flights)
+        while self._workers:
+            await asyncio.wait(self._workers)
 
-    def _board(self) -> None:
-        """Begin another flight, if one may; it takes off when the event loop has run all that is ready."""
-        if len(self._flights) < min(self.flights, self._scripts.max_connections):
-            self._boarding = True
-            flight = asyncio.get_running_loop().create_task(self._fly())
-            self._flights.setdefault(flight, [])
-            flight.add_done_callback(self._land)
+    def _start_worker(self) -> None:
+        """Let another worker begin, if one may, when the event loop has run all that is ready now."""
+        if len(self._workers) < min(self.max_in_flight, self._scripts.max_connections):
+            self._collecting = True
+            worker = asyncio.get_running_loop().create_task(self._work())
+            self._workers.setdefault(worker, [])
+            worker.add_done_callback(self._worker_done)
 
-    def _land(self, flight: asyncio.Task[None]) -> None:
-        """Leave nobody behind, whatever ended the flight: the deadline, the end of the event loop, or an error."""
-        self._boarding = self._boarding and not flight.cancelled()
-        for call in self._flights.pop(flight):
-            if flight.cancelled():
+    def _worker_done(self, worker: asyncio.Task[None]) -> None:
+        """Leave no caller without an answer, whatever ended the worker: a deadline, the event loop, or a mistake."""
+        self._collecting = self._collecting and not worker.cancelled()
+        for call in self._workers.pop(worker):
+            if worker.cancelled():
                 call.give_up("the operation was cancelled", call.failure)
             else:
-                call.fail(flight.exception() or asyncio.InvalidStateError())
-        if any(not call.answer.done() for call in self._queued()):
-            if not self._boarding:
-                self._board()
-        elif not self._flights and self._timer:
+                call.fail(cast("BaseException", worker.exception()))
+        if any(not call.answer.done() for call in self._pending()):
+            if not self._collecting:
+                self._start_worker()
+        elif not self._workers and self._timer:
             self._timer.cancel()
             self._timer = None
 
-    async def _fly(self) -> None:
-        """Answer the calls that wait, a batch at a time, until nobody waits."""
-        self._boarding = False
-        flight = cast("asyncio.Task[None]", asyncio.current_task())
+    async def _work(self) -> None:
+        """Answer what is pending, a batch at a time, until nothing is."""
+        self._collecting = False
+        worker = cast("asyncio.Task[None]", asyncio.current_task())
         failures = 0
-        while self._waiting:
+        while self._queues:
             try:
                 async with self._scripts.connection() as connection:
-                    while batch := self._take():
-                        kind, self._flights[flight] = batch
-                        if self._waiting and not self._boarding:
-                            self._board()
-                        await self._serve(connection, kind, self._flights[flight])
+                    while batch := self._next_batch():
+                        kind, self._workers[worker] = batch
+                        if self._queues and not self._collecting:
+                            self._start_worker()
+                        await self._send(connection, kind, self._workers[worker])
                         failures = 0
-                        # Those who got an answer may call again at once: this flight takes them too.
-                        self._boarding = True
+                        # Who got an answer may call again at once, and finds a worker with a connection.
+                        self._collecting = True
                         await asyncio.sleep(0)
-                        self._boarding = False
+                        self._collecting = False
             except Unanswered as failure:
-                for call in self._queued():
+                for call in self._pending():
                     call.failure = failure
                 failures += 1
                 if failures > 1:
                     await asyncio.sleep(_BACKOFF.compute(failures))
             except (redis.exceptions.RedisError, OSError) as error:  # Redis lets nobody in.
-                for call in self._queued():
+                for call in self._pending():
                     call.fail(error_for(error) or error)
-                self._waiting.clear()
+                self._queues.clear()
 
-    async def _serve(self, connection: AbstractConnection, kind: _Kind, calls: list[_Call]) -> None:
-        """Run a script for these calls, once, and hand out the replies; calls that got none wait again."""
+    async def _send(self, connection: AbstractConnection, kind: _Kind, calls: list[_Call]) -> None:
+        """Run a script for these calls, once, and hand out the replies; calls that got none are pending again."""
         name, repeatable = kind
         keys: list[str] = []
         args: list[str | bytes] = [*self._head]
@@ -162,7 +163,7 @@ class Coalescer:
             if failure.doubtful and not repeatable:
                 for call in calls:
                     call.give_up("the connection broke: it is not known what was done", failure)
-            self._wait_again(kind, calls)
+            self._requeue(kind, calls)
             raise
         except redis.exceptions.RedisError as error:
             replies = [error] * (len(calls) if isinstance(error_for(error), StoreUnavailable) else 1)
@@ -173,52 +174,53 @@ class Coalescer:
                 call.answer.set_result(reply)
         del calls[: len(replies)]
         if calls:
-            self._wait_again(kind, calls)
+            self._requeue(kind, calls)
 
-    def _queued(self) -> Iterator[_Call]:
-        return chain.from_iterable(self._waiting.values())
+    def _pending(self) -> Iterator[_Call]:
+        return chain.from_iterable(self._queues.values())
 
-    def _wait_again(self, kind: _Kind, calls: list[_Call]) -> None:
-        self._waiting.setdefault(kind, deque()).extendleft(reversed(calls))
+    def _requeue(self, kind: _Kind, calls: list[_Call]) -> None:
+        self._queues.setdefault(kind, deque()).extendleft(reversed(calls))
         calls.clear()
 
-    def _take(self) -> tuple[_Kind, list[_Call]] | None:
-        """Take calls of the kind that waits longest, as many as may fly together; None if nobody waits."""
-        while self._waiting:
-            kind = next(iter(self._waiting))
-            queue = self._waiting.pop(kind)
-            share = -(-(len(queue) + sum(map(len, self._flights.values()))) // self.flights)
-            seats = 1 if kind[0] in _ALONE else min(self.seats, share)
+    def _next_batch(self) -> tuple[_Kind, list[_Call]] | None:
+        """Take calls from the queue that is first in turn, as many as may go together; None if nothing is pending."""
+        while self._queues:
+            kind = next(iter(self._queues))
+            queue = self._queues.pop(kind)
+            # Batches of one size keep both sides busy: what is in flight counts, too.
+            share = -(-(len(queue) + sum(map(len, self._workers.values()))) // self.max_in_flight)
+            most = 1 if kind[0] in _UNBATCHED else min(self.max_batch, share)
             calls: list[_Call] = []
-            load = 0
-            while queue and len(calls) < seats and load < _LOAD:
+            characters = 0
+            while queue and len(calls) < most and characters < _MAX_CHARACTERS:
                 call = queue.popleft()
                 if not call.answer.done():  # Else the caller is gone.
                     calls.append(call)
-                    load += sum(map(len, call.args))
+                    characters += sum(map(len, call.args)) if kind[0] in _CARRYING_VALUES else 0
             if queue:
-                self._waiting[kind] = queue
+                self._queues[kind] = queue
             if calls:
                 return kind, calls
         return None
 
     def _expire(self) -> None:
-        """Tell the callers whose deadline has passed, and end the flights that nobody waits for any more."""
+        """Answer the callers whose deadline has passed, and end the workers whose whole batch has."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         deadlines = []
-        for call in chain(self._queued(), *self._flights.values()):
+        for call in chain(self._pending(), *self._workers.values()):
             if call.deadline > now:
                 deadlines.append(call.deadline)
             else:
                 why = call.failure or "it takes too long"
                 call.give_up(f"no answer from Redis within the deadline: {why}", call.failure)
-        self._waiting = {
+        self._queues = {
             kind: deque(live)
-            for kind, queue in self._waiting.items()
+            for kind, queue in self._queues.items()
             if (live := [call for call in queue if not call.answer.done()])
         }
-        for flight, calls in self._flights.items():
+        for worker, calls in self._workers.items():
             if calls and all(call.deadline <= now for call in calls):
-                flight.cancel()
+                worker.cancel()
         self._timer = loop.call_at(min(deadlines), self._expire) if deadlines else None

@@ -27,7 +27,7 @@ _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 # What a JSON text can begin with; "" is none. What begins like a number is hardly ever one: addresses, dates, ids.
 _JSON_STARTS = frozenset('"[{-0123456789tfn \t\n\r')
 _NUMBER_STARTS = frozenset("-0123456789")
-_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?[ \t\n\r]*")
+_is_number = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?[ \t\n\r]*").fullmatch
 
 
 class JSONCodec:
@@ -61,7 +61,7 @@ class JSONCodec:
         try:
             if data.isdigit() and (first != "0" or text == "0"):
                 return int(text)
-            return text if first in _NUMBER_STARTS and not _NUMBER.fullmatch(text) else _loads(text)
+            return text if first in _NUMBER_STARTS and not _is_number(text) else _loads(text)
         except (ValueError, RecursionError):
             return text  # It only begins like JSON.
 
@@ -70,7 +70,7 @@ class JSONCodec:
         if text[0] in '"[{':
             return True
         if text[0] in _NUMBER_STARTS:
-            return _NUMBER.fullmatch(text) is not None
+            return _is_number(text) is not None
         try:
             _loads(text)
         except (ValueError, RecursionError):

@@ -5,7 +5,7 @@ import codecs
 import functools
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, ItemsView, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, ItemsView, Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypedDict, Unpack, cast
@@ -91,7 +91,7 @@ class SessionStore(Generic[S]):
         self._codec = codec
         own = codec if isinstance(codec, TextCodec) else JSONCodec()
         self._codecs: dict[str, Codec] = dict.fromkeys(self._references, own)  # Of the other fields: `codec`.
-        self._reader = functools.lru_cache(maxsize=1024)(self._make_reader)
+        self._readers = _Readers(codec, self._codecs)
         self._owned: Redis | None = None
 
         encoding = "text" if isinstance(codec, TextCodec) else "json"
@@ -316,7 +316,7 @@ class SessionStore(Generic[S]):
     def _read(
         self, session_id: str, fields: list[str] | None, max_age: str = "0"
     ) -> asyncio.Future[tuple[int, list[bytes]]]:
-        return self._calls.run("get", [self._keys.session(session_id)], [max_age, *_wanted(fields)])
+        return self._calls.run("get", (self._keys.session(session_id),), (max_age, *_wanted(fields)))
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
         keys, head = [self._keys.reference(field, value)], [self._number(field)]
@@ -385,24 +385,36 @@ class SessionStore(Generic[S]):
             return b"-"  # This codec stores no None: the field must be absent.
         return (b"-" if value is None else b"=") + (data.encode() if isinstance(data, str) else data)
 
-    def _make_reader(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
-        """Return a field by what it is called in the hash, and what decodes it: nothing, if it is the library's."""
-        field = name.decode(errors="backslashreplace")
-        if field == "id":
-            return field, lambda _, data: data.decode()
-        return field, None if field.startswith("_") else self._codecs.get(field, self._codec).decode
-
     def _decode(self, pairs: list[bytes]) -> S:
         session: dict[str, Any] = {}
-        turns = iter(pairs)
+        readers, turns = self._readers, iter(pairs)
         for name, data in zip(turns, turns, strict=True):
-            field, decode = self._reader(name)
+            field, decode = readers[name]
             if decode:
                 try:
                     session[field] = decode(field, data)
                 except (TypeError, ValueError):
                     raise SessionError(f"the field {field!r} holds data that is not readable") from None
         return cast("S", session)
+
+
+class _Readers(dict[bytes, tuple[str, Callable[[str, bytes], Any] | None]]):
+    """For what a field is called in the hash: its name, and what decodes it: nothing, if it is the library's."""
+
+    def __init__(self, codec: Codec, codecs: Mapping[str, Codec]) -> None:
+        self._codec, self._codecs = codec, codecs
+
+    def __missing__(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
+        if len(self) >= 1000:  # Names that hold data of their own must not pile up.
+            self.clear()
+        field = name.decode(errors="backslashreplace")
+        decode = None if field.startswith("_") else self._codecs.get(field, self._codec).decode
+        self[name] = reader = (field, _read_id if field == "id" else decode)
+        return reader
+
+
+def _read_id(_: str, data: bytes) -> str:
+    return data.decode()
 
 
 def _references(references: Iterable[str] | Mapping[str, Reference]) -> dict[str, Reference]:
@@ -442,8 +454,8 @@ def _fields(fields: Iterable[str], *readable: str) -> list[str]:
     return [_field(name) for name in names if name not in readable]
 
 
-def _wanted(fields: list[str] | None) -> list[str]:
-    return ["-1"] if fields is None else [str(len(fields)), *fields]
+def _wanted(fields: list[str] | None) -> Sequence[str]:
+    return ("-1",) if fields is None else (str(len(fields)), *fields)
 
 
 def _reason(reason: str) -> str:
