@@ -9,6 +9,7 @@ from hypothesis import settings
 from redis.asyncio import Redis
 
 from rss import SessionStore
+from rss.coalesce import Coalescer
 from tests.keyspace import Keyspace
 
 pytest_plugins = ["rss.pytest_plugin"]
@@ -30,6 +31,12 @@ else:
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run the contract of the store on every event loop, the rest on asyncio's own."""
     return LOOPS if item.path.name == "test_store.py" else {"asyncio": LOOPS["asyncio"]}
+
+
+def send_singly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch coalescing off: every call is a script of its own, on a connection of its own."""
+    monkeypatch.setattr(Coalescer, "max_batch", 1)
+    monkeypatch.setattr(Coalescer, "max_in_flight", 32)
 
 
 @pytest.fixture(name="client")

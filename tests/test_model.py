@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 
 from rss import LimitExceeded, Reference, SessionEnded, SessionError, SessionNotFound, SessionStore, TextCodec, scripts
 from rss.testing import RedisServer
+from tests.conftest import send_singly
 
 T = TypeVar("T")
 
@@ -440,6 +441,14 @@ def _run(server: RedisServer, **options: Any) -> None:
 
 def test_the_store_does_what_the_model_does(redis_server: RedisServer) -> None:
     """All operations, on several sessions and values, through two clients."""
+    _run(redis_server)
+
+
+def test_the_store_does_what_the_model_does_without_coalescing(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the same, only slower."""
+    send_singly(monkeypatch)
     _run(redis_server)
 
 

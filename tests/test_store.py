@@ -1,4 +1,4 @@
-"""The contract of the store: every method, with every kind of client, on every event loop."""
+"""The contract of the store: every method, with every kind of client, on every event loop, coalesced and not."""
 
 from datetime import timedelta
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rss import Conflict, SessionEnded, SessionNotFound, SessionStore
+from tests.conftest import send_singly
 from tests.keyspace import SLACK, Keyspace
 
 pytestmark = pytest.mark.parametrize(
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.parametrize(
 
 DAY = 86_400_000
 ALICE: dict[str, Any] = {"user_id": 1, "ip": "::1", "name": "alice"}
+
+
+@pytest.fixture(autouse=True, params=["batches", "singly"])
+def _coalescing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With coalescing, and with it off."""
+    if request.param == "singly":
+        send_singly(monkeypatch)
 
 
 async def test_set_makes_a_session_with_its_references(store: SessionStore, keyspace: Keyspace) -> None:

@@ -1,0 +1,409 @@
+"""Calls that are pending together are sent together, and nobody notices."""
+
+import asyncio
+import gc
+import random
+import secrets
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from redis.asyncio import Redis
+
+from rss import (
+    Conflict,
+    LimitExceeded,
+    Reference,
+    SessionEnded,
+    SessionError,
+    SessionNotFound,
+    SessionStore,
+    StoreUnavailable,
+)
+from rss.testing import RedisServer
+from tests.keyspace import Keyspace
+from tests.servers import own_server, proxied
+
+
+@pytest.fixture(scope="module", name="url")
+def _url() -> Iterator[str]:
+    """A server whose statistics are of nobody else, and that may be paused and filled."""
+    with own_server() as url:
+        yield url
+
+
+@pytest.fixture(name="admin")
+async def _admin(url: str) -> AsyncIterator[Redis]:
+    """A client of it; it is empty at the start."""
+    async with Redis.from_url(url, decode_responses=True) as client:
+        await client.flushall()
+        yield client
+
+
+@pytest.fixture(name="shop")
+async def _shop(url: str, admin: Redis) -> AsyncIterator[SessionStore]:
+    """A store on it, loaded, with sessions "0" to "199"."""
+    del admin
+    async with SessionStore.from_url(url, references=["user_id", "ip"], timeout=5) as store:
+        await asyncio.gather(*(store.set(str(n), {"user_id": n % 10, "n": n}) for n in range(200)))
+        yield store
+
+
+async def _scripts_run(admin: Redis, work: Awaitable[object]) -> int:
+    await admin.config_resetstat()
+    await work
+    stats = await admin.info("commandstats")
+    return int(stats["cmdstat_evalsha"]["calls"])
+
+
+# ---------------------------------------------------------------------- together
+
+
+CALLS: dict[str, Callable[[SessionStore, int], Awaitable[object]]] = {
+    "get": lambda store, n: store.get(str(n)),
+    "get fields": lambda store, n: store.get(str(n), ["n"], touch=bool(n % 2)),
+    "set": lambda store, n: store.set(str(n), {"user_id": n % 7, "n": -n}),
+    "create": lambda store, n: store.create({"user_id": n}),
+    "unset": lambda store, n: store.unset(str(n), ["n"]),
+    "pop": lambda store, n: store.pop(str(n), ["n"]),
+    "increment": lambda store, n: store.increment(str(n), "n"),
+    "touch": lambda store, n: store.touch(str(n)),
+    "ttl": lambda store, n: store.ttl(str(n)),
+    "delete": lambda store, n: store.delete(str(n)),
+    "rotate": lambda store, n: store.rotate(str(n)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_calls_of_one_moment_are_a_few_scripts(shop: SessionStore, admin: Redis, name: str) -> None:
+    """Two hundred calls take two; one call takes one."""
+    both = asyncio.gather(*(CALLS[name](shop, n) for n in range(200)))
+    assert await _scripts_run(admin, both) == 2
+    assert await _scripts_run(admin, CALLS[name](shop, 1) if name not in ("delete", "rotate") else shop.get("1")) == 1
+
+
+async def test_each_caller_gets_the_own_reply(shop: SessionStore) -> None:
+    """Also when some read fields and others all, and some of the sessions are not there."""
+    found = await asyncio.gather(
+        *(shop.get(str(n), None if n % 3 else ["n"], touch=n % 2 == 0) for n in range(0, 400, 2))
+    )
+    for n, session in zip(range(0, 400, 2), found, strict=True):
+        whole = {"id": str(n), "user_id": n % 10, "n": n} if n % 3 else {"id": str(n), "n": n}
+        assert session == (whole if n < 200 else {})
+
+
+async def test_each_caller_gets_the_own_error(shop: SessionStore, admin: Redis) -> None:
+    """A key of another type, or any other reason, fails one call of a batch and no other."""
+    await shop.delete("3", reason="bye")
+    await admin.set("rss:{5}", "x", ex=60)
+    await admin.set("rss:user_id:{77}", "x", ex=60)
+    expected = await Keyspace(admin, "rss").dump()
+    results = await asyncio.gather(
+        *(shop.set(str(n), {"user_id": 77 if n == 8 else 1}, create=n != 300) for n in (*range(20), 300)),
+        return_exceptions=True,
+    )
+    failed = {n: type(result) for n, result in enumerate(results) if isinstance(result, Exception)}
+    assert failed == {3: SessionEnded, 5: SessionError, 8: SessionError, 20: SessionNotFound}
+    for n in set(range(20)) - {3, 5, 8}:
+        session, left, joined = expected[f"{{{n}}}"], expected[f"user_id:{{{n % 10}}}"], expected["user_id:{1}"]
+        assert isinstance(session, dict)
+        assert isinstance(left, set)
+        assert isinstance(joined, set)
+        session["user_id"] = "1"
+        left.discard(str(n))
+        joined.add(str(n))
+    assert await Keyspace(admin, "rss").dump() == expected
+
+    found = await asyncio.gather(*(shop.get(str(n), ["n"]) for n in range(20)), return_exceptions=True)
+    assert isinstance(found[5], SessionError)
+    assert found[:3] + found[6:] == [{"id": str(n), "n": n} for n in (0, 1, 2, *range(6, 20))]
+
+
+async def test_a_session_that_breaks_a_script_breaks_no_other_call(shop: SessionStore, admin: Redis) -> None:
+    """What no script expects, such as a tombstone that leads to nowhere, fails the calls that meet it."""
+    await admin.hset("rss:{5}", mapping={"_ended": "rotated", "_next": "6"})
+    found = await asyncio.gather(*(shop.get(str(n), ["n"]) for n in range(20)), return_exceptions=True)
+    assert isinstance(found[5], Exception)
+    assert found[:5] + found[6:] == [{"id": str(n), "n": n} for n in range(20) if n != 5]
+
+
+SESSIONS = st.sampled_from(["a", "b", "c", "d"])
+VALUES = st.fixed_dictionaries(
+    {},
+    optional={
+        "user_id": st.sampled_from([1, 2, None, [1, 2], []]),
+        "ip": st.sampled_from(["x", "y"]),
+        "n": st.integers(0, 2),
+    },
+)
+OPERATIONS: dict[str, st.SearchStrategy[tuple[Any, ...]]] = {
+    "get": st.tuples(SESSIONS, st.none() | st.just(["n"])),
+    "set": st.tuples(SESSIONS, VALUES, st.sampled_from([None, "1h", "2h"])),
+    "update": st.tuples(SESSIONS, VALUES, st.integers(0, 2)),
+    "unset": st.tuples(SESSIONS, st.lists(st.sampled_from(["user_id", "ip", "n"]), min_size=1)),
+    "pop": st.tuples(SESSIONS, st.lists(st.sampled_from(["user_id", "n"]), min_size=1)),
+    "increment": st.tuples(SESSIONS, st.just("n")),
+    "touch": st.tuples(SESSIONS, st.sampled_from(["1h", "2h"])),
+    "delete": st.tuples(SESSIONS),
+}
+BATCH = st.sampled_from([*OPERATIONS]).flatmap(
+    lambda name: st.tuples(st.just(name), st.lists(OPERATIONS[name], min_size=1, max_size=6))
+)
+
+
+async def _call(store: SessionStore, name: str, arguments: tuple[Any, ...]) -> object:
+    if name == "update":
+        session_id, values, n = arguments
+        return await store.set(session_id, values, create=False, expect={"n": n})
+    result: object = await getattr(store, name)(*arguments)
+    return result
+
+
+async def _outcome(call: Awaitable[object]) -> object:
+    try:
+        return await call
+    except (Conflict, LimitExceeded, SessionNotFound) as error:
+        return type(error)
+
+
+@given(batches=st.lists(BATCH, max_size=12), limit=st.sampled_from([None, 1, 2]), strict=st.booleans())
+def test_a_batch_does_what_its_calls_do_one_after_another(
+    redis_server: RedisServer, batches: list[tuple[str, list[tuple[Any, ...]]]], limit: int | None, *, strict: bool
+) -> None:
+    """The same replies and errors, and the same in Redis."""
+
+    async def run(*, together: bool) -> tuple[list[object], object]:
+        async with Redis.from_url(redis_server.url, decode_responses=True) as client:
+            keyspace = Keyspace(client, f"batch-{secrets.token_hex(8)}")
+            references = {"user_id": Reference(limit=limit, on_limit="refuse", strict=strict), "ip": Reference()}
+            store = SessionStore(client, references=references, prefix=keyspace.prefix)
+            store._calls.max_in_flight = 1
+            outcomes: list[object] = []
+            for name, calls in batches:
+                todo = [_outcome(_call(store, name, arguments)) for arguments in calls]
+                outcomes += await asyncio.gather(*todo) if together else [await call for call in todo]
+            dump = await keyspace.dump()
+            await keyspace.clear()
+            return outcomes, dump
+
+    with asyncio.Runner() as loop:
+        assert loop.run(run(together=True)) == loop.run(run(together=False))
+
+
+async def test_large_values_make_small_batches(shop: SessionStore, admin: Redis) -> None:
+    """No script writes, nor reads, much more than 128 kB."""
+    value = "x" * 30_000
+    writing = asyncio.gather(*(shop.set(str(n), {"note": value}) for n in range(100)))
+    assert 20 <= await _scripts_run(admin, writing) <= 30
+    found: list[dict[str, Any]] = []
+
+    async def read() -> None:
+        found.extend(await asyncio.gather(*(shop.get(str(n), ["note"]) for n in range(100))))
+
+    assert 20 <= await _scripts_run(admin, read()) <= 30
+    assert found == [{"id": str(n), "note": value} for n in range(100)]
+
+
+async def test_no_kind_of_call_waits_for_all_of_another(shop: SessionStore) -> None:
+    """A call gets its turn, however many others of another kind come all the time."""
+    calls = 0
+
+    async def read() -> None:
+        nonlocal calls
+        while not deleted.done():
+            await shop.get("1")
+            calls += 1
+
+    deleted = asyncio.ensure_future(shop.delete("2"))
+    await asyncio.gather(*(read() for _ in range(500)))
+    assert await deleted
+    assert calls < 5000
+
+
+# ---------------------------------------------------------------------- callers that go
+
+
+async def test_ten_thousand_cancellations_among_a_hundred_thousand_calls(url: str, admin: Redis) -> None:
+    """No other caller gets a wrong reply, none gets none, and no task and no connection is left."""
+    chance = random.Random(1)
+    async with Redis.from_url(url) as client:
+        store = SessionStore(client, references=["user_id"], timeout=60)
+        await asyncio.gather(*(store.set(f"s{n}", {"user_id": n % 50, "n": n}) for n in range(1000)))
+        await admin.set("rss:{broken}", "x", ex=600)
+        cancelled = answered = 0
+
+        async def call(n: int) -> bool:
+            match n % 5:
+                case 0:
+                    return await store.set(f"s{n % 1000}", {"user_id": n % 50}) == {"user_id": n % 50}
+                case 1:
+                    return await store.touch(f"s{n % 1000}")
+                case 2:
+                    with pytest.raises(SessionError, match="another type"):
+                        await store.get("broken")
+                    return True
+                case _:
+                    return await store.get(f"s{n % 1000}", ["n"]) == {"id": f"s{n % 1000}", "n": n % 1000}
+
+        for start in range(0, 100_000, 5000):
+            tasks = [asyncio.create_task(call(n)) for n in range(start, start + 5000)]
+            victims = chance.sample(tasks, 500)
+            while victims:
+                await asyncio.sleep(0)
+                for victim in victims[-100:]:
+                    victim.cancel()
+                del victims[-100:]
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, asyncio.CancelledError):
+                    cancelled += 1
+                else:
+                    assert result is True
+                    answered += 1
+        assert cancelled + answered == 100_000
+        assert cancelled > 5000
+        await store.aclose()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert not client.connection_pool._in_use_connections
+        assert len(client.connection_pool._available_connections) <= 2
+        assert not store._calls._queues
+        assert store._calls._timer is None
+
+
+async def test_a_caller_that_is_cancelled_is_not_sent(shop: SessionStore) -> None:
+    """If it had not been, before."""
+    task = asyncio.create_task(shop.delete("1"))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert await shop.get("1", ["n"]) == {"id": "1", "n": 1}
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+async def test_every_caller_has_the_own_deadline(shop: SessionStore, url: str, admin: Redis) -> None:
+    """Those that came first are told first, in the same queue and in the same batch."""
+    del shop
+    async with SessionStore.from_url(url, timeout=0.4) as store:
+        loop = asyncio.get_running_loop()
+        await admin.client_pause(20_000)
+        waited: list[float] = []
+
+        async def call(delay: float) -> None:
+            await asyncio.sleep(delay)
+            started = loop.time()
+            with pytest.raises(StoreUnavailable, match="within the deadline"):
+                await store.get("1")
+            waited.append(loop.time() - started)
+
+        await asyncio.gather(*(call(delay) for delay in (0, 0.1, 0.1, 0.2, 0.3)))
+        assert all(0.39 < seconds < 10 for seconds in waited)
+        await admin.client_unpause()
+        assert await store.get("1", ["n"]) == {"id": "1", "n": 1}
+
+
+@pytest.mark.parametrize("name", ["increment", "pop"])
+async def test_when_the_connection_breaks_every_caller_is_told(shop: SessionStore, url: str, name: str) -> None:
+    """A batch of what must not be repeated is not; each caller learns that it is not known what was done."""
+    async with proxied(url) as (proxy, address), SessionStore.from_url(address) as store:
+        proxy.scripts, proxy.swallow = 0, 2
+        results = await asyncio.gather(*(CALLS[name](store, n) for n in range(100)), return_exceptions=True)
+        assert proxy.scripts == 2
+        for result in results:
+            assert isinstance(result, StoreUnavailable)
+            assert "not known what was done" in str(result)
+        assert len({id(result) for result in results}) == 100
+    values = [session.get("n") for session in await asyncio.gather(*(shop.get(str(n), ["n"]) for n in range(100)))]
+    assert values == ([n + 1 for n in range(100)] if name == "increment" else [None] * 100)
+
+
+async def test_when_the_connection_breaks_a_batch_is_repeated(shop: SessionStore, url: str) -> None:
+    """No caller notices."""
+    del shop
+    async with proxied(url) as (proxy, address), SessionStore.from_url(address, references=["user_id"]) as store:
+        proxy.scripts, proxy.swallow = 0, 4
+        found = await asyncio.gather(*(store.get(str(n), ["n"]) for n in range(100)))
+        assert found == [{"id": str(n), "n": n} for n in range(100)]
+        assert proxy.scripts > 4
+
+
+async def test_a_full_server_refuses_every_call_of_a_batch(shop: SessionStore, admin: Redis) -> None:
+    """Nothing is written; and nothing else is refused."""
+    before = await Keyspace(admin, "rss").dump()
+    await admin.config_set("maxmemory", 1)
+    try:
+        results = await asyncio.gather(*(CALLS["set"](shop, n) for n in range(100)), return_exceptions=True)
+        assert {str(result) for result in results} == {"Redis refuses: OOM"}
+        assert await Keyspace(admin, "rss").dump() == before
+        assert all(await asyncio.gather(*(shop.delete(str(n)) for n in range(100))))
+    finally:
+        await admin.config_set("maxmemory", 0)
+
+
+async def test_a_mistake_of_ours_reaches_every_caller(shop: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is raised where nothing should be: nobody waits for ever, and the next call works."""
+
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shop._calls._scripts, "run", fail)
+        results = await asyncio.gather(*(shop.get(str(n)) for n in range(300)), return_exceptions=True)
+    assert {type(result) for result in results} == {ZeroDivisionError}
+    assert await shop.get("1", ["n"]) == {"id": "1", "n": 1}
+
+
+async def test_a_caller_outlives_the_end_of_all_other_tasks(shop: SessionStore, admin: Redis) -> None:
+    """As at the end of an event loop: it gets an error, and does not hang."""
+    await admin.client_pause(300)
+    calls = [asyncio.ensure_future(shop.increment("1", "n")) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    for task in asyncio.all_tasks() - {asyncio.current_task(), *calls}:
+        task.cancel()
+    for call in calls:
+        with pytest.raises(StoreUnavailable, match="cancelled"):
+            await call
+    await admin.client_unpause()
+    assert await shop.get("2", ["n"]) == {"id": "2", "n": 2}
+
+
+async def test_aclose_waits_for_every_answer(url: str, shop: SessionStore) -> None:
+    """What was called before it is done."""
+    store = SessionStore.from_url(url, references=["user_id", "ip"])
+    calls = [asyncio.ensure_future(store.set(str(n), {"n": 0})) for n in range(200)]
+    await asyncio.sleep(0)
+    await store.aclose()
+    assert all(call.done() for call in calls)
+    assert await shop.get("199", ["n"]) == {"id": "199", "n": 0}
+
+
+async def test_an_error_that_nobody_asks_for_is_no_complaint(
+    shop: SessionStore, admin: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither that of a caller who is cancelled as it arrives, nor one that is told in the same moment."""
+    await admin.set("rss:{x}", "x", ex=60)
+    for turns in range(8):
+        tasks = [asyncio.create_task(shop.get("x")) for _ in range(20)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        del tasks
+    await shop._calls.drain()
+    gc.collect()
+    assert not caplog.records
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are new in Python 3.12")
+async def test_eager_tasks(shop: SessionStore) -> None:
+    """They begin at once, in the middle of a call: nothing else changes."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    for _ in range(3):
+        found = await asyncio.gather(*(shop.get(str(n), ["n"]) for n in range(200)))
+        assert found == [{"id": str(n), "n": n} for n in range(200)]
+    loop.set_task_factory(None)
