@@ -178,7 +178,7 @@ class Scripts:
 async def _exchange(connection: AbstractConnection, commands: _Commands) -> list[Any]:
     """Send commands, once, and return their replies."""
     # Packed here it takes an eighth of the time that the connection would.
-    packed = b"".join([hiredis.pack_command(tuple(command)) for command in commands])  # type: ignore[arg-type] - its stub says a tuple of one
+    packed = b"".join([hiredis.pack_command(cast("Any", tuple(command))) for command in commands])
     try:
         try:
             await connection.send_packed_command(packed)

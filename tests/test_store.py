@@ -10,11 +10,14 @@ from tests.conftest import send_singly
 from tests.keyspace import SLACK, Keyspace
 
 pytestmark = pytest.mark.parametrize(
-    "client",
+    ("client", "coalescing"),
     [
-        pytest.param({"protocol": protocol, "decode_responses": decode}, id=f"resp{protocol}-{kind}")
-        for protocol in (2, 3)
-        for decode, kind in ((False, "bytes"), (True, "str"))
+        *(
+            pytest.param({"protocol": protocol, "decode_responses": decode}, True, id=f"resp{protocol}-{kind}")
+            for protocol in (2, 3)
+            for decode, kind in ((False, "bytes"), (True, "str"))
+        ),
+        pytest.param({}, False, id="not-coalesced"),
     ],
     indirect=True,
 )
@@ -23,10 +26,10 @@ DAY = 86_400_000
 ALICE: dict[str, Any] = {"user_id": 1, "ip": "::1", "name": "alice"}
 
 
-@pytest.fixture(autouse=True, params=["batches", "singly"])
+@pytest.fixture(autouse=True, name="coalescing")
 def _coalescing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With coalescing, and with it off."""
-    if request.param == "singly":
+    """Switch it off, or not."""
+    if not request.param:
         send_singly(monkeypatch)
 
 
