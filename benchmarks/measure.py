@@ -35,9 +35,8 @@ class Cell:
 
     def ratio(self, other: "Cell", what: str = "rates") -> float:
         """How many times the other's this is: the median over the rounds, in each of which both were measured."""
-        return statistics.median(
-            mine / theirs for mine, theirs in zip(getattr(self, what), getattr(other, what), strict=True)
-        )
+        pairs = zip(getattr(self, what), getattr(other, what), strict=True)
+        return float(statistics.median(mine / theirs for mine, theirs in pairs))
 
 
 async def _server_seconds(admin: Redis) -> float:
@@ -45,7 +44,7 @@ async def _server_seconds(admin: Redis) -> float:
     return float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])
 
 
-async def run(cell: Cell, admin: Redis, call: Call, numbers: Iterable[int], seconds: float) -> None:
+async def measure(cell: Cell, admin: Redis, call: Call, numbers: Iterable[int], seconds: float) -> None:
     """Let the tasks call one after the other, for so long or until there are no more numbers, and note what it took."""
     left: Iterator[int] = iter(numbers)
     times: list[float] = []
