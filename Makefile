@@ -10,7 +10,7 @@ SOURCES := rss tests benchmarks
 LUA_STD := redis KEYS ARGV cjson ipairs pairs pcall tonumber type unpack math string table error
 LUA_SHARED := $(shell sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/_*.lua) prefix max_lifetime tombstone encoding refs now
 
-.PHONY: all demo test lint format dist clean
+.PHONY: all demo test bench bench-quick lint format dist clean
 .PRECIOUS: $(VENV)/.%
 
 all: lint test
@@ -20,6 +20,13 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(IN)/python -m pytest $(ARGS)
+
+# Speed beside other libraries: minutes, or a look at it in one.
+bench: $(VENV)/.bench
+	$(IN)/python -m benchmarks
+
+bench-quick: $(VENV)/.bench
+	$(IN)/python -m benchmarks --quick
 
 lint: $(VENV)/.lint
 	$(IN)/ruff format --check $(SOURCES)

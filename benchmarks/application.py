@@ -1,6 +1,7 @@
 """Requests a second of a small aiohttp application that counts the visits of each session, by how it keeps them."""
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -54,7 +55,7 @@ def _applications(
     async def nothing(_: str) -> None:
         pass
 
-    blob = '{"created": %d, "session": {"user_id": 1, "ip": "10.0.0.1", "visits": 0}}' % time.time()
+    blob = json.dumps({"created": int(time.time()), "session": {"user_id": 1, "ip": "10.0.0.1", "visits": 0}})
     aiohttp_session = _application(theirs)
     setup(aiohttp_session, RedisStorage(client, cookie_name=_COOKIE, max_age=3600))
     return {

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
@@ -29,11 +29,6 @@ def session_id(n: int) -> str:
     return f"{n:032d}"
 
 
-def values(n: int, visits: int) -> dict[str, Any]:
-    """Return what the n-th session holds."""
-    return {"user_id": n // 2, "ip": f"10.0.{n // 250}.{n % 250}", "visits": visits}
-
-
 class Contender:
     """One way to keep sessions, with a client and a prefix of its own."""
 
@@ -46,7 +41,13 @@ class Contender:
     def __init__(self, url: str, prefix: str) -> None:
         """Make a client; it connects when it is used."""
         self.client = Redis.from_url(url, max_connections=2000)
-        self.url, self.prefix = url, prefix
+        self.prefix = prefix
+        #: Fields that every session has besides.
+        self.more: dict[str, str] = {}
+
+    def values(self, n: int, visits: int) -> dict[str, Any]:
+        """Return what the n-th session holds."""
+        return {"user_id": n // 2, "ip": f"10.0.{n // 250}.{n % 250}", "visits": visits, **self.more}
 
     async def aclose(self) -> None:
         """Close the client."""
@@ -72,11 +73,11 @@ class Nothing(Contender):
 
     async def set(self, n: int, visits: int) -> Any:
         """Do nothing, but make the values."""
-        values(n, visits)
+        self.values(n, visits)
 
 
 class Coalesced(Contender):
-    """This library as it is."""
+    """The library as it is."""
 
     name = "redis-session-sets"
     operations = ("get", "set", "touch", "delete")
@@ -97,7 +98,7 @@ class Coalesced(Contender):
 
     async def set(self, n: int, visits: int) -> Any:
         """Write it, and keep its references."""
-        return await self.store.set(session_id(n), values(n, visits))
+        return await self.store.set(session_id(n), self.values(n, visits))
 
     async def touch(self, n: int) -> Any:
         """Renew the n-th session."""
@@ -109,7 +110,7 @@ class Coalesced(Contender):
 
 
 class Single(Coalesced):
-    """This library with coalescing off."""
+    """The library with coalescing off."""
 
     name = "redis-session-sets, not coalesced"
     lacks = "coalescing"
@@ -117,11 +118,11 @@ class Single(Coalesced):
     def __init__(self, url: str, prefix: str) -> None:
         """Let each call fly alone, all at once."""
         super().__init__(url, prefix)
-        self.store._calls.seats, self.store._calls.flights = 1, 2000
+        self.store._calls.max_batch, self.store._calls.max_in_flight = 1, 2000
 
 
 class Plain(Coalesced):
-    """This library's scripts through redis-py: encoding and decoding are the same, the way to Redis is not."""
+    """The library's scripts through redis-py: encoding and decoding are the same, the way to Redis is not."""
 
     name = "redis-py, the same scripts"
     lacks = "coalescing, a deadline, repetition"
@@ -158,14 +159,14 @@ class Original(Contender):
 
     async def get(self, n: int) -> Any:
         """HGETALL."""
-        held = await self.client.hgetall(self.key(n))
+        held: dict[bytes, bytes] = await self.client.hgetall(self.key(n))  # type: ignore[assignment]
         return {field.decode(): value.decode() for field, value in held.items()}
 
     async def set(self, n: int, visits: int) -> Any:
         """HSET, PEXPIRE and a SADD for each reference in MULTI."""
-        held = values(n, visits)
+        held: Any = {"id": session_id(n), **self.values(n, visits)}
         async with self.client.pipeline(transaction=True) as multi:
-            multi.hset(self.key(n), mapping={"id": session_id(n), **held})
+            multi.hset(self.key(n), mapping=held)
             multi.pexpire(self.key(n), MAX_AGE * 1000)
             for field in REFERENCES:
                 multi.sadd(f"{self.prefix}:{field}:{{{held[field]}}}", session_id(n))
@@ -184,11 +185,11 @@ class Blob(Contender):
 
     async def get(self, n: int) -> Any:
         """GET."""
-        return json.loads(await self.client.get(self.prefix + session_id(n)))
+        return json.loads(cast("bytes", await self.client.get(self.prefix + session_id(n))))
 
     async def set(self, n: int, visits: int) -> Any:
         """SET."""
-        await self.client.set(self.prefix + session_id(n), json.dumps(values(n, visits)), ex=MAX_AGE)
+        await self.client.set(self.prefix + session_id(n), json.dumps(self.values(n, visits)), ex=MAX_AGE)
 
 
 class Starsessions(Contender):
@@ -209,7 +210,7 @@ class Starsessions(Contender):
 
     async def set(self, n: int, visits: int) -> Any:
         """Write all of it."""
-        await self.store.write(session_id(n), self.serializer.serialize(values(n, visits)), MAX_AGE, MAX_AGE)
+        await self.store.write(session_id(n), self.serializer.serialize(self.values(n, visits)), MAX_AGE, MAX_AGE)
 
 
 class AiohttpSession(Contender):
@@ -237,7 +238,9 @@ class AiohttpSession(Contender):
 
     async def set(self, n: int, visits: int) -> Any:
         """Write all of it."""
-        held = Session(session_id(n), data={"session": values(n, visits), "created": 0}, new=False, max_age=MAX_AGE)
+        held = Session(
+            session_id(n), data={"session": self.values(n, visits), "created": 0}, new=False, max_age=MAX_AGE
+        )
         await self.storage.save_session(*self.exchange(n), held)
 
 
@@ -259,7 +262,7 @@ class Litestar(Contender):
 
     async def set(self, n: int, visits: int) -> Any:
         """Write all of it."""
-        await self.store.set(session_id(n), encode_json(values(n, visits)), expires_in=MAX_AGE)
+        await self.store.set(session_id(n), encode_json(self.values(n, visits)), expires_in=MAX_AGE)
 
 
 OURS: Sequence[type[Coalesced]] = (Coalesced, Single, Plain)

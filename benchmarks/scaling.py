@@ -1,13 +1,12 @@
-"""What becomes of the speed with many sessions, many sessions of one user, and large values; and what a session takes."""
+"""The speed with many sessions, many of one user, and large values; and the memory that a session takes."""
 
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from redis.asyncio import Redis
 
-from benchmarks.contenders import MAX_AGE, Blob, Coalesced, Contender, Original, Plain, prepare, session_id, values
+from benchmarks.contenders import MAX_AGE, Blob, Coalesced, Contender, Original, Plain, prepare
 from benchmarks.measure import Cell, at_random, measure
 from benchmarks.throughput import call, clear
 
@@ -94,9 +93,8 @@ async def large_values(url: str, sizes: Sequence[int], rounds: int) -> list[Cell
     async with Redis.from_url(url) as admin:
         for size in sizes:
             contenders = [kind(url, f"bench-{n}-{size}") for n, kind in enumerate(kinds)]
-            large: dict[str, Any] = {"note": "x" * size}
             for contender in contenders:
-                contender.values = lambda n, visits, large=large: values(n, visits) | large  # type: ignore[method-assign,misc]
+                contender.more = {"note": "x" * size}
                 await prepare(contender, range(200))
             for operation in ("get", "set"):
                 row = [Cell(operation, f"{kind.name}, {size:,} bytes", TASKS, "asyncio") for kind in kinds]
@@ -125,13 +123,10 @@ async def memory(url: str, sessions: int = 20_000) -> dict[str, float]:
             print(f"  {kind.name:34} {found[kind.name]:6.0f} bytes a session", flush=True)
             await contender.aclose()
             await clear(admin)
-    assert session_id(0)
     return found
 
 
 def _print(row: Sequence[Cell]) -> None:
     for cell in row:
-        print(
-            f"  {cell.operation} {cell.contender:44} {cell.rate:9,.0f}/s ({min(cell.rates):9,.0f} to {max(cell.rates):9,.0f})",
-            flush=True,
-        )
+        rounds = f"{min(cell.rates):9,.0f} to {max(cell.rates):9,.0f}"
+        print(f"  {cell.operation} {cell.contender:44} {cell.rate:9,.0f}/s ({rounds})", flush=True)
