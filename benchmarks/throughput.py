@@ -93,6 +93,6 @@ def _print(row: Sequence[Cell]) -> None:
         print(
             f"  {cell.contender:34} {cell.rate:9,.0f}/s ({min(cell.rates):9,.0f} to {max(cell.rates):9,.0f})"
             f"  p50 {statistics.median(cell.p50):6.2f} ms  p99 {statistics.median(cell.p99):6.2f} ms"
-            f"  python {statistics.median(cell.python):5.1f} us, server {statistics.median(cell.server):5.1f} us a call",
+            f"  python {statistics.median(cell.python):5.1f} us, server {statistics.median(cell.server):5.1f} us",
             flush=True,
         )

@@ -1,5 +1,5 @@
 --[[
-  Moving a session between reference sets: checked as a whole, then done. Needs _store.lua and _session.lua.
+  Moving a session between reference sets: checked as a whole, then done. Needs the other shared files.
 
   KEYS        none
   ARGV        none
@@ -16,8 +16,8 @@ local function settled(session, sets)
   for n = 1, #refs do
     local before, after = sets_in(session, n), sets[n] or sets_in(session, n)
     if #before ~= #after then return false end
-    for _, set in ipairs(after) do
-      if not has(before, set) or redis.pcall("SISMEMBER", set, session.id) ~= 1 then return false end
+    for i = 1, #after do
+      if not has(before, after[i]) or redis.pcall("SISMEMBER", after[i], session.id) ~= 1 then return false end
     end
   end
   return true

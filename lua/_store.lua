@@ -109,19 +109,3 @@ end
 
 -- Where delete_by_ref, while it works through a large set, finds the sessions that joined after it began.
 local function fence_of(set) return prefix .. ":_fence" .. string.sub(set, #prefix + 1) end
-
--- By the clock, not from the moment of the command: where time runs on in a script, a set would die before its session.
--- Redis writes a number of Lua with all of its digits, up to 2^53.
-local function expire(name, ttl) redis.call("PEXPIREAT", name, now + ttl) end
-
--- A set lives at least as long as its members, and somewhat longer: so it need not be renewed with each of them, each
--- time. One without a TTL, made by others, keeps none; -2: it was not there.
-local function outlive(set, ttl, before)
-  if before == -2 or (before >= 0 and before < ttl) then expire(set, ttl + math.floor(ttl / 32)) end
-end
-
--- A key of another type under the name of a set holds no id: no reason to keep a session alive.
-local function leave(set, id)
-  local reply = redis.pcall("SREM", set, id)
-  if type(reply) == "table" and not string.find(reply.err, "WRONGTYPE") then redis.call("SREM", set, id) end
-end

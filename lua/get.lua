@@ -6,21 +6,22 @@
     max_age           milliseconds to renew it for; 0 to leave its TTL alone
     fields            their number, -1 for all; then their names
 
-  Returns for each session its TTL in milliseconds, and a list of field, value, ... with its id; or
-    0, {}             if there is none
-    0, {"_ended", reason}
+  Returns for each session field, value, ... with its id, and at last its TTL in milliseconds; or
+    0                 if there is none
+    "_ended", reason, 0
                       if it was ended
 ]]
 local function get()
   local name, max_age, count = key(), number(), number()
   local fields = count >= 0 and args(count)
   local session = find(name, not fields)
-  if not session then return { 0, {} } end
+  if not session then return { 0 } end
   if session.err then return session end
-  if session.ended then return { 0, { "_ended", session.ended } } end
+  if session.ended then return { "_ended", session.ended, 0 } end
   local values, weight = read(session, fields), 0
   for i = 2, #values, 2 do weight = weight + #values[i] end
-  return { max_age > 0 and renew(session, max_age) or session.ttl, values }, weight
+  values[#values + 1] = max_age > 0 and renew(session, max_age) or session.ttl
+  return values, weight
 end
 
 return each(get)

@@ -18,7 +18,7 @@ from rss.errors import Conflict, LimitExceeded, SessionEnded, SessionError, Sess
 
 _Commands = Sequence[Sequence[str | bytes | int]]
 
-_SHARED: Final = ("_store", "_session", "_refs")
+_SHARED: Final = ("_store", "_session", "_lifetime", "_refs")
 
 # Redis refused to run the script: what it will do later, and what it will not until somebody acts.
 _PASSING: Final = {"NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN"}

@@ -1,6 +1,5 @@
 """The store: one method is one operation is one script."""
 
-import asyncio
 import codecs
 import functools
 import re
@@ -29,6 +28,9 @@ else:
 
 #: The fields of a session: a `TypedDict(total=False)`, or any `dict[str, Any]`.
 S = TypeVar("S", bound=Mapping[str, Any], default=dict[str, Any])
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 _TOMBSTONE: Final = "300000"  # Milliseconds. Later than that, no request that began before is still running.
 _PAGE: Final = "50"  # Sessions that a script looks at: a millisecond or two, for which all others wait.
@@ -91,7 +93,8 @@ class SessionStore(Generic[S]):
         self._codec = codec
         own = codec if isinstance(codec, TextCodec) else JSONCodec()
         self._codecs: dict[str, Codec] = dict.fromkeys(self._references, own)  # Of the other fields: `codec`.
-        self._readers = _Readers(codec, self._codecs)
+        self._encoders = _Cached(self._encoder)
+        self._decoders = _Cached(self._decoder)
         self._owned: Redis | None = None
 
         encoding = "text" if isinstance(codec, TextCodec) else "json"
@@ -165,7 +168,7 @@ class SessionStore(Generic[S]):
         With *touch*, renew it for the store's max_age in the same round trip. Returns {} if there is no session.
         """
         names = None if fields is None else _fields(fields, "id")
-        _, pairs = await self._read(session_id, names, self._max_age if touch else "0")
+        pairs, _ = await self._read(session_id, names, self._max_age if touch else "0")
         return self._decode(pairs)
 
     async def set(
@@ -236,7 +239,7 @@ class SessionStore(Generic[S]):
 
     async def ended(self, session_id: str) -> str | None:
         """Return why a session was ended, for five minutes after; None if it was not, or is not known any more."""
-        _, pairs = await self._read(session_id, [])
+        pairs, _ = await self._read(session_id, [])
         return pairs[1].decode() if pairs[:1] == [b"_ended"] else None
 
     async def rotate(self, session_id: str, values: S | None = None, *, grace: Duration | None = None) -> str:
@@ -256,7 +259,7 @@ class SessionStore(Generic[S]):
 
     async def ttl(self, session_id: str) -> timedelta | None:
         """Return how long a session has left to live; None if there is none."""
-        ttl, _ = await self._read(session_id, [])
+        _, ttl = await self._read(session_id, [])
         return timedelta(milliseconds=ttl) if ttl else None
 
     async def ids_by(self, field: str, value: str | int) -> list[str]:
@@ -301,7 +304,7 @@ class SessionStore(Generic[S]):
         expected: list[str | bytes] = []
         if expect is not None:
             for field, value in _items(expect, "expect"):
-                expected += (_field(field), self._expectation(field, value))
+                expected += (field, self._expectation(field, value))
         keys = [self._keys.session(session_id), *sets]
         args = [self._age(max_age), mode, str(len(expected) // 2), *expected, str(len(pairs)), *pairs, *counts]
         await self._calls.run("set_with_refs", keys, args, repeatable=not expected)
@@ -313,10 +316,10 @@ class SessionStore(Generic[S]):
         reply: list[bytes] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
-    def _read(
-        self, session_id: str, fields: list[str] | None, max_age: str = "0"
-    ) -> asyncio.Future[tuple[int, list[bytes]]]:
-        return self._calls.run("get", (self._keys.session(session_id),), (max_age, *_wanted(fields)))
+    async def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> tuple[list[bytes], int]:
+        """Return fields and data in turn, and the TTL in milliseconds."""
+        reply = await self._calls.run("get", (self._keys.session(session_id),), (max_age, *_wanted(fields)))
+        return reply, reply.pop()
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
         keys, head = [self._keys.reference(field, value)], [self._number(field)]
@@ -348,7 +351,7 @@ class SessionStore(Generic[S]):
         """Return fields and data in turn, the reference sets to be in, and how many these are for each reference."""
         pairs: list[str | bytes] = []
         for field, value in _items(values, "values"):
-            pairs += (_field(field), self._encode_value(field, value))
+            pairs += (field, self._encode_value(field, value))
         sets: list[str] = []
         counts: list[str] = []
         for field in self._references:
@@ -358,23 +361,24 @@ class SessionStore(Generic[S]):
         return pairs, sets, counts
 
     def _sets(self, field: str, value: Any) -> list[str]:
-        if value is None:
-            return []
         if not isinstance(value, list):
-            return [self._keys.reference(field, value)]
+            return [] if value is None else [self._keys.reference(field, value)]
         if any(isinstance(one, int) and abs(one) > 2**53 for one in value):
             raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
         return list(dict.fromkeys(self._keys.reference(field, one) for one in value))
 
     def _encode_value(self, field: str, value: Any) -> str | bytes:
-        codec = self._codecs.get(field, self._codec)
+        encode = self._encoders[field]
         try:
-            return codec.encode(field, value)
+            return encode(field, value)
         except (TypeError, ValueError) as error:
             # What is wrong is said without the text of the error, which may hold the value.
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            problem = f"{type(codec).__name__} cannot store this {type(value).__name__} in the field {field!r}"
-        raise kind(problem)
+            codec = type(self._codecs.get(field, self._codec)).__name__
+        raise kind(f"{codec} cannot store this {type(value).__name__} in the field {field!r}")
+
+    def _encoder(self, field: str) -> Callable[[str, Any], str | bytes]:
+        return self._codecs.get(_field(field), self._codec).encode
 
     def _expectation(self, field: str, value: Any) -> bytes:
         try:
@@ -387,9 +391,9 @@ class SessionStore(Generic[S]):
 
     def _decode(self, pairs: list[bytes]) -> S:
         session: dict[str, Any] = {}
-        readers, turns = self._readers, iter(pairs)
+        decoders, turns = self._decoders, iter(pairs)
         for name, data in zip(turns, turns, strict=True):
-            field, decode = readers[name]
+            field, decode = decoders[name]
             if decode:
                 try:
                     session[field] = decode(field, data)
@@ -397,20 +401,24 @@ class SessionStore(Generic[S]):
                     raise SessionError(f"the field {field!r} holds data that is not readable") from None
         return cast("S", session)
 
-
-class _Readers(dict[bytes, tuple[str, Callable[[str, bytes], Any] | None]]):
-    """For what a field is called in the hash: its name, and what decodes it: nothing, if it is the library's."""
-
-    def __init__(self, codec: Codec, codecs: Mapping[str, Codec]) -> None:
-        self._codec, self._codecs = codec, codecs
-
-    def __missing__(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
-        if len(self) >= 1000:  # Names that hold data of their own must not pile up.
-            self.clear()
+    def _decoder(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
+        """Return what a field is called, and what decodes it: nothing, if it is the library's."""
         field = name.decode(errors="backslashreplace")
         decode = None if field.startswith("_") else self._codecs.get(field, self._codec).decode
-        self[name] = reader = (field, _read_id if field == "id" else decode)
-        return reader
+        return field, _read_id if field == "id" else decode
+
+
+class _Cached(dict[_K, _V]):
+    """What is made from each key, once. Names may hold data of their own: they must not pile up."""
+
+    def __init__(self, make: Callable[[_K], _V]) -> None:
+        self._make = make
+
+    def __missing__(self, key: _K) -> _V:
+        if len(self) >= 1000:
+            self.clear()
+        value = self[key] = self._make(key)
+        return value
 
 
 def _read_id(_: str, data: bytes) -> str:
@@ -435,7 +443,7 @@ def _listed(values: Iterable[str], name: str) -> list[str]:
 
 
 def _items(values: Mapping[str, Any], name: str) -> ItemsView[str, Any]:
-    if not isinstance(values, Mapping):
+    if type(values) is not dict and not isinstance(values, Mapping):
         raise TypeError(f"{name} must be a mapping of fields to values, not {type(values).__name__}")
     return values.items()
 

@@ -21,7 +21,7 @@ def _code(file: Path) -> list[str]:
 def test_there_is_a_script_for_each_operation() -> None:
     """They are named as the methods are."""
     assert set(scripts.SCRIPTS) == NAMES | {"find_by_ref", "delete_by_ref"}
-    assert {file.stem for file in FILES} == set(scripts.SCRIPTS) | {"_store", "_session", "_refs"}
+    assert {file.stem for file in FILES} == set(scripts.SCRIPTS) | {"_store", "_session", "_lifetime", "_refs"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
