@@ -11,10 +11,19 @@
 -- Redis writes a number of Lua with all of its digits, up to 2^53.
 local function expire(name, ttl) redis.call("PEXPIREAT", name, now + ttl) end
 
--- A set lives at least as long as its members, and somewhat longer: so it need not be renewed with each of them, each
--- time. One without a TTL, made by others, keeps none; -2: it was not there.
+-- Until when its sets live at least, for a session that has so long to live: a round time. While that stays the same,
+-- they need not be renewed with the session. As the session grows old, the steps become smaller, always by a half: so
+-- the sets still live until then.
+local function horizon(ttl)
+  local _, exponent = math.frexp(ttl)
+  local step = math.ldexp(1, math.max(exponent - 6, 0))
+  return math.ceil((now + ttl) / step) * step
+end
+
+-- Let a set live as long as a session. One without a TTL, made by others, keeps none; -2: it was not there.
 local function outlive(set, ttl, before)
-  if before == -2 or (before >= 0 and before < ttl) then expire(set, ttl + math.floor(ttl / 32)) end
+  local till = horizon(ttl)
+  if before == -2 or (before >= 0 and now + before < till) then redis.call("PEXPIREAT", set, till) end
 end
 
 -- What a session that is given max_age has left to live.
@@ -26,9 +35,10 @@ end
 -- Let a session live on, and with it the sets it is in. Returns what it has left to live.
 local function renew(session, max_age)
   local ttl = lifetime(session, max_age)
-  for n = 1, #refs do
-    local sets = sets_in(session, n)
-    for i = 1, #sets do outlive(sets[i], ttl, redis.call("PTTL", sets[i])) end
+  if horizon(ttl) > horizon(session.ttl - 1000) then -- A second, since PTTL may count from somewhat before `now`.
+    for n = 1, #refs do
+      for _, set in ipairs(sets_in(session, n)) do outlive(set, ttl, redis.call("PTTL", set)) end
+    end
   end
   expire(session.key, ttl)
   if not session.created then redis.call("HSET", session.key, "_created", integer(now)) end

@@ -456,7 +456,8 @@ def test_the_store_does_what_the_model_does_without_coalescing(
     ("right", "wrong"),
     [
         pytest.param("or not has(after, set) then", "then", id="a session stays in its old sets"),
-        pytest.param("(before >= 0 and before < ttl)", "false", id="a set dies before its members"),
+        pytest.param("(before >= 0 and now + before < till)", "false", id="a set dies before its members"),
+        pytest.param("if horizon(ttl) > horizon(session.ttl - 1000) then", "if false then", id="none is renewed"),
         pytest.param("if ended then", "if false then", id="a late write revives a session"),
         pytest.param("if #live < refs[n].limit then", "if #live <= refs[n].limit then", id="one too many stays"),
         pytest.param("a.created or 0) <", "a.created or 0) >", id="the youngest goes"),

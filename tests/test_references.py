@@ -1,12 +1,17 @@
 """Reference sets: limits, strictness, and how the ids of expired sessions leave them."""
 
 import asyncio
+import secrets
+from datetime import timedelta
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 from redis.asyncio import Redis
 
 from rss import LimitExceeded, Reference, SessionEnded, SessionNotFound, SessionStore
-from tests.keyspace import Keyspace
+from rss.testing import RedisServer
+from tests.keyspace import SLACK, Keyspace
 
 
 def _store(client: Redis, keyspace: Keyspace, **reference: object) -> SessionStore:
@@ -237,3 +242,36 @@ async def test_a_hash_without_ttl_is_no_session(store: SessionStore, keyspace: K
             await store.increment("a", "n")
         await store.set("a", {"x": 1})
         assert await keyspace.dump() == {"{a}": {"id": "a", "x": "1"}}
+
+
+@given(
+    ages=st.lists(st.tuples(st.sampled_from(["set", "move", "touch", "unset", "rotate"]), st.integers(60_000, 10**11))),
+)
+def test_sets_outlive_a_session_however_it_is_renewed(redis_server: RedisServer, ages: list[tuple[str, int]]) -> None:
+    """For longer, for shorter, a little, a lot: they live as long as it does, and no more than a 32nd longer."""
+
+    async def run() -> None:
+        async with Redis.from_url(redis_server.url, decode_responses=True) as client:
+            keyspace = Keyspace(client, f"ages-{secrets.token_hex(8)}")
+            store = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
+            session_id, longest = await store.create({"user_id": 1, "ip": "x"}, timedelta(minutes=1)), 60_000
+            for turn, (how, ms) in enumerate(ages):
+                age = timedelta(milliseconds=ms)
+                match how:
+                    case "set":
+                        await store.set(session_id, {"visits": 1}, age)
+                    case "move":
+                        await store.set(session_id, {"user_id": turn % 2}, age)
+                    case "touch":
+                        await store.touch(session_id, age)
+                    case "unset":
+                        await store.unset(session_id, ["visits"], age)
+                    case _:
+                        session_id = await store.rotate(session_id, {"user_id": turn % 3})
+                longest = max(longest, ms)
+                (user,) = await client.keys(f"{keyspace.prefix}:user_id:*")
+                sets = [await client.pttl(key) for key in (user, f"{keyspace.prefix}:ip:{{x}}")]
+                assert await keyspace.ttl(f"{{{session_id}}}") <= min(sets) <= max(sets) <= longest * SLACK
+            await keyspace.clear()
+
+    asyncio.run(run())
