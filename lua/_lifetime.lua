@@ -1,10 +1,10 @@
 --[[
-  How long sessions and their reference sets live, and how they end. Needs _store.lua and _session.lua.
+  How long sessions and their reference sets live, and how they end. Needs _session.lua.
 
   KEYS        none
   ARGV        none
 
-  Returns nothing: the loader puts it in front of the scripts that need it.
+  Returns nothing: it stands in front of the scripts that need it.
 ]]
 
 -- By the clock, not from the moment of the command: where time runs on in a script, a set would die before its session.

@@ -1,10 +1,10 @@
 --[[
-  Moving a session between reference sets: checked as a whole, then done. Needs the other shared files.
+  Moving a session between reference sets: checked as a whole, then done. Needs _lifetime.lua.
 
   KEYS        none
   ARGV        none
 
-  Returns nothing: the loader puts it in front of the scripts that need it.
+  Returns nothing: it stands in front of the scripts that need it.
 ]]
 
 -- How many members are looked at when a set is joined: expired ids leave faster than new ones come. At a limit, all

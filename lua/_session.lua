@@ -4,7 +4,7 @@
   KEYS        none
   ARGV        none
 
-  Returns nothing: the loader puts it in front of the scripts that need it.
+  Returns nothing: it stands in front of the scripts that need it.
 ]]
 local state, strict = { "id", "_ended", "_created" }, {}
 for n, ref in ipairs(refs) do

@@ -10,7 +10,7 @@
     references        their number, then for each its field, its limit (0 for none), "evict" or "refuse" at that
                       limit, and "strict" or "lax"
 
-  Returns nothing: the loader puts it in front of the other scripts.
+  Returns nothing: it stands in front of all others.
 ]]
 local keys_read, args_read = 0, 0
 

@@ -1,5 +1,6 @@
 --[[
   End a page of the sessions in a reference set: on the whole, those that were in it when the first page was.
+  Needs _lifetime.lua.
 
   KEYS        the reference set, "rss:<field>:{<value>}"; its fence, "rss:_fence:<field>:{<value>}"
   ARGV        what _store.lua reads, then

@@ -1,5 +1,5 @@
 --[[
-  End sessions: each leaves its reference sets, and a tombstone under its key.
+  End sessions: each leaves its reference sets, and a tombstone under its key. Needs _lifetime.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session

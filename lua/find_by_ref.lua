@@ -1,5 +1,5 @@
 --[[
-  Read a page of the sessions in a reference set, and let go of the ids in it whose session is gone.
+  Read a page of the sessions in a reference set, and let go of the ids in it whose session is gone. Needs _session.lua.
 
   KEYS        the reference set, "rss:<field>:{<value>}"
   ARGV        what _store.lua reads, then

@@ -1,5 +1,5 @@
 --[[
-  Read sessions, and renew those that are to be.
+  Read sessions, and renew those that are to be. Needs _lifetime.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session

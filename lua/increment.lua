@@ -1,5 +1,5 @@
 --[[
-  Add to an integer field of sessions.
+  Add to an integer field of sessions. Needs _session.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session

@@ -1,5 +1,5 @@
 --[[
-  Give sessions a new id, and write fields of them: data, age, TTL and references stay.
+  Give sessions a new id, and write fields of them: data, age, TTL and references stay. Needs _refs.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"; its new hash; then the reference sets for its new values,
               "rss:<field>:{<value>}"

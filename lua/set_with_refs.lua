@@ -1,5 +1,6 @@
 --[[
   Write fields of sessions, move these between reference sets and renew them; make those that are not there.
+  Needs _refs.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"; then the reference sets for its new values,
               "rss:<field>:{<value>}"

@@ -1,5 +1,5 @@
 --[[
-  Renew sessions and the reference sets they are in.
+  Renew sessions and the reference sets they are in. Needs _lifetime.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session

@@ -1,5 +1,5 @@
 --[[
-  Take fields out of sessions, and these out of the reference sets of the fields.
+  Take fields out of sessions, and these out of the reference sets of the fields. Needs _refs.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session

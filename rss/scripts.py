@@ -18,7 +18,7 @@ from rss.errors import Conflict, LimitExceeded, SessionEnded, SessionError, Sess
 
 _Commands = Sequence[Sequence[str | bytes | int]]
 
-_SHARED: Final = ("_store", "_session", "_lifetime", "_refs")
+_NEEDS: Final = re.compile(r"Needs (_\w+)\.lua\.")
 
 # Redis refused to run the script: what it will do later, and what it will not until somebody acts.
 _PASSING: Final = {"NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN"}
@@ -40,8 +40,12 @@ def _read_scripts() -> dict[str, str]:
     if not folder.exists():  # In a checkout it lies beside the package.
         folder = folder.parent.with_name("lua")
     files = {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.lua"))}
-    shared = "".join(files.pop(name) for name in _SHARED)
-    return {name: shared + source for name, source in files.items()}
+
+    def with_needs(source: str) -> str:
+        needs = _NEEDS.search(source)
+        return with_needs(files[needs[1]]) + source if needs else source
+
+    return {name: with_needs(source) for name, source in files.items() if not name.startswith("_")}
 
 
 #: The scripts as Redis gets them, by name.
