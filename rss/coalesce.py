@@ -68,7 +68,8 @@ class Coalescer:
         self._queues: dict[_Kind, deque[_Call]] = {}
         self._workers: dict[asyncio.Task[None], list[_Call]] = {}  # And the batch that each has in flight.
         self._collecting = False  # Whether a worker is about to look what is pending.
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # As long as there is anything to do.
+        self._loop: asyncio.AbstractEventLoop
 
     def run(
         self, name: str, keys: Sequence[str], args: Sequence[str | bytes], *, repeatable: bool = True
@@ -78,15 +79,16 @@ class Coalescer:
         Until the deadline it is run again whenever Redis surely did not run it, and, if *repeatable*, also when that
         is not known since the connection broke. After that, the error is `StoreUnavailable`.
         """
-        loop = asyncio.get_running_loop()
+        # To ask for the loop each time costs a system call.
+        loop = self._loop if self._timer else asyncio.get_running_loop()
         call = _Call(keys, args, loop.time() + self._timeout, loop.create_future())
         kind = (name, repeatable)
         queue = self._queues.get(kind)
         if queue is None:
             queue = self._queues[kind] = deque()
         queue.append(call)
-        if self._timer is None:
-            self._timer = loop.call_at(call.deadline, self._expire)
+        if not self._timer:
+            self._loop, self._timer = loop, loop.call_at(call.deadline, self._expire)
         if not self._collecting:
             self._start_worker()
         return call.answer

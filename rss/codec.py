@@ -27,6 +27,7 @@ _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 # What a JSON text can begin with; "" is none. What begins like a number is hardly ever one: addresses, dates, ids.
 _JSON_STARTS = frozenset('"[{-0123456789tfn \t\n\r')
 _NUMBER_STARTS = frozenset("-0123456789")
+_ZERO = ord("0")
 _is_number = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?[ \t\n\r]*").fullmatch
 
 
@@ -54,16 +55,16 @@ class JSONCodec:
         return text if text.isascii() else text.encode()
 
     def decode(self, field: str, data: bytes, /) -> Any:
-        text = data.decode()
-        first = text[:1]
-        if first not in _JSON_STARTS:
-            return text
         try:
-            if data.isdigit() and (first != "0" or text == "0"):
-                return int(text)
-            return text if first in _NUMBER_STARTS and not _is_number(text) else _loads(text)
+            if data.isdigit() and (data[0] != _ZERO or len(data) == 1):
+                return int(data)
+            text = data.decode()
+            first = text[:1]
+            if first not in _JSON_STARTS or (first in _NUMBER_STARTS and not _is_number(text)):
+                return text
+            return _loads(text)
         except (ValueError, RecursionError):
-            return text  # It only begins like JSON.
+            return data.decode()  # It only begins like JSON.
 
     def _is_like_json(self, text: str) -> bool:
         # The scripts parse what begins like this with a parser of their own, which takes more for JSON than ours.
