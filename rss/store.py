@@ -4,7 +4,7 @@ import codecs
 import functools
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, ItemsView, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, ItemsView, Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypedDict, Unpack, cast
@@ -168,8 +168,9 @@ class SessionStore(Generic[S]):
         With *touch*, renew it for the store's max_age in the same round trip. Returns {} if there is no session.
         """
         names = None if fields is None else _fields(fields, "id")
-        pairs, _ = await self._read(session_id, names, self._max_age if touch else "0")
-        return self._decode(pairs)
+        reply = await self._read(session_id, names, self._max_age if touch else "0")
+        reply.pop()
+        return self._decode(reply)
 
     async def set(
         self,
@@ -239,8 +240,8 @@ class SessionStore(Generic[S]):
 
     async def ended(self, session_id: str) -> str | None:
         """Return why a session was ended, for five minutes after; None if it was not, or is not known any more."""
-        pairs, _ = await self._read(session_id, [])
-        return pairs[1].decode() if pairs[:1] == [b"_ended"] else None
+        reply = await self._read(session_id, [])
+        return cast("bytes", reply[1]).decode() if reply[0] == b"_ended" else None
 
     async def rotate(self, session_id: str, values: S | None = None, *, grace: Duration | None = None) -> str:
         """Give a session a new id, as at a login, write these values, and return the id. Data, age and TTL stay.
@@ -259,7 +260,7 @@ class SessionStore(Generic[S]):
 
     async def ttl(self, session_id: str) -> timedelta | None:
         """Return how long a session has left to live; None if there is none."""
-        _, ttl = await self._read(session_id, [])
+        *_, ttl = await self._read(session_id, [])
         return timedelta(milliseconds=ttl) if ttl else None
 
     async def ids_by(self, field: str, value: str | int) -> list[str]:
@@ -316,10 +317,9 @@ class SessionStore(Generic[S]):
         reply: list[bytes] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
-    async def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> tuple[list[bytes], int]:
-        """Return fields and data in turn, and the TTL in milliseconds."""
-        reply = await self._calls.run("get", (self._keys.session(session_id),), (max_age, *_wanted(fields)))
-        return reply, reply.pop()
+    def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> Awaitable[list[Any]]:
+        """Return fields and data in turn, and at last the TTL in milliseconds."""
+        return self._calls.run("get", (self._keys.session(session_id),), (max_age, *_wanted(fields)))
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
         keys, head = [self._keys.reference(field, value)], [self._number(field)]
