@@ -137,12 +137,20 @@ class Plain(Coalesced):
     async def drain(self) -> None:
         """Do nothing: no call waits for another."""
 
-    async def run(self, name: str, keys: list[str], args: list[str], *, repeatable: bool = True) -> Any:
+    async def run(
+        self,
+        name: str,
+        keys: Sequence[str],
+        args: Sequence[str],
+        *,
+        shared: Sequence[str] = (),
+        repeatable: bool = True,
+    ) -> Any:
         """Run a script for one session."""
         del repeatable
         if name not in self.shas:
             self.shas[name] = await self.client.script_load(SCRIPTS[name])
-        (reply,) = await self.client.evalsha(self.shas[name], len(keys), *keys, *self.head, *args)
+        (reply,) = await self.client.evalsha(self.shas[name], len(keys), *keys, *self.head, *shared, *args)
         return reply
 
 

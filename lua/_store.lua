@@ -44,12 +44,12 @@ local function spread(command, name, list)
   for i = 1, #list, 1000 do redis.call(command, name, unpack(list, i, math.min(i + 999, #list))) end
 end
 
--- Run a function for each session of the batch: it reads the arguments of one, and returns its reply and perhaps the
+-- Run a function for each session of the batch: it reads the keys and arguments of one, and returns its reply and perhaps the
 -- weight of that in bytes. After about so many, the batch ends, that nobody else waits long; it does also where the
 -- function fails, as when Redis refuses a write: the sessions that got no reply are sent again.
 local function each(run)
   local replies, sum = {}, 0
-  while args_read < #ARGV and sum < 131072 do
+  while keys_read < #KEYS and sum < 131072 do
     local done, reply, weight = pcall(run)
     if not done and #replies == 0 then error(reply, 0) end
     if not done then break end

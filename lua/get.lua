@@ -2,8 +2,8 @@
   Read sessions, and renew those that are to be. Needs _lifetime.lua.
 
   KEYS        for each session: its hash, "rss:{<id>}"
-  ARGV        what _store.lua reads, then for each session
-    max_age           milliseconds to renew it for; 0 to leave its TTL alone
+  ARGV        what _store.lua reads, then
+    max_age           milliseconds to renew them for; 0 to leave their TTL alone
     fields            their number, -1 for all; then their names
 
   Returns for each session field, value, ... with its id, and at last its TTL in milliseconds; or
@@ -11,10 +11,11 @@
     "_ended", reason, 0
                       if it was ended
 ]]
+local max_age, count = number(), number()
+local fields = count >= 0 and args(count)
+
 local function get()
-  local name, max_age, count = key(), number(), number()
-  local fields = count >= 0 and args(count)
-  local session = find(name, not fields)
+  local session = find(key(), not fields)
   if not session then return { 0 } end
   if session.err then return session end
   if session.ended then return { "_ended", session.ended, 0 } end

@@ -4,11 +4,12 @@
 
   KEYS        for each session: its hash, "rss:{<id>}"; then the reference sets for its new values,
               "rss:<field>:{<value>}"
-  ARGV        what _store.lua reads, then for each session
+  ARGV        what _store.lua reads, then
+    mode              "set"; "update" if they must be there; "create" if they are new, and written already if there
+    expectations      how many fields are expected to hold something; then for each session
     max_age           milliseconds to live from now on
-    mode              "set"; "update" if it must be there; "create" if it is new, and written already if it is there
-    expected          their number, then for each field "=" and what it must hold, or "-" and what it may hold if
-                      it is there
+    expected          for each such field its name, and "=" and what it must hold, or "-" and what it may hold if it
+                      is there
     values            number of fields and values, then field, value, ...
     sets              for each reference the number of its new reference sets in KEYS, -1 if its field is not written
 
@@ -27,9 +28,11 @@ local function conflicts(session, expected)
   end
 end
 
+local mode, expectations = arg(), number()
+
 local function set()
-  local name, max_age, mode = key(), number(), arg()
-  local expected, values, sets = args(2 * number()), args(number()), read_sets()
+  local name, max_age = key(), number()
+  local expected, values, sets = args(2 * expectations), args(number()), read_sets()
 
   local session = find(name)
   if session or mode == "update" then

@@ -27,8 +27,8 @@ _MAX_CHARACTERS: Final = 131072
 # Seconds between attempts; the first repetition does not wait.
 _BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
 
-# The name of a script, and whether it is repeatable: what a batch has in common.
-_Kind = tuple[str, bool]
+# The name of a script, its arguments that are for all sessions, and whether it is repeatable: what a batch shares.
+_Kind = tuple[str, tuple[str, ...], bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -72,17 +72,24 @@ class Coalescer:
         self._loop: asyncio.AbstractEventLoop
 
     def run(
-        self, name: str, keys: Sequence[str], args: Sequence[str | bytes], *, repeatable: bool = True
+        self,
+        name: str,
+        keys: Sequence[str],
+        args: Sequence[str | bytes],
+        *,
+        shared: tuple[str, ...] = (),
+        repeatable: bool = True,
     ) -> asyncio.Future[Any]:
         """Run a script for one session; the result is its reply, or the error that this stands for.
 
+        *shared*: arguments that stand before those of the sessions: only calls that share them go together.
         Until the deadline it is run again whenever Redis surely did not run it, and, if *repeatable*, also when that
         is not known since the connection broke. After that, the error is `StoreUnavailable`.
         """
         # To ask for the loop each time costs a system call.
         loop = self._loop if self._timer else asyncio.get_running_loop()
         call = _Call(keys, args, loop.time() + self._timeout, loop.create_future())
-        kind = (name, repeatable)
+        kind = (name, shared, repeatable)
         queue = self._queues.get(kind)
         if queue is None:
             queue = self._queues[kind] = deque()
@@ -152,9 +159,9 @@ class Coalescer:
 
     async def _send(self, connection: AbstractConnection, kind: _Kind, calls: list[_Call]) -> None:
         """Run a script for these calls, once, and hand out the replies; calls that got none are pending again."""
-        name, repeatable = kind
+        name, shared, repeatable = kind
         keys: list[str] = []
-        args: list[str | bytes] = [*self._head]
+        args: list[str | bytes] = [*self._head, *shared]
         for call in calls:
             keys += call.keys
             args += call.args

@@ -307,8 +307,9 @@ class SessionStore(Generic[S]):
             for field, value in _items(expect, "expect"):
                 expected += (field, self._expectation(field, value))
         keys = [self._keys.session(session_id), *sets]
-        args = [self._age(max_age), mode, str(len(expected) // 2), *expected, str(len(pairs)), *pairs, *counts]
-        await self._calls.run("set_with_refs", keys, args, repeatable=not expected)
+        args = [self._age(max_age), *expected, str(len(pairs)), *pairs, *counts]
+        shared = (mode, str(len(expected) // 2))
+        await self._calls.run("set_with_refs", keys, args, shared=shared, repeatable=not expected)
 
     async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[bytes]:
         names = _fields(fields)
@@ -319,7 +320,7 @@ class SessionStore(Generic[S]):
 
     def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> Awaitable[list[Any]]:
         """Return fields and data in turn, and at last the TTL in milliseconds."""
-        return self._calls.run("get", (self._keys.session(session_id),), (max_age, *_wanted(fields)))
+        return self._calls.run("get", (self._keys.session(session_id),), (), shared=(max_age, *_wanted(fields)))
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
         keys, head = [self._keys.reference(field, value)], [self._number(field)]

@@ -64,7 +64,8 @@ async def _scripts_run(admin: Redis, work: Awaitable[object]) -> int:
 
 CALLS: dict[str, Callable[[SessionStore, int], Awaitable[object]]] = {
     "get": lambda store, n: store.get(str(n)),
-    "get fields": lambda store, n: store.get(str(n), ["n"], touch=bool(n % 2)),
+    "get fields": lambda store, n: store.get(str(n), ["n"]),
+    "get and touch": lambda store, n: store.get(str(n), touch=True),
     "set": lambda store, n: store.set(str(n), {"user_id": n % 7, "n": -n}),
     "create": lambda store, n: store.create({"user_id": n}),
     "unset": lambda store, n: store.unset(str(n), ["n"]),
