@@ -12,12 +12,17 @@
 local function expire(name, ttl) redis.call("PEXPIREAT", name, now + ttl) end
 
 -- Until when its sets live at least, for a session that has so long to live: a round time. While that stays the same,
--- they need not be renewed with the session. As the session grows old, the steps become smaller, always by a half: so
--- the sets still live until then.
+-- they need not be renewed with the session. The steps are a 64th to a 32nd of that, and powers of two: as a session
+-- grows old they become smaller always by a half, and the sets still live until then.
+local power, step = 0, 1
 local function horizon(ttl)
-  local _, exponent = math.frexp(ttl)
-  local step = math.ldexp(1, math.max(exponent - 6, 0))
-  return math.ceil((now + ttl) / step) * step
+  if ttl < power or ttl >= 2 * power then
+    local _, exponent = math.frexp(ttl)
+    power = math.ldexp(1, exponent - 1)
+    step = math.max(power / 32, 1)
+  end
+  local till = now + ttl
+  return till + -till % step
 end
 
 -- Let a set live as long as a session. One without a TTL, made by others, keeps none; -2: it was not there.
