@@ -27,6 +27,7 @@ end
 local function number() return tonumber(arg()) end
 
 local function args(n)
+  if n == 0 then return {} end
   args_read = args_read + n
   if n <= 1000 then return { unpack(ARGV, args_read - n + 1, args_read) } end
   local list = {}
