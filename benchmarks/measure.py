@@ -1,6 +1,7 @@
 """Measures calls: many at once, each contender in its turn, several rounds."""
 
 import asyncio
+import functools
 import itertools
 import random
 import statistics
@@ -72,8 +73,12 @@ async def measure(cell: Cell, admin: Redis, call: Call, numbers: Iterable[int], 
     cell.server.append(server / len(times) * 1e6)
 
 
+@functools.cache
+def _some(count: int) -> list[int]:
+    chance = random.Random(1)
+    return [chance.randrange(count) for _ in range(100_003)]
+
+
 def at_random(count: int) -> Iterator[int]:
     """Return numbers below, without end; the same each time."""
-    chance = random.Random(1)
-    few = [chance.randrange(count) for _ in range(100_003)]
-    return itertools.cycle(few)
+    return itertools.cycle(_some(count))

@@ -11,7 +11,8 @@ from benchmarks.contenders import Coalesced, Nothing, Plain
 from benchmarks.measure import Cell
 
 mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "rss", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+mpl.rcParams.update({"svg.hashsalt": "rss", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9})
+mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.facecolor": "white"})
 _COLORS = {Coalesced.name: "#c1121f", Plain.name: "#003049"}
 _OTHERS = ["#669bbc", "#7a9e7e", "#b08968", "#8d99ae", "#9d8189", "#bcb8b1", "#6d6875"]
 
@@ -23,7 +24,7 @@ def throughput(cells: Sequence[Cell], path: Path) -> None:
         rows = [c for c in cells if c.operation == operation and c.loop == "asyncio" and c.contender != Nothing.name]
         others = iter(_OTHERS)
         for name in dict.fromkeys(cell.contender for cell in rows):
-            row = [cell for cell in rows if cell.contender == name]
+            row = sorted((cell for cell in rows if cell.contender == name), key=lambda cell: cell.tasks)
             rates = [cell.rate for cell in row]
             spread = [[c.rate - min(c.rates) for c in row], [max(c.rates) - c.rate for c in row]]
             color = _COLORS.get(name) or next(others)

@@ -110,13 +110,13 @@ async def large_values(url: str, sizes: Sequence[int], rounds: int) -> list[Cell
     return cells
 
 
-async def memory(url: str, sessions: int = 20_000) -> dict[str, float]:
+async def memory(url: str, sessions: int) -> dict[str, float]:
     """Measure the bytes that Redis takes for a session: of ours, the original's layout, and a JSON text."""
     found: dict[str, float] = {}
     async with Redis.from_url(url) as admin:
         for kind in (Coalesced, Original, Blob):
             contender = kind(url, "bench-memory")
-            await contender.set(sessions, 0)  # What a connection takes is not a session's.
+            await prepare(contender, range(sessions, sessions + 200))  # What connections take is not a session's.
             before = (await admin.info("memory"))["used_memory"]
             await prepare(contender, range(sessions))
             found[kind.name] = ((await admin.info("memory"))["used_memory"] - before) / sessions
