@@ -144,7 +144,13 @@ def _rounded(found: Any) -> Any:
     return float(f"{found:.4g}") if isinstance(found, float) else found
 
 
-def _tables(machine: dict[str, Any], cells: list[Cell], apps: dict[str, dict[str, float]]) -> str:
+def _tables(
+    machine: dict[str, Any],
+    cells: list[Cell],
+    many: list[Cell],
+    memory: dict[str, float],
+    apps: dict[str, dict[str, float]],
+) -> str:
     """Return what the README shows, as Markdown."""
     table = {(c.contender, c.operation, c.tasks): c.rate for c in cells if c.loop == "asyncio"}
     columns = [("get", 50), ("get", 200), ("set", 50), ("set", 200)]
@@ -154,6 +160,11 @@ def _tables(machine: dict[str, Any], cells: list[Cell], apps: dict[str, dict[str
         if kind is not contenders.Nothing:
             rates = (f"{table[kind.name, op, n]:,.0f}" for op, n in columns)
             rows.append(f"| {kind.name} | {' | '.join(rates)} | {kind.lacks} |")
+    rows += ["", "| with so many sessions in Redis | get, 50 tasks | set, 50 tasks |", "|---|---:|---:|"]
+    for read, written in zip(many[: len(many) // 2], many[len(many) // 2 :], strict=True):
+        rows.append(f"| {read.contender} | {read.rate:,.0f} | {written.rate:,.0f} |")
+    rows += ["", "| Redis memory, three fields, two of them references | bytes a session |", "|---|---:|"]
+    rows += [f"| {name} | {size:.0f} |" for name, size in memory.items()]
     rows += ["", "| a small aiohttp application | requests a second | p99 |", "|---|---:|---:|"]
     rows += [f"| {name} | {app['rate']:,.0f} | {app['p99']:.1f} ms |" for name, app in apps.items()]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
@@ -218,7 +229,7 @@ def main() -> None:
             "promised": verdicts,
         }
         (RESULTS / "results.json").write_text(json.dumps(_rounded(found), separators=(",", ":")) + "\n")
-        (RESULTS / "tables.md").write_text(_tables(machine, cells, apps))
+        (RESULTS / "tables.md").write_text(_tables(machine, cells, many, memory, apps))
     step("done")
 
 
