@@ -52,9 +52,10 @@ async def _shop(url: str, admin: Redis) -> AsyncIterator[SessionStore]:
         yield store
 
 
-async def _scripts_run(admin: Redis, work: Awaitable[object]) -> int:
+async def _scripts_run(admin: Redis, *calls: Awaitable[object]) -> int:
+    """Let these begin in the same moment, and return how many scripts they took."""
     await admin.config_resetstat()
-    await work
+    await asyncio.gather(*calls)
     stats = await admin.info("commandstats")
     return int(stats["cmdstat_evalsha"]["calls"])
 
@@ -81,8 +82,7 @@ CALLS: dict[str, Callable[[SessionStore, int], Awaitable[object]]] = {
 @pytest.mark.parametrize("name", CALLS)
 async def test_calls_of_one_moment_are_a_few_scripts(shop: SessionStore, admin: Redis, name: str) -> None:
     """Two hundred calls take two; one call takes one."""
-    both = asyncio.gather(*(CALLS[name](shop, n) for n in range(200)))
-    assert await _scripts_run(admin, both) == 2
+    assert await _scripts_run(admin, *(CALLS[name](shop, n) for n in range(200))) == 2
     assert await _scripts_run(admin, CALLS[name](shop, 1) if name not in ("delete", "rotate") else shop.get("1")) == 1
 
 
@@ -197,8 +197,7 @@ def test_a_batch_does_what_its_calls_do_one_after_another(
 async def test_large_values_make_small_batches(shop: SessionStore, admin: Redis) -> None:
     """No script writes, nor reads, much more than 128 kB."""
     value = "x" * 30_000
-    writing = asyncio.gather(*(shop.set(str(n), {"note": value}) for n in range(100)))
-    assert 20 <= await _scripts_run(admin, writing) <= 30
+    assert 20 <= await _scripts_run(admin, *(shop.set(str(n), {"note": value}) for n in range(100))) <= 30
     found: list[dict[str, Any]] = []
 
     async def read() -> None:

@@ -69,6 +69,14 @@ def test_every_command_is_a_target() -> None:
         assert (ROOT / path).exists()
 
 
+def test_the_numbers_are_those_that_were_measured() -> None:
+    """What it says of the speed is what `make bench` wrote down last, and the plots are of that run too."""
+    results = ROOT / "benchmarks" / "results"
+    assert (results / "tables.md").read_text() in README
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).exists()
+
+
 def test_every_name_is_public() -> None:
     """What the package exports is in its API section or the tour."""
     assert all(name in README for name in rss.__all__ if name != "Duration")
