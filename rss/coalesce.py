@@ -42,7 +42,6 @@ class _Call:
     def fail(self, error: BaseException) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
-            self.answer.exception()  # A caller that is cancelled now will not ask for it; asyncio would complain.
 
     def give_up(self, why: str, failure: Unanswered | None) -> None:
         error = StoreUnavailable(why)
