@@ -86,6 +86,11 @@ async def test_calls_of_one_moment_are_a_few_scripts(shop: SessionStore, admin: 
     assert await _scripts_run(admin, CALLS[name](shop, 1) if name not in ("delete", "rotate") else shop.get("1")) == 1
 
 
+async def test_a_script_has_a_hundred_sessions_at_most(shop: SessionStore, admin: Redis) -> None:
+    """So that it does not hold Redis for long."""
+    assert await _scripts_run(admin, *(shop.touch(str(n)) for n in range(1000))) == 10
+
+
 async def test_each_caller_gets_the_own_reply(shop: SessionStore) -> None:
     """Also when some read fields and others all, and some of the sessions are not there."""
     found = await asyncio.gather(
