@@ -88,7 +88,7 @@ async def test_calls_of_one_moment_are_a_few_scripts(shop: SessionStore, admin: 
 
 async def test_a_script_has_a_hundred_sessions_at_most(shop: SessionStore, admin: Redis) -> None:
     """So that it does not hold Redis for long."""
-    assert await _scripts_run(admin, *(shop.touch(str(n)) for n in range(1000))) == 10
+    assert 10 <= await _scripts_run(admin, *(shop.touch(str(n)) for n in range(1000))) <= 11
 
 
 async def test_each_caller_gets_the_own_reply(shop: SessionStore) -> None:
