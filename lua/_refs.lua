@@ -11,6 +11,9 @@
 -- are, up to so many more: a set larger than that, since the limit is new, shrinks with each session that joins.
 local SAMPLE, SURPLUS = 4, 500
 
+-- To look at a session takes as long as so many bytes.
+local LOOK = 500
+
 -- Whether a session is in all of these sets already, and in no other: hardly a write moves it.
 local function settled(session, sets)
   for n = 1, #refs do
@@ -25,8 +28,9 @@ end
 
 -- Make room in a set for one more: what to evict for it is added to the plan. Returns an error if it is refused.
 local function make_room(plan, n, set)
-  local live = {}
-  for _, id in ipairs(redis.call("SRANDMEMBER", set, refs[n].limit + SURPLUS)) do
+  local live, members = {}, redis.call("SRANDMEMBER", set, refs[n].limit + SURPLUS)
+  weigh(#members * LOOK)
+  for _, id in ipairs(members) do
     local session = id ~= plan.id and belongs(id, n, set)
     if session and not plan.evicted[id] then
       live[#live + 1] = session

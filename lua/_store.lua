@@ -45,17 +45,20 @@ local function spread(command, name, list)
   for i = 1, #list, 1000 do redis.call(command, name, unpack(list, i, math.min(i + 999, #list))) end
 end
 
--- Run a function for each session of the batch: it reads the keys and arguments of one, and returns its reply and perhaps the
--- weight of that in bytes. After about so many, the batch ends, that nobody else waits long; it does also where the
--- function fails, as when Redis refuses a write: the sessions that got no reply are sent again.
+-- What a batch has done so far beyond the usual: bytes read and written, or what takes as long.
+local done_so_far = 0
+local function weigh(bytes) done_so_far = done_so_far + bytes end
+
+-- Run a function for each session of the batch: it reads the keys and arguments of one, and returns its reply. When
+-- enough is done, the batch ends, that nobody else waits long; it does also where the function fails, as when Redis
+-- refuses a write: the sessions that got no reply are sent again.
 local function each(run)
-  local replies, sum = {}, 0
-  while keys_read < #KEYS and sum < 131072 do
-    local done, reply, weight = pcall(run)
+  local replies = {}
+  while keys_read < #KEYS and done_so_far < 131072 do
+    local done, reply = pcall(run)
     if not done and #replies == 0 then error(reply, 0) end
     if not done then break end
     replies[#replies + 1] = reply
-    sum = sum + (weight or 0)
   end
   return replies
 end

@@ -19,10 +19,11 @@ local function get()
   if not session then return { 0 } end
   if session.err then return session end
   if session.ended then return { "_ended", session.ended, 0 } end
-  local values, weight = read(session, fields), 0
-  for i = 2, #values, 2 do weight = weight + #values[i] end
+  local values, bytes = read(session, fields), 0
+  for i = 2, #values, 2 do bytes = bytes + #values[i] end
+  weigh(bytes)
   values[#values + 1] = max_age > 0 and renew(session, max_age) or session.ttl
-  return values, weight
+  return values
 end
 
 return each(get)

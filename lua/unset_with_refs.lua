@@ -19,6 +19,7 @@ local function unset()
   for _, field in ipairs(fields) do
     local value = redis.call("HGET", session.key, field)
     if value and not removed[field] then append(taken, field, value) end
+    weigh(value and #value or 0)
     removed[field] = true
   end
   for n, ref in ipairs(refs) do sets[n] = removed[ref.field] and {} end

@@ -1,8 +1,9 @@
 """Calls of one script that are pending in the same moment become one: that is what makes the store fast.
 
 A call through redis-py costs some hundred microseconds of Python, whatever Redis does. Here it waits until the event
-loop has run all that is ready, and is sent with the others of its kind: one EVALSHA for a batch of sessions. A call
-that is alone is sent at once. Every caller has a deadline of its own, and gets a reply or an error of its own.
+loop has run all that is ready, and is sent with the others of its kind, such as those that read the same fields: one
+EVALSHA for a batch of sessions. A call that is alone is sent at once. Every caller has a deadline of its own, and gets
+a reply or an error of its own.
 """
 
 import asyncio
@@ -24,6 +25,8 @@ _UNBATCHED: Final = {"find_by_ref", "delete_by_ref"}
 # What carries values: the larger they are, the fewer calls make a batch, of about so many characters.
 _CARRYING_VALUES: Final = {"set_with_refs", "rotate_with_refs"}
 _MAX_CHARACTERS: Final = 131072
+# Seconds for which a connection is kept while calls keep coming: others may be waiting for it.
+_KEPT: Final = 0.01
 # Seconds between attempts; the first repetition does not wait.
 _BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
 
@@ -61,6 +64,8 @@ class Coalescer:
     max_in_flight: int = 2
 
     def __init__(self, scripts: Scripts, head: Sequence[str], timeout: float) -> None:
+        #: Whether no more calls are taken.
+        self.closed = False
         self._scripts = scripts
         self._head = head
         self._timeout = timeout
@@ -85,6 +90,8 @@ class Coalescer:
         Until the deadline it is run again whenever Redis surely did not run it, and, if *repeatable*, also when that
         is not known since the connection broke. After that, the error is `StoreUnavailable`.
         """
+        if self.closed:
+            raise RuntimeError("the store is closed")
         # To ask for the loop each time costs a system call.
         loop = self._loop if self._timer else asyncio.get_running_loop()
         call = _Call(keys, args, loop.time() + self._timeout, loop.create_future())
@@ -106,7 +113,8 @@ class Coalescer:
 
     def _start_worker(self) -> None:
         """Let another worker begin, if one may, when the event loop has run all that is ready now."""
-        if len(self._workers) < min(self.max_in_flight, self._scripts.max_connections):
+        # The client may serve other purposes, too: if it has more than one connection, one is left to these.
+        if len(self._workers) < min(self.max_in_flight, max(self._scripts.max_connections - 1, 1)):
             self._collecting = True
             worker = asyncio.get_running_loop().create_task(self._work())
             self._workers.setdefault(worker, [])
@@ -135,7 +143,8 @@ class Coalescer:
         while self._queues:
             try:
                 async with self._scripts.connection() as connection:
-                    while batch := self._next_batch():
+                    until = self._loop.time() + _KEPT
+                    while self._loop.time() < until and (batch := self._next_batch()):
                         kind, self._workers[worker] = batch
                         if self._queues and not self._collecting:
                             self._start_worker()
@@ -145,6 +154,7 @@ class Coalescer:
                         self._collecting = True
                         await asyncio.sleep(0)
                         self._collecting = False
+                await asyncio.sleep(0)  # Whoever waits for a connection has it now.
             except Unanswered as failure:
                 for call in self._pending():
                     call.failure = failure

@@ -119,7 +119,8 @@ class SessionStore(Generic[S]):
         await self.ended(self._keys.mint())
 
     async def aclose(self) -> None:
-        """Close the client, if the store made it itself."""
+        """Take no more calls, wait for those under way, and close the client, if the store made it itself."""
+        self._calls.closed = True
         await self._calls.drain()
         if self._owned is not None:
             await self._owned.aclose()
