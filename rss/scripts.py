@@ -22,11 +22,10 @@ _NEEDS: Final = re.compile(r"Needs (_\w+)\.lua\.")
 
 # Redis refused to run the script: what it will do later, and what it will not until somebody acts.
 _PASSING: Final = {"NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN"}
-_LASTING: Final = {"OOM", "MISCONF", "AUTH", "NOPERM"}
+_LASTING: Final = {"OOM", "MISCONF", "AUTH"}
 # redis-py takes the code off the text of errors that have a class. Redis 6.2 puts it behind some words of its own.
 _CLASSES: Final[dict[type[Exception], str]] = {
     redis.exceptions.AuthenticationError: "AUTH",
-    redis.exceptions.NoPermissionError: "NOPERM",
     redis.exceptions.NoScriptError: "NOSCRIPT",
     redis.exceptions.BusyLoadingError: "LOADING",
     redis.exceptions.ReadOnlyError: "READONLY",

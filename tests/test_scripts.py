@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
+from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
 from rss import SessionStore, scripts
+from rss.testing import RedisServer
 
 FILES = sorted((Path(__file__).parents[1] / "lua").glob("*.lua"))
 NAMES = {"get", "set_with_refs", "unset_with_refs", "increment", "touch", "delete_with_refs", "rotate_with_refs"}
@@ -60,6 +64,19 @@ def test_a_header_names_the_arguments_in_the_order_they_are_read(file: Path) -> 
     counts = len(re.findall(r"args\((?:\d \* )?number\(\)\)", body)) + len(re.findall(r"args\(count\)", body))
     assert lists == counts
     assert len(reads) - counts == len(arguments)
+
+
+@given(now=st.integers(10**12, 2**41), ttl=st.integers(1, 10**11), data=st.data())
+def test_a_horizon_stays_out_of_reach(redis_server: RedisServer, now: int, ttl: int, data: st.DataObject) -> None:
+    """Until when the sets of a session live at least is not before its end, and never later as it grows old."""
+    source = (Path(__file__).parents[1] / "lua" / "_lifetime.lua").read_text()
+    horizon = source[source.index("local power, step") : source.index("-- Let a set live")]
+    lines = [f"local now = {now}", horizon, "local then_ = horizon(tonumber(ARGV[1]))", "now = now + tonumber(ARGV[2])"]
+    lines.append('return { string.format("%.0f", then_), string.format("%.0f", horizon(ARGV[1] - ARGV[2])) }')
+    age = data.draw(st.integers(0, ttl - 1))
+    with BlockingRedis.from_url(redis_server.url) as client:
+        first, later = map(int, client.eval("\n".join(lines), 0, ttl, age))
+    assert now + ttl <= later <= first <= now + ttl + max(ttl // 32, 1)
 
 
 async def test_loading_is_one_round_trip(client: Redis) -> None:
