@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import redis
+from redis.asyncio import Redis
 
 from benchmarks import application, contenders, plots, scaling, throughput
-from benchmarks.contenders import PEERS, Coalesced, Original, Plain
+from benchmarks.contenders import PEERS, RUN, Coalesced, Original, Plain
 from benchmarks.measure import Cell
 from rss.testing import NoServerError, local_server, server_binary
 
@@ -65,6 +66,11 @@ def _machine(url: str) -> dict[str, Any]:
     }
 
 
+async def _clear(url: str) -> None:
+    async with Redis.from_url(url) as admin:
+        await throughput.clear(admin)
+
+
 def _on(loop: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     factory = asyncio.new_event_loop
     if loop == "uvloop":
@@ -83,7 +89,7 @@ def _limit(url: str) -> dict[str, float]:
     host, _, port = url.removeprefix("redis://").partition(":")
 
     async def load() -> tuple[str, list[str]]:
-        contender = Plain(url, "bench-limit")
+        contender = Plain(url, f"{RUN}-limit")
         await contender.set(0, 0)
         await contender.get(0)
         command = ["EVALSHA", contender.shas["get"], "1", f"{contender.prefix}:{{{contenders.session_id(0)}}}"]
@@ -160,6 +166,10 @@ def _tables(
         if kind is not contenders.Nothing:
             rates = (f"{table[kind.name, op, n]:,.0f}" for op, n in columns)
             rows.append(f"| {kind.name} | {' | '.join(rates)} | {kind.lacks} |")
+    others = ("touch", "create", "delete")
+    rows += ["", "| calls a second, 200 tasks | " + " | ".join(others) + " |", "|---|---:|---:|---:|"]
+    for ours in contenders.OURS:
+        rows.append(f"| {ours.name} | " + " | ".join(f"{table[ours.name, op, 200]:,.0f}" for op in others) + " |")
     rows += ["", "| with so many sessions in Redis | get, 50 tasks | set, 50 tasks |", "|---|---:|---:|"]
     for read, written in zip(many[: len(many) // 2], many[len(many) // 2 :], strict=True):
         rows.append(f"| {read.contender} | {read.rate:,.0f} | {written.rate:,.0f} |")
@@ -208,6 +218,7 @@ def main() -> None:
         memory = asyncio.run(scaling.memory(url, 5_000 if quick else 20_000))
         step("an application")
         apps = asyncio.run(application.application(url, 1 if quick else 3))
+        asyncio.run(_clear(url))
     step("what is promised")
     verdicts = _verdicts(cells, many, memory)
     if not quick:

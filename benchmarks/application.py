@@ -14,6 +14,7 @@ from aiohttp_session import get_session, setup
 from aiohttp_session.redis_storage import RedisStorage
 from redis.asyncio import Redis
 
+from benchmarks.contenders import RUN
 from rss import SessionStore
 
 CONNECTIONS = 50
@@ -23,9 +24,12 @@ _COOKIE = "session-id"
 Visit = Callable[[web.Request], Awaitable[int]]
 
 
-def _application(visit: Visit) -> web.Application:
+def _application(visit: Visit, *, sets_cookie: bool = False) -> web.Application:
     async def handle(request: web.Request) -> web.Response:
-        return web.Response(text=f"{await visit(request):08d}")
+        response = web.Response(text=f"{await visit(request):08d}")
+        if sets_cookie:  # As aiohttp-session does with each write.
+            response.set_cookie(_COOKIE, request.cookies[_COOKIE], max_age=3600, httponly=True)
+        return response
 
     app = web.Application()
     app.router.add_get("/", handle)
@@ -61,7 +65,7 @@ def _applications(
     return {
         "no session": (_application(_no_session), nothing),
         "redis-session-sets": (
-            _application(ours),
+            _application(ours, sets_cookie=True),
             lambda session_id: store.set(session_id, {"user_id": 1, "ip": "10.0.0.1", "visits": 0}),
         ),
         "aiohttp-session": (aiohttp_session, lambda session_id: client.set(f"{_COOKIE}_{session_id}", blob)),
@@ -87,7 +91,7 @@ async def _request(port: int, session_id: str, until: float) -> list[float]:
 
 async def _load(port: int) -> tuple[float, float, float]:
     until = time.perf_counter() + _SECONDS
-    times = await asyncio.gather(*(_request(port, f"bench-{n}", until) for n in range(CONNECTIONS)))
+    times = await asyncio.gather(*(_request(port, f"{RUN}-{n}", until) for n in range(CONNECTIONS)))
     flat = sorted(one for some in times for one in some)
     return len(flat) / _SECONDS, flat[len(flat) // 2] * 1e3, flat[len(flat) * 99 // 100] * 1e3
 
@@ -112,11 +116,11 @@ async def application(url: str, rounds: int) -> dict[str, dict[str, float]]:
     found: dict[str, list[tuple[float, float, float]]] = {}
     loop = asyncio.get_running_loop()
     with ProcessPoolExecutor(1, get_context("spawn")) as browsers:
-        async with SessionStore.from_url(url, references=["user_id", "ip"], prefix="bench-app") as store:
+        async with SessionStore.from_url(url, references=["user_id", "ip"], prefix=f"{RUN}-app") as store:
             client = Redis.from_url(url, max_connections=1000)
             for turn in range(-1, rounds):  # The first is to warm up.
                 for name, (app, make) in _applications(store, client).items():
-                    await asyncio.gather(*(make(f"bench-{n}") for n in range(CONNECTIONS)))
+                    await asyncio.gather(*(make(f"{RUN}-{n}") for n in range(CONNECTIONS)))
                     async with _served(app) as port:
                         measured = await loop.run_in_executor(browsers, _loader, port)
                     if turn >= 0:

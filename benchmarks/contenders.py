@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import secrets
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -19,6 +20,8 @@ from starsessions.stores.redis import RedisStore as StarsessionsStore
 from rss import SessionStore
 from rss.scripts import SCRIPTS
 
+#: What every key has in it, so that it is known which to remove: the server may be somebody's.
+RUN = f"bench-{secrets.token_hex(4)}"
 MAX_AGE = 28 * 86400
 REFERENCES = ("user_id", "ip")
 
@@ -58,7 +61,7 @@ class Contender:
         raise NotImplementedError
 
     async def set(self, n: int, visits: int) -> Any:
-        """Write all fields of the n-th session: one of them changes."""
+        """Write all fields of the n-th session: one of them changes, which is no reference."""
         raise NotImplementedError
 
 
@@ -80,7 +83,7 @@ class Coalesced(Contender):
     """The library as it is."""
 
     name = "redis-session-sets"
-    operations = ("get", "set", "touch", "delete")
+    operations = ("get", "set", "touch", "create", "delete")
 
     def __init__(self, url: str, prefix: str) -> None:
         """Make a store."""
@@ -104,8 +107,12 @@ class Coalesced(Contender):
         """Renew the n-th session."""
         return await self.store.touch(session_id(n))
 
+    async def create(self, n: int) -> Any:
+        """Make another session of the n-th user: it joins reference sets."""
+        return await self.store.create(self.values(n, 0))
+
     async def delete(self, n: int) -> Any:
-        """End the n-th session."""
+        """End the n-th session: it leaves them."""
         return await self.store.delete(session_id(n))
 
 
@@ -116,8 +123,9 @@ class Single(Coalesced):
     lacks = "coalescing"
 
     def __init__(self, url: str, prefix: str) -> None:
-        """Let each call fly alone, all at once."""
+        """Send each call alone, all at once, on as many connections as redis-py has."""
         super().__init__(url, prefix)
+        self.store = SessionStore(self.client, references=REFERENCES, prefix=prefix)
         self.store._calls.max_batch, self.store._calls.max_in_flight = 1, 2000
 
 

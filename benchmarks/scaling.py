@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
-from benchmarks.contenders import MAX_AGE, Blob, Coalesced, Contender, Original, Plain, prepare
+from benchmarks.contenders import MAX_AGE, RUN, Blob, Coalesced, Contender, Original, Plain, prepare
 from benchmarks.measure import Cell, at_random, measure
 from benchmarks.throughput import call, clear
 
@@ -31,7 +31,7 @@ end
 
 async def many_sessions(url: str, counts: Sequence[int], rounds: int) -> list[Cell]:
     """Measure get and set with so many sessions in Redis, at random among them."""
-    stores = [Coalesced(url, f"bench-{count}") for count in counts]
+    stores = [Coalesced(url, f"{RUN}-{count}") for count in counts]
     cells: list[Cell] = []
     async with Redis.from_url(url, socket_timeout=None) as admin:
         for store, count in zip(stores, counts, strict=True):
@@ -57,7 +57,7 @@ async def many_of_a_user(url: str, counts: Sequence[int]) -> list[dict[str, floa
     """Measure listing and ending all sessions of a user who has so many, and what a login of that user takes then."""
     rows: list[dict[str, float]] = []
     async with Redis.from_url(url) as admin:
-        contender = Coalesced(url, "bench-users")
+        contender = Coalesced(url, f"{RUN}-users")
         for count in counts:
             repeat = max(1, min(200, 2000 // count))
             taken = dict.fromkeys(("login", "find_by", "delete_by"), 0.0)
@@ -92,7 +92,7 @@ async def large_values(url: str, sizes: Sequence[int], rounds: int) -> list[Cell
     kinds: Sequence[type[Contender]] = (Coalesced, Plain, Blob)
     async with Redis.from_url(url) as admin:
         for size in sizes:
-            contenders = [kind(url, f"bench-{n}-{size}") for n, kind in enumerate(kinds)]
+            contenders = [kind(url, f"{RUN}-{n}-{size}") for n, kind in enumerate(kinds)]
             for contender in contenders:
                 contender.more = {"note": "x" * size}
                 await prepare(contender, range(200))
@@ -124,12 +124,12 @@ async def memory(url: str, sessions: int) -> dict[str, float]:
     found: dict[str, float] = {}
     async with Redis.from_url(url) as admin:
         connections = (await admin.info("clients"))["connected_clients"]
-        async with Coalesced(url, "bench-memory").store as store:
+        async with Coalesced(url, f"{RUN}-memory").store as store:
             await store.set("a", {})  # The scripts are there now.
         await clear(admin)
         for kind in (Coalesced, Original, Blob):
             before = await _used(admin, connections)
-            contender = kind(url, "bench-memory")
+            contender = kind(url, f"{RUN}-memory")
             await prepare(contender, range(sessions))
             await contender.aclose()
             found[kind.name] = (await _used(admin, connections) - before) / sessions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
-from benchmarks.contenders import ALL, Coalesced, Contender, prepare
+from benchmarks.contenders import ALL, RUN, Coalesced, Contender, prepare
 from benchmarks.measure import Call, Cell, at_random, measure
 
 SESSIONS = 1000
@@ -31,11 +31,11 @@ class Plan:
 def plans(*, quick: bool) -> list[Plan]:
     """Return what makes the tables."""
     if quick:
-        return [Plan(("get", "set"), (1, 50, 200), 3, 0.05), Plan(("touch", "delete"), (50, 200), 2, 0.05)]
+        return [Plan(("get", "set"), (1, 50, 200), 3, 0.05), Plan(("touch", "create", "delete"), (50, 200), 2, 0.05)]
     return [
         Plan(("get", "set"), (50, 200), 11),
         Plan(("get", "set"), (1, 10, 1000), 5),
-        Plan(("touch", "delete"), (50, 200), 11),
+        Plan(("touch", "create", "delete"), (50, 200), 11),
         Plan(("get", "set"), (50, 200), 3, loop="uvloop"),
     ]
 
@@ -47,7 +47,7 @@ async def run(url: str, plan: Plan) -> list[Cell]:
     async with Redis.from_url(url) as admin:
         for operation in plan.operations:
             kinds = [kind for kind in plan.contenders if operation in kind.operations]
-            contenders = [kind(url, f"bench-{n}") for n, kind in enumerate(kinds)]
+            contenders = [kind(url, f"{RUN}-{n}") for n, kind in enumerate(kinds)]
             bulk = [Coalesced(url, contender.prefix) for contender in contenders]  # The fastest prepares for others.
             for contender in contenders:
                 await prepare(contender, range(SESSIONS))
@@ -85,10 +85,10 @@ def call(contender: Contender, operation: str) -> Call:
 
 
 async def clear(admin: Redis) -> None:
-    """Remove all that was made; the server may be somebody's."""
+    """Remove all that was made, and nothing else."""
     cursor = -1
     while cursor:
-        cursor, keys = await admin.scan(max(cursor, 0), match="*bench-*", count=10_000)
+        cursor, keys = await admin.scan(max(cursor, 0), match=f"*{RUN}*", count=10_000)
         if keys:
             await admin.unlink(*keys)
     while (await admin.info("memory"))["lazyfree_pending_objects"]:

@@ -55,7 +55,8 @@ class SessionStore(Generic[S]):
     *client*: a `redis.asyncio.Redis`. It is neither configured nor closed, and may serve other purposes too. Like it,
     a store belongs to one event loop.
     *references*: the indexed fields; a mapping says more about each with a `Reference`.
-    *prefix*: the beginning of every key. No brace, and not that of another kind of data.
+    *prefix*: the beginning of every key. No brace, and not that of another kind of data; stores with the same prefix
+    must have the same references.
     *max_age*: how long a session lives after a write that does not say.
     *max_lifetime*: the longest a session lives from its creation, however often it is renewed; by the server's clock.
     *id_bytes*: random bytes in an id, at least 16.
