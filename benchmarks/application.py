@@ -89,16 +89,16 @@ async def _request(port: int, session_id: str, until: float) -> list[float]:
     return times
 
 
-async def _load(port: int) -> tuple[float, float, float]:
+async def _load(port: int, run: str) -> tuple[float, float, float]:
     until = time.perf_counter() + _SECONDS
-    times = await asyncio.gather(*(_request(port, f"{RUN}-{n}", until) for n in range(CONNECTIONS)))
+    times = await asyncio.gather(*(_request(port, f"{run}-{n}", until) for n in range(CONNECTIONS)))
     flat = sorted(one for some in times for one in some)
     return len(flat) / _SECONDS, flat[len(flat) // 2] * 1e3, flat[len(flat) * 99 // 100] * 1e3
 
 
-def _loader(port: int) -> tuple[float, float, float]:
+def _loader(port: int, run: str) -> tuple[float, float, float]:
     """Be the browsers, in a process of their own; return requests a second, and p50 and p99 in ms."""
-    return asyncio.run(_load(port))
+    return asyncio.run(_load(port, run))
 
 
 @asynccontextmanager
@@ -122,7 +122,7 @@ async def application(url: str, rounds: int) -> dict[str, dict[str, float]]:
                 for name, (app, make) in _applications(store, client).items():
                     await asyncio.gather(*(make(f"{RUN}-{n}") for n in range(CONNECTIONS)))
                     async with _served(app) as port:
-                        measured = await loop.run_in_executor(browsers, _loader, port)
+                        measured = await loop.run_in_executor(browsers, _loader, port, RUN)
                     if turn >= 0:
                         found.setdefault(name, []).append(measured)
             await client.aclose()

@@ -34,8 +34,8 @@ def plans(*, quick: bool) -> list[Plan]:
         return [Plan(("get", "set"), (1, 50, 200), 3, 0.05), Plan(("touch", "create", "delete"), (50, 200), 2, 0.05)]
     return [
         Plan(("get", "set"), (50, 200), 11),
-        Plan(("get", "set"), (1, 10, 1000), 5),
-        Plan(("touch", "create", "delete"), (50, 200), 11),
+        Plan(("get", "set"), (1, 10, 1000), 3),
+        Plan(("touch", "create", "delete"), (50, 200), 9),
         Plan(("get", "set"), (50, 200), 3, loop="uvloop"),
     ]
 
