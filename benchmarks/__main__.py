@@ -207,7 +207,7 @@ def main() -> None:
         limit = _limit(url)
         step("many sessions")
         counts = (1_000, 20_000) if quick else (1_000, 100_000, 1_000_000)
-        many = asyncio.run(scaling.many_sessions(url, counts, 3 if quick else 9))
+        many = asyncio.run(scaling.many_sessions(url, counts, 3 if quick else 7))
         step("many sessions of a user")
         of_a_user = asyncio.run(scaling.many_of_a_user(url, (1, 10, 1000) if quick else (1, 10, 1000, 100_000)))
         step("large values")

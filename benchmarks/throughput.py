@@ -35,7 +35,7 @@ def plans(*, quick: bool) -> list[Plan]:
     return [
         Plan(("get", "set"), (50, 200), 11),
         Plan(("get", "set"), (1, 10, 1000), 3),
-        Plan(("touch", "create", "delete"), (50, 200), 9),
+        Plan(("touch", "create", "delete"), (50, 200), 7),
         Plan(("get", "set"), (50, 200), 3, loop="uvloop"),
     ]
 

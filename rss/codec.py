@@ -31,6 +31,17 @@ _ZERO = ord("0")
 _is_number = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?[ \t\n\r]*").fullmatch
 
 
+def _is_like_json(text: str) -> bool:
+    # The scripts parse what begins like this with a parser of their own, which takes more for JSON than ours.
+    if text[0] in '"[{':
+        return True
+    try:
+        _loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 class JSONCodec:
     """Keeps types, and stays readable in redis-cli.
 
@@ -43,7 +54,11 @@ class JSONCodec:
         if type(value) is int:
             return str(value)
         if type(value) is str:
-            text = _dumps(value) if value[:1] in _JSON_STARTS and self._is_like_json(value) else value
+            first = value[:1]
+            like_json = first in _JSON_STARTS and (
+                _is_number(value) if first in _NUMBER_STARTS else _is_like_json(value)
+            )
+            text = _dumps(value) if like_json else value
         else:
             try:
                 text = _dumps(value)
@@ -65,18 +80,6 @@ class JSONCodec:
             return _loads(text)
         except (ValueError, RecursionError):
             return data.decode()  # It only begins like JSON.
-
-    def _is_like_json(self, text: str) -> bool:
-        # The scripts parse what begins like this with a parser of their own, which takes more for JSON than ours.
-        if text[0] in '"[{':
-            return True
-        if text[0] in _NUMBER_STARTS:
-            return _is_number(text) is not None
-        try:
-            _loads(text)
-        except (ValueError, RecursionError):
-            return False
-        return True
 
 
 class TextCodec:

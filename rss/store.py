@@ -300,9 +300,9 @@ class SessionStore(Generic[S]):
             if cursor == b"0":
                 return ended
 
-    async def _set(
+    def _set(
         self, session_id: str, values: Mapping[str, Any], max_age: Duration | None, mode: str, expect: S | None
-    ) -> None:
+    ) -> Awaitable[object]:
         pairs, sets, counts = self._encode(values)
         expected: list[str | bytes] = []
         if expect is not None:
@@ -310,8 +310,8 @@ class SessionStore(Generic[S]):
                 expected += (field, self._expectation(field, value))
         keys = [self._keys.session(session_id), *sets]
         args = [self._age(max_age), *expected, str(len(pairs)), *pairs, *counts]
-        shared = (mode, str(len(expected) // 2))
-        await self._calls.run("set_with_refs", keys, args, shared=shared, repeatable=not expected)
+        shared = (mode, str(len(expected) // 2) if expected else "0")
+        return self._calls.run("set_with_refs", keys, args, shared=shared, repeatable=not expected)
 
     async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[bytes]:
         names = _fields(fields)
