@@ -87,13 +87,19 @@ end
 
 local function has(sets, set) return sets[1] == set or sets[set] end
 
--- The sets of each reference that a session is to be in, for those that its new values name; false for the others.
-local function read_sets()
+-- For each reference how many sets the new values of a session name, -1 if its field is not written.
+local function read_counts()
+  local counts = {}
+  for i = 1, #refs do counts[i] = number() end
+  return counts
+end
+
+-- The sets of each reference that a session is to be in; false for those whose field is not written.
+local function read_sets(counts)
   local sets = {}
   for i = 1, #refs do
-    local n = number()
-    sets[i] = n >= 0 and { n > 0 and key() or nil }
-    for _ = 2, n do add(sets[i], key()) end
+    sets[i] = counts[i] >= 0 and { counts[i] > 0 and key() or nil }
+    for _ = 2, counts[i] do add(sets[i], key()) end
   end
   return sets
 end

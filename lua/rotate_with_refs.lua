@@ -3,20 +3,23 @@
 
   KEYS        for each session: its hash, "rss:{<id>}"; its new hash; then the reference sets for its new values,
               "rss:<field>:{<value>}"
-  ARGV        what _store.lua reads, then for each session
+  ARGV        what _store.lua reads, then
+    sets              for each reference the number of new reference sets of each session, -1 if its field is not
+                      written; then for each session
     id                its new id
     grace             milliseconds for which the old id still leads to it, 0 for none
     values            number of fields and values, then field, value, ...
-    sets              for each reference the number of its new reference sets in KEYS, -1 if its field is not written
 
   Returns for each session its TTL in milliseconds, or
     RSSNOTFOUND       if there is none
     RSSENDED reason   if it was ended, also while delete_by_ref works through a set it is in
     RSSLIMIT field    if a reference of that field refuses another session
 ]]
+local counts = read_counts()
+
 local function rotate()
   local old, new, id, grace = key(), key(), arg(), number()
-  local values, sets = args(number()), read_sets()
+  local values, sets = args(number()), read_sets(counts)
 
   local session = look(old)
   if session and session.ended == "rotated" then

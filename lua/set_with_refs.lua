@@ -6,12 +6,13 @@
               "rss:<field>:{<value>}"
   ARGV        what _store.lua reads, then
     mode              "set"; "update" if they must be there; "create" if they are new, and written already if there
-    expectations      how many fields are expected to hold something; then for each session
+    expectations      how many fields are expected to hold something
+    sets              for each reference the number of new reference sets of each session, -1 if its field is not
+                      written; then for each session
     max_age           milliseconds to live from now on
     expected          for each such field its name, and "=" and what it must hold, or "-" and what it may hold if it
                       is there
     values            number of fields and values, then field, value, ...
-    sets              for each reference the number of its new reference sets in KEYS, -1 if its field is not written
 
   Returns for each session its TTL in milliseconds, or
     RSSNOTFOUND       if it is to be updated and there is none
@@ -28,11 +29,11 @@ local function conflicts(session, expected)
   end
 end
 
-local mode, expectations = arg(), number()
+local mode, expectations, counts = arg(), number(), read_counts()
 
 local function set()
   local name, max_age = key(), number()
-  local expected, values, sets = args(2 * expectations), args(number()), read_sets()
+  local expected, values, sets = args(2 * expectations), args(number()), read_sets(counts)
 
   local session = find(name)
   if session or mode == "update" then

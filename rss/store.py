@@ -256,8 +256,8 @@ class SessionStore(Generic[S]):
         pairs, sets, counts = self._encode(values or {})
         patience = "0" if grace is None else str(milliseconds(grace, "grace"))
         keys = [self._keys.session(session_id), self._keys.session(new), *sets]
-        args = [new, patience, str(len(pairs)), *pairs, *counts]
-        await self._calls.run("rotate_with_refs", keys, args)
+        args = [new, patience, str(len(pairs)), *pairs]
+        await self._calls.run("rotate_with_refs", keys, args, shared=tuple(counts))
         return new
 
     async def ttl(self, session_id: str) -> timedelta | None:
@@ -309,8 +309,8 @@ class SessionStore(Generic[S]):
             for field, value in _items(expect, "expect"):
                 expected += (field, self._expectation(field, value))
         keys = [self._keys.session(session_id), *sets]
-        args = [self._age(max_age), *expected, str(len(pairs)), *pairs, *counts]
-        shared = (mode, str(len(expected) // 2) if expected else "0")
+        args = [self._age(max_age), *expected, str(len(pairs)), *pairs]
+        shared = (mode, str(len(expected) // 2) if expected else "0", *counts)
         return self._calls.run("set_with_refs", keys, args, shared=shared, repeatable=not expected)
 
     async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[bytes]:

@@ -58,7 +58,7 @@ def test_a_header_names_the_arguments_in_the_order_they_are_read(file: Path) -> 
     """As many keys and arguments are read, in one go at the start, as the header lists."""
     header, body = file.read_text().split("]]\n", 1)
     arguments = re.findall(r"^    (\w+) {2,}", header.split("  ARGV", 1)[1].split("  Returns", 1)[0], re.MULTILINE)
-    reads = re.findall(r"\b(arg|number|args|read_sets)\(", body)
+    reads = re.findall(r"\b(arg|number|args|read_counts)\(", body)
     # `args(number())` is one list, `args(count)` one whose number was read before. `expectations` is an argument.
     lists = len(re.findall(r"\bargs\((?!2 \* expectations)", body))
     counts = len(re.findall(r"args\((?:\d \* )?number\(\)\)", body)) + len(re.findall(r"args\(count\)", body))
