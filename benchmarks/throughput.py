@@ -33,10 +33,10 @@ def plans(*, quick: bool) -> list[Plan]:
     if quick:
         return [Plan(("get", "set"), (1, 50, 200), 3, 0.05), Plan(("touch", "create", "delete"), (50, 200), 2, 0.05)]
     return [
-        Plan(("get", "set"), (50, 200), 11),
+        Plan(("get", "set"), (50, 200), 15),
         Plan(("get", "set"), (1, 10, 1000), 3),
         Plan(("touch", "create", "delete"), (50, 200), 7),
-        Plan(("get", "set"), (50, 200), 3, loop="uvloop"),
+        Plan(("get", "set"), (50, 200), 2, loop="uvloop"),
     ]
 
 
