@@ -88,17 +88,17 @@ def _limit(url: str) -> dict[str, float]:
         return {}
     host, _, port = url.removeprefix("redis://").partition(":")
 
-    async def load() -> tuple[str, list[str]]:
+    async def load() -> list[str]:
         contender = Plain(url, f"{RUN}-limit")
         await contender.set(0, 0)
         await contender.get(0)
         command = ["EVALSHA", contender.shas["get"], "1", f"{contender.prefix}:{{{contenders.session_id(0)}}}"]
         head = list(contender.head)
         await contender.aclose()
-        return tool, [*command, *head, "0", "-1"]
+        return [*command, *head, "0", "-1"]
 
     found = {}
-    _, command = asyncio.run(load())
+    command = asyncio.run(load())
     for pipeline in (1, 16):
         arguments = [tool, "-h", host, "-p", port or "6379", "-c", "50", "-n", "100000", "-P", str(pipeline), "--csv"]
         output = subprocess.run([*arguments, *command], capture_output=True, text=True, check=True).stdout  # noqa: S603

@@ -41,12 +41,8 @@ async def many_sessions(url: str, counts: Sequence[int], rounds: int) -> list[Ce
             assert (await store.get(count - 1))["user_id"] == (count - 1) // 2
         for operation in ("get", "set"):
             row = [Cell(operation, f"{count:,} sessions", TASKS, "asyncio") for count in counts]
-            for turn in range(rounds):
-                for n in range(len(row)):
-                    at = (n + turn) % len(row)
-                    await measure(row[at], admin, call(stores[at], operation), at_random(counts[at]), 0.3)
+            await _fill_in(row, admin, stores, counts, rounds=rounds, seconds=0.3)
             cells += row
-            _print(row)
         for store in stores:
             await store.aclose()
         await clear(admin)
@@ -98,12 +94,8 @@ async def large_values(url: str, sizes: Sequence[int], rounds: int) -> list[Cell
                 await prepare(contender, range(200))
             for operation in ("get", "set"):
                 row = [Cell(operation, f"{kind.name}, {size:,} bytes", TASKS, "asyncio") for kind in kinds]
-                for turn in range(rounds):
-                    for n in range(len(row)):
-                        at = (n + turn) % len(row)
-                        await measure(row[at], admin, call(contenders[at], operation), at_random(200), 0.15)
+                await _fill_in(row, admin, contenders, [200] * len(row), rounds=rounds, seconds=0.15)
                 cells += row
-                _print(row)
             for contender in contenders:
                 await contender.aclose()
             await clear(admin)
@@ -138,7 +130,21 @@ async def memory(url: str, sessions: int) -> dict[str, float]:
     return found
 
 
-def _print(row: Sequence[Cell]) -> None:
+async def _fill_in(
+    row: Sequence[Cell],
+    admin: Redis,
+    contenders: Sequence[Contender],
+    sessions: Sequence[int],
+    *,
+    rounds: int,
+    seconds: float,
+) -> None:
+    """Measure each cell with its contender, among so many sessions; another one begins in each round. Print them."""
+    for turn in range(rounds):
+        for n in range(len(row)):
+            at = (n + turn) % len(row)
+            work = call(contenders[at], row[at].operation)
+            await measure(row[at], admin, work, at_random(sessions[at]), seconds)
     for cell in row:
-        rounds = f"{min(cell.rates):9,.0f} to {max(cell.rates):9,.0f}"
-        print(f"  {cell.operation} {cell.contender:44} {cell.rate:9,.0f}/s ({rounds})", flush=True)
+        spread = f"{min(cell.rates):9,.0f} to {max(cell.rates):9,.0f}"
+        print(f"  {cell.operation} {cell.contender:44} {cell.rate:9,.0f}/s ({spread})", flush=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 import pytest
 from hypothesis import settings
@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from rss import SessionStore
 from rss.coalesce import Coalescer
 from tests.keyspace import Keyspace
+from tests.servers import own_server
 
 pytest_plugins = ["rss.pytest_plugin"]
 
@@ -37,6 +38,13 @@ def send_singly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch coalescing off: every call is a script of its own, on a connection of its own."""
     monkeypatch.setattr(Coalescer, "max_batch", 1)
     monkeypatch.setattr(Coalescer, "max_in_flight", 32)
+
+
+@pytest.fixture(scope="module", name="url")
+def _url() -> Iterator[str]:
+    """A server of one file of tests alone: it may be flushed, paused and filled, and counts nobody else."""
+    with own_server() as url:
+        yield url
 
 
 @pytest.fixture(name="client")

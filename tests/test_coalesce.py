@@ -5,7 +5,7 @@ import gc
 import random
 import secrets
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -25,14 +25,7 @@ from rss import (
 )
 from rss.testing import RedisServer
 from tests.keyspace import Keyspace
-from tests.servers import own_server, proxied
-
-
-@pytest.fixture(scope="module", name="url")
-def _url() -> Iterator[str]:
-    """A server whose statistics are of nobody else, and that may be paused and filled."""
-    with own_server() as url:
-        yield url
+from tests.servers import proxied
 
 
 @pytest.fixture(name="admin")
@@ -89,6 +82,11 @@ async def test_calls_of_one_moment_are_a_few_scripts(shop: SessionStore, admin: 
 async def test_a_script_has_a_hundred_sessions_at_most(shop: SessionStore, admin: Redis) -> None:
     """So that it does not hold Redis for long."""
     assert 10 <= await _scripts_run(admin, *(shop.touch(str(n)) for n in range(1000))) <= 11
+
+
+async def test_pages_of_a_set_do_not_go_together(shop: SessionStore, admin: Redis) -> None:
+    """Each holds Redis for long enough as it is."""
+    assert await _scripts_run(admin, *(shop.count_by("user_id", n) for n in range(10))) == 10
 
 
 async def test_each_caller_gets_the_own_reply(shop: SessionStore) -> None:
@@ -397,19 +395,17 @@ async def test_aclose_waits_for_every_answer(url: str, shop: SessionStore) -> No
     assert await shop.get("199", ["n"]) == {"id": "199", "n": 0}
 
 
+async def _visit(store: SessionStore, served: list[object]) -> None:
+    while True:
+        served.append(await store.get("1"))
+
+
 async def test_aclose_ends_also_under_traffic(url: str, shop: SessionStore) -> None:
     """Whoever calls afterwards is told so: that is a mistake in the program, not of Redis."""
     store = SessionStore.from_url(url)
-    served = 0
-
-    async def visit() -> None:
-        nonlocal served
-        while True:
-            await store.get("1")
-            served += 1
-
-    visitors = [asyncio.ensure_future(visit()) for _ in range(20)]
-    while served < 1000:
+    served: list[object] = []
+    visitors = [asyncio.ensure_future(_visit(store, served)) for _ in range(20)]
+    while len(served) < 1000:
         await asyncio.sleep(0)
     await asyncio.wait_for(store.aclose(), 10)
     results = await asyncio.gather(*visitors, return_exceptions=True)
@@ -434,20 +430,13 @@ async def test_a_busy_store_leaves_connections_to_others(
     del shop
     async with Redis.from_pool(pool(url)) as client:
         busy, other = SessionStore(client), SessionStore(client, references=["user_id"])
-        served = 0
-
-        async def visit() -> None:
-            nonlocal served
-            while True:
-                await busy.get("1")
-                served += 1
-
-        visitors = [asyncio.ensure_future(visit()) for _ in range(50)]
+        served: list[object] = []
+        visitors = [asyncio.ensure_future(_visit(busy, served)) for _ in range(50)]
         for _ in range(20):
             assert await client.ping()
             if isinstance(client.connection_pool, BlockingConnectionPool):  # Else the third would be one too many.
                 assert await other.get("2", ["n"]) == {"id": "2", "n": 2}
-        assert served > 20
+        assert len(served) > 20
         for visitor in visitors:
             visitor.cancel()
         await asyncio.wait(visitors)

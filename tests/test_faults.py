@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,6 @@ from tests.keyspace import Keyspace
 from tests.servers import Proxy, free_port, own_server, proxied, sentinel, until
 
 Call = Callable[[SessionStore], Awaitable[object]]
-
-
-@pytest.fixture(scope="module", name="url")
-def _url() -> Iterator[str]:
-    """A server that may be flushed, paused and filled."""
-    with own_server() as url:
-        yield url
 
 
 @pytest.fixture(name="own")
