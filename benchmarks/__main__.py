@@ -95,7 +95,7 @@ def _limit(url: str) -> dict[str, float]:
         command = ["EVALSHA", contender.shas["get"], "1", f"{contender.prefix}:{{{contenders.session_id(0)}}}"]
         head = list(contender.head)
         await contender.aclose()
-        return [*command, *head, "0", "-1"]
+        return [*command, *head, "-1", "-1"]
 
     found = {}
     command = asyncio.run(load())

@@ -31,10 +31,19 @@ local function outlive(set, ttl, before)
   if before == -2 or (before >= 0 and now + before < till) then redis.call("PEXPIREAT", set, till) end
 end
 
--- What a session that is given max_age has left to live.
+-- What a session has left to live that is given max_age from now on; 0: what it was given before.
 local function lifetime(session, max_age)
+  if max_age == 0 then max_age = session.max_age or default_age end
   if max_lifetime == 0 then return max_age end
   return math.min(max_age, (session.created or now) + max_lifetime - now)
+end
+
+-- Add to the values of a session what is to be noted: when it was made, and how long it lives if it is given a time of
+-- its own.
+local function note(session, max_age, values)
+  if not session.created then append(values, "_created", integer(now)) end
+  if max_age > 0 and max_age ~= (session.max_age or default_age) then append(values, "_max_age", integer(max_age)) end
+  return values
 end
 
 -- Let a session live on, and with it the sets it is in. Returns what it has left to live.
@@ -46,7 +55,7 @@ local function renew(session, max_age)
     end
   end
   expire(session.key, ttl)
-  if not session.created then redis.call("HSET", session.key, "_created", integer(now)) end
+  spread("HSET", session.key, note(session, max_age, {}))
   return ttl
 end
 

@@ -6,27 +6,27 @@
 
   Returns nothing: it stands in front of the scripts that need it.
 ]]
-local state, strict = { "id", "_ended", "_created" }, {}
+local state, strict = { "id", "_ended", "_created", "_max_age" }, {}
 for n, ref in ipairs(refs) do
-  state[3 + n] = ref.field
+  state[4 + n] = ref.field
   if ref.strict then strict[#strict + 1] = n end
 end
 
--- What HMGET tells of "id", "_ended" and "_created", out of what HGETALL told.
+-- What HMGET tells of "id", "_ended", "_created" and "_max_age", out of what HGETALL told.
 local function pick(fields)
-  local id, ended, created
+  local id, ended, created, age
   for i = 1, #fields, 2 do
     local field, value = fields[i], fields[i + 1]
     if field == "id" then id = value elseif field == "_ended" then ended = value end
-    if field == "_created" then created = value end
+    if field == "_created" then created = value elseif field == "_max_age" then age = value end
   end
-  return id, ended, created
+  return id, ended, created, age
 end
 
 -- The sets of the n-th reference that a session is in, as far as its hash says.
 local function sets_in(session, n)
   if not session[n] then
-    local held = session.held and session.held[3 + n]
+    local held = session.held and session.held[4 + n]
     for i = 1, session.fields and #session.fields or 0, 2 do
       if session.fields[i] == refs[n].field then held = session.fields[i + 1] end
     end
@@ -41,12 +41,13 @@ local function look(name, all)
   local fields = all and redis.pcall("HGETALL", name)
   local held = fields or redis.pcall("HMGET", name, unpack(state))
   if held.err then return held end
-  local id, ended, created = held[1], held[2], held[3]
-  if fields then id, ended, created = pick(fields) end
+  local id, ended, created, age = held[1], held[2], held[3], held[4]
+  if fields then id, ended, created, age = pick(fields) end
   if ended then return { key = name, ended = ended } end
   local ttl = id and redis.call("PTTL", name)
   if not ttl or ttl <= 0 then return nil end
   local session = { key = name, id = id, created = created, ttl = ttl, held = not all and held, fields = fields }
+  session.max_age = age and tonumber(age)
   if max_lifetime > 0 and created and created + max_lifetime <= now then session.ended = "expired" end
   for _, n in ipairs(strict) do
     for _, set in ipairs(sets_in(session, n)) do

@@ -4,6 +4,7 @@
   KEYS        read with key()
   ARGV        read with arg(); first of all, how the store is configured:
     prefix            "rss"
+    max_age           milliseconds that a session lives without a write, unless it was given a time of its own
     max_lifetime      longest life of a session from its creation, milliseconds; 0 for no limit
     tombstone         life of a tombstone, milliseconds
     encoding          "json", or "text" if a reference field holds one value as it stands
@@ -63,7 +64,7 @@ local function each(run)
   return replies
 end
 
-local prefix, max_lifetime, tombstone, encoding = arg(), number(), arg(), arg()
+local prefix, default_age, max_lifetime, tombstone, encoding = arg(), number(), number(), arg(), arg()
 local refs = {}
 for i = 1, number() do
   refs[i] = { field = arg(), limit = number(), on_limit = arg(), strict = arg() == "strict" }

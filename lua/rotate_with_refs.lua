@@ -35,8 +35,7 @@ local function rotate()
   enter(plan)
   redis.call("RENAME", old, new)
   append(values, "id", id)
-  if not session.created then append(values, "_created", integer(now)) end
-  spread("HSET", new, values)
+  spread("HSET", new, note(session, 0, values))
   expire(new, session.ttl)
   redis.call("HSET", old, "_ended", "rotated")
   if grace > 0 then redis.call("HSET", old, "_next", id, "_until", integer(now + grace)) end

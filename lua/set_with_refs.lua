@@ -9,7 +9,7 @@
     expectations      how many fields are expected to hold something
     sets              for each reference the number of new reference sets of each session, -1 if its field is not
                       written; then for each session
-    max_age           milliseconds to live from now on
+    max_age           milliseconds to live from now on, and after later writes; 0 for as before
     expected          for each such field its name, and "=" and what it must hold, or "-" and what it may hold if it
                       is there
     values            number of fields and values, then field, value, ...
@@ -54,8 +54,7 @@ local function set()
   enter(plan)
   if not session.ttl and redis.call("EXISTS", name) == 1 then redis.call("DEL", name) end
   if not session.ttl then append(values, "id", session.id) end
-  if not session.created then append(values, "_created", integer(now)) end
-  spread("HSET", session.key, values)
+  spread("HSET", session.key, note(session, max_age, values))
   expire(session.key, ttl)
   settle(plan, session, ttl)
   return ttl

@@ -3,7 +3,7 @@
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session
-    max_age           milliseconds to renew it for
+    max_age           milliseconds to renew it for, now and later; 0 for as before
 
   Returns for each session its new TTL in milliseconds, 0 if there is none.
 ]]

@@ -3,10 +3,10 @@
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session
-    max_age           milliseconds to live from now on; 0 to leave its TTL alone
+    max_age           milliseconds to live from now on, and after later writes; 0 for as before, -1 to leave its TTL alone
     fields            their number, then their names
 
-  Returns for each session field, value, ... of what was taken out, or
+  Returns for each session field, value, ... of what was taken out, and at last its TTL in milliseconds; or
     RSSNOTFOUND       if there is none
     RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
 ]]
@@ -25,18 +25,19 @@ local function unset()
   for n, ref in ipairs(refs) do sets[n] = removed[ref.field] and {} end
   if settled(session, sets) then
     spread("HDEL", session.key, fields)
-    if max_age > 0 then renew(session, max_age) end
+    taken[#taken + 1] = max_age >= 0 and renew(session, max_age) or session.ttl
     return taken
   end
   local plan = plan_move(session, session.id, sets)
   if plan.err then return plan end
 
-  local ttl = max_age > 0 and lifetime(session, max_age) or session.ttl
+  local ttl = max_age >= 0 and lifetime(session, max_age) or session.ttl
   enter(plan)
   spread("HDEL", session.key, fields)
   expire(session.key, ttl)
-  if not session.created then redis.call("HSET", session.key, "_created", integer(now)) end
+  spread("HSET", session.key, note(session, max_age, {}))
   settle(plan, session, ttl)
+  taken[#taken + 1] = ttl
   return taken
 end
 

@@ -57,7 +57,8 @@ class SessionStore(Generic[S]):
     *references*: the indexed fields; a mapping says more about each with a `Reference`.
     *prefix*: the beginning of every key. No brace, and not that of another kind of data; stores with the same prefix
     must have the same references.
-    *max_age*: how long a session lives after a write that does not say.
+    *max_age*: how long a session lives without a write. One that is given a max_age of its own, by a method that takes
+    one, keeps that for later writes and renewals, until it is given another.
     *max_lifetime*: the longest a session lives from its creation, however often it is renewed; by the server's clock.
     *id_bytes*: random bytes in an id, at least 16.
     *codec*: how values stand in Redis. Those of references are stored by `JSONCodec`, or by `TextCodec` if it is that.
@@ -89,7 +90,7 @@ class SessionStore(Generic[S]):
             raise ValueError("client must have the encoding utf-8, in which keys and values are compared")
         self._references = _references(references)
         self._keys = Keys(prefix, id_bytes)
-        self._max_age = str(milliseconds(max_age, "max_age"))
+        age = str(milliseconds(max_age, "max_age"))
         longest = "0" if max_lifetime is None else str(milliseconds(max_lifetime, "max_lifetime"))
         self._codec = codec
         own = codec if isinstance(codec, TextCodec) else JSONCodec()
@@ -99,7 +100,7 @@ class SessionStore(Generic[S]):
         self._owned: Redis | None = None
 
         encoding = "text" if isinstance(codec, TextCodec) else "json"
-        head = [prefix, longest, _TOMBSTONE, encoding, str(len(self._references))]
+        head = [prefix, age, longest, _TOMBSTONE, encoding, str(len(self._references))]
         for field, reference in self._references.items():
             strictness = "strict" if reference.strict else "lax"
             head += [field, str(reference.limit or 0), reference.on_limit, strictness]
@@ -127,6 +128,7 @@ class SessionStore(Generic[S]):
             await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
+        self._calls.closed = False  # An application may be started again, in tests say.
         try:
             await self.load()
         except BaseException:
@@ -164,15 +166,15 @@ class SessionStore(Generic[S]):
         await self._set(session_id, values or {}, max_age, "create", None)
         return session_id
 
-    async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool = False) -> S:
+    async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool | Duration = False) -> S:
         """Return a session with its `id`, or these fields of it; those it does not have are left out.
 
-        With *touch*, renew it for the store's max_age in the same round trip. Returns {} if there is no session.
+        With *touch*, renew it in the same round trip; with a time, such as "1m", only if that has passed since it was
+        last renewed. Returns {} if there is no session.
         """
         names = None if fields is None else _fields(fields, "id")
-        reply = await self._read(session_id, names, self._max_age if touch else "0")
-        reply.pop()
-        return self._decode(reply)
+        reply = await self._read(session_id, names, _idle(touch))
+        return self._decode(reply[:-2])
 
     async def set(
         self,
@@ -183,7 +185,7 @@ class SessionStore(Generic[S]):
         create: bool = True,
         expect: S | None = None,
     ) -> S:
-        """Write these fields, renew the session for *max_age*, and return the values.
+        """Write these fields, renew the session, from now on for *max_age* if that is given, and return the values.
 
         Other fields stay. A session that is not there is made, unless *create* is false: then `SessionNotFound` is
         raised. *expect* writes only if these fields hold these values now, else raises `Conflict`; None expects
@@ -195,9 +197,9 @@ class SessionStore(Generic[S]):
         return values
 
     async def unset(self, session_id: str, fields: Iterable[str], max_age: Duration | None = None) -> None:
-        """Take out these fields and renew the session for *max_age*. Does nothing if there is no session."""
+        """Take out these fields and renew the session, as `set` does. Does nothing if there is no session."""
         try:
-            await self._unset(session_id, fields, self._age(max_age), repeatable=True)
+            await self._unset(session_id, fields, _age(max_age), repeatable=True)
         except SessionEnded:
             raise
         except SessionNotFound:
@@ -209,7 +211,8 @@ class SessionStore(Generic[S]):
         The TTL stays. Raises `SessionNotFound` if there is no session. Never run twice: if the connection breaks,
         it is not known whether the fields are still there.
         """
-        return self._decode(await self._unset(session_id, fields, "0", repeatable=False))
+        reply = await self._unset(session_id, fields, "-1", repeatable=False)
+        return self._decode(reply[:-1])
 
     async def increment(self, session_id: str, field: str, by: int = 1) -> int:
         """Add to an integer field, 0 if it is not there, and return the sum. The TTL stays.
@@ -228,9 +231,8 @@ class SessionStore(Generic[S]):
         return cast("int", await self._calls.run("increment", keys, args, repeatable=False))
 
     async def touch(self, session_id: str, max_age: Duration | None = None) -> bool:
-        """Renew a session for *max_age*, and the reference sets it is in. Returns False if there is no session."""
-        keys = [self._keys.session(session_id)]
-        return bool(await self._calls.run("touch", keys, [self._age(max_age)]))
+        """Renew a session as `set` does, and the reference sets it is in. Returns False if there is no session."""
+        return bool(await self._touch(session_id, max_age))
 
     async def delete(self, session_id: str, *, reason: str = "deleted") -> bool:
         """End a session; for five minutes `ended` tells the *reason*, a short word.
@@ -253,11 +255,7 @@ class SessionStore(Generic[S]):
         is no session, and `LimitExceeded` if a reference refuses it.
         """
         new = self._keys.mint()
-        pairs, sets, counts = self._encode(values or {})
-        patience = "0" if grace is None else str(milliseconds(grace, "grace"))
-        keys = [self._keys.session(session_id), self._keys.session(new), *sets]
-        args = [new, patience, str(len(pairs)), *pairs]
-        await self._calls.run("rotate_with_refs", keys, args, shared=tuple(counts))
+        await self._rotate(session_id, new, values or {}, "0" if grace is None else str(milliseconds(grace, "grace")))
         return new
 
     async def ttl(self, session_id: str) -> timedelta | None:
@@ -300,29 +298,44 @@ class SessionStore(Generic[S]):
             if cursor == b"0":
                 return ended
 
+    # What the operations are made of, and what the web layer uses, since the cookie has to know the TTL.
+
     def _set(
         self, session_id: str, values: Mapping[str, Any], max_age: Duration | None, mode: str, expect: S | None
-    ) -> Awaitable[object]:
+    ) -> Awaitable[int]:
+        """Return the TTL in milliseconds. *mode*: "set", "update" or "create", as the script says."""
         pairs, sets, counts = self._encode(values)
         expected: list[str | bytes] = []
         if expect is not None:
             for field, value in _items(expect, "expect"):
                 expected += (field, self._expectation(field, value))
         keys = [self._keys.session(session_id), *sets]
-        args = [self._age(max_age), *expected, str(len(pairs)), *pairs]
+        args = [_age(max_age), *expected, str(len(pairs)), *pairs]
         shared = (mode, str(len(expected) // 2) if expected else "0", *counts)
         return self._calls.run("set_with_refs", keys, args, shared=shared, repeatable=not expected)
 
-    async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[bytes]:
+    async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[Any]:
+        """Return fields and data in turn, and at last the TTL in milliseconds."""
         names = _fields(fields)
         args = [max_age, str(len(names)), *names]
         keys = [self._keys.session(session_id)]
-        reply: list[bytes] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
+        reply: list[Any] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
-    def _read(self, session_id: str, fields: list[str] | None, max_age: str = "0") -> Awaitable[list[Any]]:
-        """Return fields and data in turn, and at last the TTL in milliseconds."""
-        return self._calls.run("get", (self._keys.session(session_id),), (), shared=(max_age, *_wanted(fields)))
+    def _touch(self, session_id: str, max_age: Duration | None) -> Awaitable[int]:
+        """Return the TTL in milliseconds, 0 if there is no session."""
+        return self._calls.run("touch", [self._keys.session(session_id)], [_age(max_age)])
+
+    def _rotate(self, session_id: str, new: str, values: Mapping[str, Any], grace: str = "0") -> Awaitable[int]:
+        """Return the TTL in milliseconds."""
+        pairs, sets, counts = self._encode(values)
+        keys = [self._keys.session(session_id), self._keys.session(new), *sets]
+        args = [new, grace, str(len(pairs)), *pairs]
+        return self._calls.run("rotate_with_refs", keys, args, shared=tuple(counts))
+
+    def _read(self, session_id: str, fields: list[str] | None, idle: str = "-1") -> Awaitable[list[Any]]:
+        """Return fields and data in turn, and at last 1 if it was renewed, else 0, and the TTL in milliseconds."""
+        return self._calls.run("get", (self._keys.session(session_id),), (), shared=(idle, *_wanted(fields)))
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
         keys, head = [self._keys.reference(field, value)], [self._number(field)]
@@ -339,9 +352,6 @@ class SessionStore(Generic[S]):
                     return
 
         return sessions()
-
-    def _age(self, max_age: Duration | None) -> str:
-        return self._max_age if max_age is None else str(milliseconds(max_age, "max_age"))
 
     def _number(self, field: str) -> str:
         """Return which of the references a field is, as the scripts count."""
@@ -467,6 +477,18 @@ def _fields(fields: Iterable[str], *readable: str) -> list[str]:
 
 def _wanted(fields: list[str] | None) -> Sequence[str]:
     return ("-1",) if fields is None else (str(len(fields)), *fields)
+
+
+def _age(max_age: Duration | None) -> str:
+    """Return what the scripts take: 0 for what the session was given before."""
+    return "0" if max_age is None else str(milliseconds(max_age, "max_age"))
+
+
+def _idle(touch: bool | Duration) -> str:  # noqa: FBT001 - as `get` takes it
+    """Return the milliseconds after which a session is renewed: 0 for each time, -1 for never."""
+    if isinstance(touch, bool):
+        return "0" if touch else "-1"
+    return str(milliseconds(touch, "touch"))
 
 
 def _reason(reason: str) -> str:

@@ -23,7 +23,7 @@ class Keyspace:
         return sorted([key async for key in self.client.scan_iter(match=f"{self.prefix}:*", count=1000)])
 
     async def dump(self) -> dict[str, Content]:
-        """Return all keys, without prefix and colon, and what they hold, but for the time a session was created.
+        """Return all keys, without prefix and colon, and what they hold, but for what is noted of its times.
 
         Fails if a key has no TTL, or a session does not say when it was created.
         """
@@ -35,6 +35,7 @@ class Keyspace:
                 fields = {str(k): str(v) for k, v in (await self.client.hgetall(key)).items()}
                 if "id" in fields:
                     assert int(fields.pop("_created")) > 0
+                    assert int(fields.pop("_max_age", "1")) > 0
                 found[name] = fields
             elif kind == "set":
                 found[name] = {str(member) for member in await self.client.smembers(key)}
@@ -52,6 +53,11 @@ class Keyspace:
         await self.client.pexpire(f"{self.prefix}:{name}", 1)
         while await self.client.exists(f"{self.prefix}:{name}"):
             pass
+
+    async def shorten(self, milliseconds: int) -> None:
+        """Take that from the TTL of every key, as if so much time had passed."""
+        for key in await self.keys():
+            await self.client.pexpire(key, await self.client.pttl(key) - milliseconds)
 
     async def clear(self) -> None:
         """Remove all keys."""

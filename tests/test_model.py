@@ -52,6 +52,7 @@ class Session:
 
     values: dict[str, Any]
     ttl: int
+    age: int
     created: int = 0
 
 
@@ -177,7 +178,7 @@ class Machine(RuleBasedStateMachine):
             self.refuse(set_, LimitExceeded)
         else:
             self.do(set_)
-            self.settle(session_id, {**held, **values}, AGES[age], was=held)
+            self.settle(session_id, {**held, **values}, self.age(session_id, age), was=held)
         self.check()
         for text in self.model.texts("user_id", before):
             self.find_by("user_id", text, which)
@@ -202,7 +203,7 @@ class Machine(RuleBasedStateMachine):
         else:
             session_id = self.do(write)
             self.ids.append(session_id)
-            self.settle(session_id, values, AGES[age])
+            self.settle(session_id, values, self.age(session_id, age))
         self.check()
 
     @rule(n=IDS, fields=st.lists(FIELDS, min_size=1), age=AGE, which=st.integers(0, 1))
@@ -217,7 +218,8 @@ class Machine(RuleBasedStateMachine):
         if session_id in self.model.live:
             session = self.model.live[session_id]
             session.values = {k: v for k, v in session.values.items() if k not in fields}
-            session.ttl = min(AGES[age], self.lifetime)
+            session.age = self.age(session_id, age)
+            session.ttl = min(session.age, self.lifetime)
         self.check()
 
     @rule(n=IDS, fields=st.lists(FIELDS, min_size=1), which=st.integers(0, 1))
@@ -257,7 +259,9 @@ class Machine(RuleBasedStateMachine):
             touched = self.do(self.stores[which].touch(self.pick(n), age))
         assert touched == (session_id in self.model.live)
         if touched:
-            self.model.live[session_id].ttl = min(AGES[age], self.lifetime)
+            session = self.model.live[session_id]
+            session.age = self.age(session_id, age)
+            session.ttl = min(session.age, self.lifetime)
         self.check()
 
     @rule(n=IDS, which=st.integers(0, 1), reason=st.sampled_from(["deleted", "bye"]))
@@ -288,7 +292,8 @@ class Machine(RuleBasedStateMachine):
                 self.model.ended[old] = "rotated"
                 if grace:
                     self.model.leads[old] = new
-                self.settle(new, {**session.values, **values}, session.ttl, was=session.values)
+                self.settle(new, {**session.values, **values}, session.age, was=session.values)
+                self.model.live[new].ttl = session.ttl
         self.check()
 
     @rule(name=st.sampled_from(["user_id", "ip"]), value=ONE, keep=st.lists(IDS, max_size=2), which=st.integers(0, 1))
@@ -369,7 +374,12 @@ class Machine(RuleBasedStateMachine):
         """Return values as the codec brings them back."""
         return {k: str(v) for k, v in values.items()} if self.text else values
 
-    def settle(self, session_id: str, values: dict[str, Any], ttl: int, was: dict[str, Any] | None = None) -> None:
+    def age(self, session_id: str, age: str | None) -> int:
+        """Return how long a session lives from a write on: as it is given now, was given before, or by default."""
+        session = self.model.live.get(session_id)
+        return session.age if age is None and session else AGES[age]
+
+    def settle(self, session_id: str, values: dict[str, Any], age: int, was: dict[str, Any] | None = None) -> None:
         """Note in the model what a write did."""
         evicted = {i for i in self.model.live if self.hget(i, "_ended") == "evicted"}
         before = self.model.live.pop(session_id, None)
@@ -378,7 +388,7 @@ class Machine(RuleBasedStateMachine):
         created = int(self.hget(session_id, "_created") or 0)
         assert before is None or before.created == created
         self.model.stale -= {(name, session_id) for name in self.model.sets(values)}
-        self.model.live[session_id] = Session(values, min(ttl, self.lifetime), created)
+        self.model.live[session_id] = Session(values, min(age, self.lifetime), age, created)
 
     def hget(self, session_id: str, name: str) -> str | None:
         """Return what stands in a hash."""
@@ -421,7 +431,8 @@ class Machine(RuleBasedStateMachine):
         assert {i: fields["_ended"] for i, fields in found.items() if "_ended" in fields} == model.ended
         assert found.keys() == model.live.keys() | model.ended.keys()
         for session_id, session in model.live.items():
-            assert set(found[session_id]) == {"id", "_created", *session.values}
+            assert set(found[session_id]) - {"_max_age"} == {"id", "_created", *session.values}
+            assert int(found[session_id].get("_max_age", AGES[None])) == session.age
             assert session.ttl - 60_000 < ttls[f"{{{session_id}}}"] <= session.ttl
 
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.parametrize(
     indirect=True,
 )
 
-DAY = 86_400_000
+HOUR = 3_600_000
+DAY = 24 * HOUR
 ALICE: dict[str, Any] = {"user_id": 1, "ip": "::1", "name": "alice"}
 
 
@@ -130,8 +131,9 @@ async def test_get_reads_some_fields(store: SessionStore) -> None:
 
 
 async def test_get_with_touch_renews(store: SessionStore, keyspace: Keyspace) -> None:
-    """It renews the session and its sets for the store's max_age; a plain get leaves them alone."""
-    await store.set("a", ALICE, "1 day")
+    """It renews the session and its sets; a plain get leaves them alone."""
+    await store.set("a", ALICE)
+    await keyspace.shorten(27 * DAY)
     await store.get("a")
     assert await keyspace.ttl("{a}") <= DAY
     assert await store.get("a", ["name"], touch=True) == {"id": "a", "name": "alice"}
@@ -140,6 +142,43 @@ async def test_get_with_touch_renews(store: SessionStore, keyspace: Keyspace) ->
         assert await keyspace.ttl("{a}") <= await keyspace.ttl(key) <= 28 * DAY * SLACK
     assert await store.get("b", touch=True) == {}
     assert len(await keyspace.dump()) == 3
+
+
+async def test_get_with_a_time_renews_when_that_has_passed(store: SessionStore, keyspace: Keyspace) -> None:
+    """Not again before; and for as long as the session was given, also if that is not what others get."""
+    await store.set("a", ALICE, "1h")
+    await keyspace.shorten(60_000)
+    await store.get("a", touch="2m")
+    assert await keyspace.ttl("{a}") <= HOUR - 60_000
+    assert await store.get("a", ["name"], touch="1m") == {"id": "a", "name": "alice"}
+    assert HOUR - 30_000 < await keyspace.ttl("{a}") <= HOUR
+    for key in ("user_id:{1}", "ip:{::1}"):
+        assert await keyspace.ttl("{a}") <= await keyspace.ttl(key) <= HOUR * SLACK
+
+
+@pytest.mark.parametrize("age", ["1h", "60 days"])
+async def test_a_session_keeps_the_time_it_was_given(store: SessionStore, keyspace: Keyspace, age: str) -> None:
+    """A later write, and a renewal, give it the same again, until it is given another; a new id changes nothing."""
+    await store.set("a", ALICE, age)
+    full = await keyspace.ttl("{a}")
+    for renew in (
+        lambda: store.set("a", {"name": "bob"}),
+        lambda: store.set("a", {"user_id": 2}),
+        lambda: store.unset("a", ["name"]),
+        lambda: store.unset("a", ["ip"]),
+        lambda: store.touch("a"),
+        lambda: store.get("a", touch=True),
+    ):
+        await keyspace.shorten(60_000)
+        await renew()
+        assert full - 30_000 < await keyspace.ttl("{a}") <= full + 30_000
+    new = await store.rotate("a")
+    await keyspace.shorten(60_000)
+    await store.touch(new)
+    assert full - 30_000 < await keyspace.ttl(f"{{{new}}}") <= full + 30_000
+    await store.touch(new, "28 days")
+    await store.set(new, {"name": "x"})
+    assert 27 * DAY < await keyspace.ttl(f"{{{new}}}") <= 28 * DAY
 
 
 async def test_create_mints_an_id(store: SessionStore, keyspace: Keyspace) -> None:
@@ -260,7 +299,7 @@ async def test_touch_renews_a_session_and_its_sets(store: SessionStore, keyspace
     assert DAY < await keyspace.ttl("{a}") <= 2 * DAY
     assert 3 * DAY - 60_000 < await keyspace.ttl("user_id:{1}") <= 3 * DAY * SLACK
     assert await store.touch("a")
-    assert 27 * DAY < await keyspace.ttl("{a}") <= 28 * DAY
+    assert DAY < await keyspace.ttl("{a}") <= 2 * DAY
     assert not await store.touch("b")
     assert set(await keyspace.dump()) == {"{a}", "user_id:{1}", "ip:{::1}"}
 
@@ -452,3 +491,12 @@ async def test_key_names(store: SessionStore, keyspace: Keyspace) -> None:
     assert store.get_reference_key("user_id", 1) == f"{keyspace.prefix}:user_id:{{1}}"
     assert await keyspace.client.smembers(store.get_reference_key("user_id", "1")) == {"a"}
     assert len(store.create_session_id()) == 32
+
+
+async def test_a_store_can_be_opened_again(store: SessionStore) -> None:
+    """After it was closed it takes no calls, until it is opened anew: applications are, in tests."""
+    for _ in range(2):
+        async with store:
+            await store.set("a", {})
+        with pytest.raises(RuntimeError, match="the store is closed"):
+            await store.get("a")
