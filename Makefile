@@ -8,7 +8,7 @@ SOURCES := rss tests benchmarks
 
 # What the scripts may use of Lua and Redis, and what those whose names begin with `_` give to the others.
 LUA_STD := redis KEYS ARGV cjson ipairs pairs pcall tonumber type unpack math string table error
-LUA_SHARED := $(shell sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/_*.lua) prefix max_lifetime tombstone encoding refs now
+LUA_SHARED := $(shell sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/_*.lua) prefix default_age max_lifetime tombstone encoding refs now
 
 .PHONY: all demo test bench bench-quick lint format dist clean
 .PRECIOUS: $(VENV)/.%

@@ -3,7 +3,8 @@
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then
-    idle              milliseconds after which they are renewed again; 0 for each time, -1 for never
+    idle              milliseconds after which they are renewed again, at the latest when half of their time is over;
+                      0 for each time, -1 for never
     fields            their number, -1 for all; then their names
 
   Returns for each session field, value, ... with its id, and at last 1 if it was renewed, else 0, and its TTL in
@@ -23,7 +24,8 @@ local function get()
   local values, bytes = read(session, fields), 0
   for i = 2, #values, 2 do bytes = bytes + #values[i] end
   weigh(bytes)
-  local due = idle == 0 or (idle > 0 and session.ttl + idle <= lifetime(session, 0))
+  local full = idle > 0 and lifetime(session, 0)
+  local due = idle == 0 or (full and session.ttl + math.min(idle, full / 2) <= full)
   append(values, due and 1 or 0, due and renew(session, 0) or session.ttl)
   return values
 end

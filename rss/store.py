@@ -169,10 +169,10 @@ class SessionStore(Generic[S]):
     async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool | Duration = False) -> S:
         """Return a session with its `id`, or these fields of it; those it does not have are left out.
 
-        With *touch*, renew it in the same round trip; with a time, such as "1m", only if that has passed since it was
-        last renewed. Returns {} if there is no session.
+        With *touch*, renew it in the same round trip; with a time, such as "1m", only if that, or half of its time, has
+        passed since it was last renewed. Returns {} if there is no session.
         """
-        names = None if fields is None else _fields(fields, "id")
+        names = None if fields is None else field_names(fields, "id")
         reply = await self._read(session_id, names, _idle(touch))
         return self._decode(reply[:-2])
 
@@ -199,7 +199,7 @@ class SessionStore(Generic[S]):
     async def unset(self, session_id: str, fields: Iterable[str], max_age: Duration | None = None) -> None:
         """Take out these fields and renew the session, as `set` does. Does nothing if there is no session."""
         try:
-            await self._unset(session_id, fields, _age(max_age), repeatable=True)
+            await self._unset(session_id, fields, lifetime(max_age), repeatable=True)
         except SessionEnded:
             raise
         except SessionNotFound:
@@ -232,7 +232,7 @@ class SessionStore(Generic[S]):
 
     async def touch(self, session_id: str, max_age: Duration | None = None) -> bool:
         """Renew a session as `set` does, and the reference sets it is in. Returns False if there is no session."""
-        return bool(await self._touch(session_id, max_age))
+        return bool(await self._touch(session_id, lifetime(max_age)))
 
     async def delete(self, session_id: str, *, reason: str = "deleted") -> bool:
         """End a session; for five minutes `ended` tells the *reason*, a short word.
@@ -276,7 +276,7 @@ class SessionStore(Generic[S]):
 
         Reads fifty at a time. One that joins or ends meanwhile may be seen or not; none is seen twice.
         """
-        return self._find(field, value, None if fields is None else _fields(fields, "id"))
+        return self._find(field, value, None if fields is None else field_names(fields, "id"))
 
     async def delete_by(
         self, field: str, value: str | int, *, keep: Iterable[str] = (), reason: str = "deleted"
@@ -288,7 +288,7 @@ class SessionStore(Generic[S]):
         a connection broke may it count too few, or end one that got the value in the moment between two attempts.
         """
         keys = [self._keys.reference(field, value), self._keys.fence(field, value)]
-        spared = [text(session_id, "an id to keep") for session_id in _listed(keep, "keep")]
+        spared = [text(session_id, "an id to keep") for session_id in listed(keep, "keep")]
         head = [self._number(field)]
         args = [_PAGE, self._keys.mint(), _reason(reason), str(len(spared)), *spared]
         cursor, ended = b"0", 0
@@ -310,21 +310,21 @@ class SessionStore(Generic[S]):
             for field, value in _items(expect, "expect"):
                 expected += (field, self._expectation(field, value))
         keys = [self._keys.session(session_id), *sets]
-        args = [_age(max_age), *expected, str(len(pairs)), *pairs]
+        args = [lifetime(max_age), *expected, str(len(pairs)), *pairs]
         shared = (mode, str(len(expected) // 2) if expected else "0", *counts)
         return self._calls.run("set_with_refs", keys, args, shared=shared, repeatable=not expected)
 
     async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[Any]:
         """Return fields and data in turn, and at last the TTL in milliseconds."""
-        names = _fields(fields)
+        names = field_names(fields)
         args = [max_age, str(len(names)), *names]
         keys = [self._keys.session(session_id)]
         reply: list[Any] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
         return reply
 
-    def _touch(self, session_id: str, max_age: Duration | None) -> Awaitable[int]:
+    def _touch(self, session_id: str, max_age: str) -> Awaitable[int]:
         """Return the TTL in milliseconds, 0 if there is no session."""
-        return self._calls.run("touch", [self._keys.session(session_id)], [_age(max_age)])
+        return self._calls.run("touch", [self._keys.session(session_id)], [max_age])
 
     def _rotate(self, session_id: str, new: str, values: Mapping[str, Any], grace: str = "0") -> Awaitable[int]:
         """Return the TTL in milliseconds."""
@@ -440,7 +440,7 @@ def _read_id(_: str, data: bytes) -> str:
 
 def _references(references: Iterable[str] | Mapping[str, Reference]) -> dict[str, Reference]:
     if not isinstance(references, Mapping):
-        references = dict.fromkeys(_listed(references, "references"), Reference())
+        references = dict.fromkeys(listed(references, "references"), Reference())
     for field, reference in references.items():
         if any(mark in _field(field) for mark in ":{}"):
             raise ValueError("the field of a reference must not hold a colon or a brace: they delimit it in keys")
@@ -449,7 +449,8 @@ def _references(references: Iterable[str] | Mapping[str, Reference]) -> dict[str
     return dict(references)
 
 
-def _listed(values: Iterable[str], name: str) -> list[str]:
+def listed(values: Iterable[str], name: str) -> list[str]:
+    """Return several texts; raise TypeError with their *name* if it is but one, or something else."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be several str, in a list for one")
     return list(values)
@@ -468,8 +469,9 @@ def _field(field: str) -> str:
     return field
 
 
-def _fields(fields: Iterable[str], *readable: str) -> list[str]:
-    names = _listed(fields, "fields")
+def field_names(fields: Iterable[str], *readable: str) -> list[str]:
+    """Return the names of some fields; raise TypeError or ValueError if they are reserved, but for those *readable*."""
+    names = listed(fields, "fields")
     if not names:
         raise ValueError("fields must not be empty")
     return [_field(name) for name in names if name not in readable]
@@ -479,7 +481,7 @@ def _wanted(fields: list[str] | None) -> Sequence[str]:
     return ("-1",) if fields is None else (str(len(fields)), *fields)
 
 
-def _age(max_age: Duration | None) -> str:
+def lifetime(max_age: Duration | None) -> str:
     """Return what the scripts take: 0 for what the session was given before."""
     return "0" if max_age is None else str(milliseconds(max_age, "max_age"))
 

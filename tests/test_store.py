@@ -154,6 +154,9 @@ async def test_get_with_a_time_renews_when_that_has_passed(store: SessionStore, 
     assert HOUR - 30_000 < await keyspace.ttl("{a}") <= HOUR
     for key in ("user_id:{1}", "ip:{::1}"):
         assert await keyspace.ttl("{a}") <= await keyspace.ttl(key) <= HOUR * SLACK
+    await keyspace.shorten(31 * 60_000)
+    await store.get("a", touch="2h")  # At the latest when half of its time is over.
+    assert HOUR - 30_000 < await keyspace.ttl("{a}") <= HOUR
 
 
 @pytest.mark.parametrize("age", ["1h", "60 days"])

@@ -1,0 +1,65 @@
+"""Sessions for aiohttp: also for its sub-applications, streams, files and WebSockets."""
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from rss.errors import StoreUnavailable
+from rss.session import Session, Sessions
+
+#: Where an application keeps its sessions: `request.config_dict[SESSIONS]` finds them in a sub-application too.
+SESSIONS: Final = web.AppKey("rss_sessions", Sessions[Any])
+#: Where a request keeps its session.
+SESSION: Final = web.RequestKey("rss_session", Session[Any])
+
+_logger = logging.getLogger("rss")
+
+
+def setup(app: web.Application, sessions: Sessions[Any]) -> None:
+    """Give each request its session, and each response its cookie; open the store with the application and close it.
+
+    Where a handler lets `StoreUnavailable` pass, the response is 503.
+    """
+    app[SESSIONS] = sessions
+    app.cleanup_ctx.append(_open)
+    app.middlewares.insert(0, _attach)
+    # A cookie that is set in a response by now is too late: its headers are made.
+    app.on_response_prepare.append(_add_headers)
+
+
+async def get_session(request: web.Request) -> Session[Any]:
+    """Return the session of a request. Raises RuntimeError where `setup` was not called for the application."""
+    try:
+        return request[SESSION]
+    except KeyError:
+        raise RuntimeError("rss.aiohttp.setup() was not called for this application") from None
+
+
+async def _open(app: web.Application) -> AsyncIterator[None]:
+    async with app[SESSIONS].store:
+        yield
+
+
+@web.middleware
+async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
+    cookies = "; ".join(request.headers.getall("Cookie", ()))
+    session = request[SESSION] = request.config_dict[SESSIONS].create_session(cookies)
+    try:
+        return await handler(request)
+    except StoreUnavailable as error:
+        if session.sent:
+            raise
+        _logger.error("503: %s", error)  # noqa: TRY400 - the application is not at fault
+        raise web.HTTPServiceUnavailable from error
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    session = request.get(SESSION)
+    if session is not None:
+        headers = response.headers
+        vary = ", ".join(headers.getall("Vary", ())) or None
+        for name, value in session.take_headers(headers.get("Cache-Control"), vary):
+            headers.add(name, value)

@@ -1,0 +1,105 @@
+"""The session cookie: how it is read from a request and written into a response."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
+_DOMAIN: Final = re.compile(r"\.?[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*")
+_PATH: Final = re.compile(
+    r"/[!-:<-~]*"
+)  # No semicolon, no space, no control character: they would begin another header.
+
+
+@dataclass(frozen=True, slots=True)
+class CookiePolicy:
+    """The name and the attributes of the session cookie.
+
+    *name*: in production best "__Host-session-id": browsers then take it from this host alone, over TLS, so that no
+    sibling domain can plant one. It asks for *secure*, the path "/" and no *domain*, which is checked.
+    *persistent*: whether the cookie outlives the browser, as long as the session does; else it ends with the browser.
+
+    Raises ValueError for what browsers would refuse, and for what could break out of the header.
+    """
+
+    name: str = "session-id"
+    path: str = "/"
+    domain: str | None = None
+    secure: bool = True
+    http_only: bool = True
+    same_site: Literal["lax", "strict", "none"] = "lax"
+    persistent: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError("the name of the cookie must be a token: at most 256 letters, digits and marks")
+        if not isinstance(self.path, str) or not _PATH.fullmatch(self.path) or len(self.path) > 1024:
+            raise ValueError("the path of the cookie must begin with a slash and be a part of a URL")
+        if self.domain is not None and not _DOMAIN.fullmatch(self.domain):
+            raise ValueError("the domain of the cookie must be the name of a host")
+        if self.same_site not in ("lax", "strict", "none"):
+            raise ValueError("same_site must be 'lax', 'strict' or 'none'")
+        if self.same_site == "none" and not self.secure:
+            raise ValueError("browsers refuse a cookie with same_site 'none' that is not secure")
+        prefix = self.name.lower()
+        if prefix.startswith("__secure-") and not self.secure:
+            raise ValueError("browsers refuse a cookie named __Secure-... that is not secure")
+        if prefix.startswith("__host-") and not (self.secure and self.path == "/" and self.domain is None):
+            raise ValueError("browsers refuse a cookie named __Host-... that is not secure, or has a domain or a path")
+
+    def read(self, header: str) -> str | None:
+        """Return the value of the cookie in a Cookie header; None if there is none, or if there are different ones.
+
+        Who can set cookies for a sibling domain or another path may add one, and which of them is the right one cannot
+        be told. Nothing is unquoted, and what is wrong with other cookies does not matter.
+        """
+        values = set()
+        if self.name in header:
+            for pair in header.split(";"):
+                name, equals, value = pair.partition("=")
+                if equals and name.strip(" \t") == self.name:
+                    values.add(value.strip(" \t"))
+        return values.pop() if len(values) == 1 else None
+
+    def write(self, value: str, ttl: int) -> str:
+        """Return a Set-Cookie header for a session that has so many milliseconds left to live."""
+        # Rounded up: 0 would remove it.
+        return self._line(value, f"; Max-Age={-(-ttl // 1000)}" if self.persistent else "")
+
+    def clear(self) -> str:
+        """Return a Set-Cookie header that removes the cookie."""
+        return self._line("", "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT")
+
+    def _line(self, value: str, age: str) -> str:
+        domain = f"; Domain={self.domain}" if self.domain else ""
+        flags = ("; HttpOnly" if self.http_only else "") + ("; Secure" if self.secure else "")
+        return f"{self.name}={value}; Path={self.path}{domain}{age}{flags}; SameSite={self.same_site.capitalize()}"
+
+
+class Signer:
+    """Signs what the cookie holds, by itsdangerous: the first of the keys signs, all of them verify."""
+
+    def __init__(self, secret_keys: Sequence[str]) -> None:
+        try:
+            import itsdangerous  # noqa: PLC0415 - not everybody signs
+        except ImportError:
+            raise RuntimeError("secret_keys needs itsdangerous: pip install redis-session-sets[signed]") from None
+        if not secret_keys or not all(isinstance(key, str) and len(key) >= 16 for key in secret_keys):
+            raise ValueError("secret_keys must be one or more texts of at least 16 characters")
+        self._forged = itsdangerous.BadSignature
+        self._signer = itsdangerous.Signer(
+            [*reversed(secret_keys)], salt="rss.cookies", key_derivation="hmac", digest_method=hashlib.sha256
+        )
+
+    def sign(self, value: str) -> str:
+        """Return a value with its signature."""
+        return self._signer.sign(value).decode()
+
+    def unsign(self, signed: str) -> str | None:
+        """Return a value without its signature; None if that is not of one of the keys."""
+        try:
+            return self._signer.unsign(signed).decode()
+        except (self._forged, UnicodeError):  # What is not Unicode was not signed here.
+            return None

@@ -1,0 +1,34 @@
+"""Tokens against forged requests: what a form of the application carries, and one of another site cannot know."""
+
+import base64
+import hmac
+import re
+import secrets
+from typing import Final
+
+_SIZE: Final = 32
+_TOKEN: Final = re.compile(r"[0-9A-Za-z_-]{86}")  # Base64 of twice the size, without padding.
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return (int.from_bytes(one) ^ int.from_bytes(other)).to_bytes(_SIZE)
+
+
+class CSRFTokens:
+    """Makes tokens from a secret of 32 bytes, and checks them.
+
+    Each token looks different: the secret stands in it masked with random bytes, which are there too. So it cannot be
+    guessed from the length of compressed responses (BREACH).
+    """
+
+    def create(self, secret: bytes) -> str:
+        """Return a new token, URL-safe."""
+        mask = secrets.token_bytes(_SIZE)
+        return base64.urlsafe_b64encode(mask + _xor(mask, secret)).rstrip(b"=").decode()
+
+    def verify(self, secret: bytes, token: str | None) -> bool:
+        """Tell whether a token was made from this secret. Whatever else it is, it is not."""
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            return False
+        both = base64.urlsafe_b64decode(token + "==")
+        return hmac.compare_digest(_xor(both[:_SIZE], both[_SIZE:]), secret)

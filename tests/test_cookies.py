@@ -1,0 +1,129 @@
+"""The session cookie: read strictly, written safely."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from redis.asyncio import Redis
+
+from rss import CookiePolicy, Sessions, SessionStore
+
+POLICY = CookiePolicy(name="sid")
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("", None),
+        ("sid=a", "a"),
+        ("x=y; sid=a", "a"),
+        ("x=y;sid=a;", "a"),
+        ("\t sid = a \t", "a"),
+        ("sid=a; sid=a", "a"),
+        ("sid=a; sid=b", None),  # Tossed by a sibling domain: which one is right?
+        ("sid=a; sid=", None),
+        ("sid=", ""),
+        ("sid", None),
+        ("SID=a; xsid=b; sidx=c", None),
+        ("bad[=1; aé=1; =; ;; sid=a", "a"),  # What is wrong with others does not matter.
+        ('sid="a"', '"a"'),
+        ('x="; sid=a; "', "a"),
+        ("sid=a=b", "a=b"),
+        ("sid=a\\073", "a\\073"),
+    ],
+)
+def test_reading(header: str, value: str | None) -> None:
+    """The name is exact, nothing is unquoted, and two different values are none."""
+    assert POLICY.read(header) == value
+
+
+@given(st.text(), st.text())
+def test_reading_never_fails(before: str, after: str) -> None:
+    """Whatever stands around it, a pair of ours is found or the header is not used."""
+    assert POLICY.read(f"{before};sid=a;{after}") in ("a", None)
+    POLICY.read(before)
+
+
+COOKIES = st.one_of(
+    st.binary(max_size=200).map(lambda data: data.decode("latin-1")),
+    st.binary(max_size=200).map(lambda data: data.decode("utf-8", "surrogateescape")),
+    st.text(st.sampled_from('sesion-d=; ,"\\{}:\0\r\n\x7fAa0._'), max_size=300),
+    st.lists(st.sampled_from(["session-id=", "session-id", "=", ";", "x" * 32, "\\" * 9, '"', " "]), max_size=20).map(
+        "".join
+    ),
+)
+
+
+@given(cookies=COOKIES)
+def test_what_a_client_sends_is_a_token_or_nothing(store_without_server: SessionStore, cookies: str) -> None:
+    """Bytes, duplicates and backslashes: no exception, and only what has the form of a token is looked up."""
+    for sessions in (Sessions(store_without_server), Sessions(store_without_server, secret_keys=["k" * 16])):
+        session = sessions.create_session(cookies)
+        assert session.id is None
+        token = sessions.read_token(cookies)
+        if token is not None:
+            assert cookies.count(f"session-id={token}") + cookies.count(token) > 0
+            assert 22 <= len(token) <= 342
+            assert token.isascii()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "session-id=v; Path=/; Max-Age=2; HttpOnly; Secure; SameSite=Lax"),
+        (
+            {"name": "s", "path": "/a", "domain": "example.com", "same_site": "strict"},
+            "s=v; Path=/a; Domain=example.com; Max-Age=2; HttpOnly; Secure; SameSite=Strict",
+        ),
+        ({"secure": False, "http_only": False}, "session-id=v; Path=/; Max-Age=2; SameSite=Lax"),
+        ({"same_site": "none", "persistent": False}, "session-id=v; Path=/; HttpOnly; Secure; SameSite=None"),
+        ({"name": "__Host-id"}, "__Host-id=v; Path=/; Max-Age=2; HttpOnly; Secure; SameSite=Lax"),
+    ],
+)
+def test_writing(options: dict[str, Any], line: str) -> None:
+    """A second that has begun counts, so that no cookie goes before its session; cleared, it has the same attributes."""
+    policy = CookiePolicy(**options)
+    assert policy.write("v", 1001) == line
+    gone = {"Max-Age=0", "Expires=Thu, 01 Jan 1970 00:00:00 GMT"}
+    attributes = set(line.split("; ")[1:]) - {"Max-Age=2"}
+    first, *others = policy.clear().split("; ")
+    assert first == f"{policy.name}="
+    assert set(others) == attributes | gone
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"name": ""}, "the name"),
+        ({"name": "a b"}, "the name"),
+        ({"name": "a=b"}, "the name"),
+        ({"name": "a;b"}, "the name"),
+        ({"name": "a\r\nX: y"}, "the name"),
+        ({"name": "ä"}, "the name"),
+        ({"name": "a" * 257}, "the name"),
+        ({"path": "a"}, "the path"),
+        ({"path": "/a;Domain=b"}, "the path"),
+        ({"path": "/\r\nX: y"}, "the path"),
+        ({"path": "/a\n"}, "the path"),
+        ({"domain": "a b"}, "the domain"),
+        ({"domain": "a\r\nX: y"}, "the domain"),
+        ({"domain": ""}, "the domain"),
+        ({"same_site": "Lax"}, "same_site"),
+        ({"same_site": "none", "secure": False}, "same_site 'none'"),
+        ({"name": "__Secure-a", "secure": False}, "__Secure-"),
+        ({"name": "__Host-a", "secure": False}, "__Host-"),
+        ({"name": "__Host-a", "path": "/a"}, "__Host-"),
+        ({"name": "__host-a", "domain": "example.com"}, "__Host-"),
+    ],
+)
+def test_a_bad_policy_is_refused(options: dict[str, Any], why: str) -> None:
+    """What browsers would refuse, and what could begin another header or attribute."""
+    with pytest.raises(ValueError, match=why):
+        CookiePolicy(**options)
+
+
+@pytest.fixture(name="store_without_server", scope="module")
+def _store_without_server() -> SessionStore:
+    """A store that is never asked."""
+    return SessionStore(Redis(unix_socket_path="/nowhere/redis.sock"))

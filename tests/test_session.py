@@ -1,0 +1,699 @@
+"""A request's session, without a framework: what it reads and writes, and which cookie it owes."""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from http.cookies import SimpleCookie
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from rss import (
+    CookiePolicy,
+    LimitExceeded,
+    Reference,
+    Session,
+    SessionEnded,
+    SessionNotFound,
+    Sessions,
+    SessionStore,
+    StoreUnavailable,
+)
+from tests.keyspace import Keyspace
+
+HOUR = 3_600_000
+DAY = 24 * HOUR
+UNKNOWN = "x" * 32
+
+
+@pytest.fixture(name="sessions")
+def _sessions(store: SessionStore) -> Sessions:
+    """The sessions of an application, as they are by default."""
+    return Sessions(store)
+
+
+def token_in(cookies: list[str]) -> str:
+    """Return what the one cookie that is set holds."""
+    (cookie,) = cookies
+    return cookie.split(";")[0].partition("=")[2]
+
+
+def id_of(token: str) -> str:
+    """Return the id that goes with a token: its SHA-256."""
+    return base64.urlsafe_b64encode(hashlib.sha256(token.encode()).digest()).decode().rstrip("=")
+
+
+def request(sessions: Sessions, token: str) -> Session:
+    """Return the session of a request that brings this token."""
+    return sessions.create_session(f"theme=dark; session-id={token}; x=y")
+
+
+async def signed_in(sessions: Sessions, values: dict[str, Any] | None = None) -> str:
+    """Make a session, and return the token that the client has then."""
+    session = sessions.create_session()
+    await session.set(values or {"user_id": 1})
+    return token_in(session.take_cookies())
+
+
+async def scripts_run(client: Redis) -> int:
+    """Return how many scripts this server has run."""
+    stats = await client.info("commandstats")
+    return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+# ---------------------------------------------------------------- reading
+
+
+async def test_a_request_without_a_cookie_costs_nothing(url: str) -> None:
+    """No round trip to Redis, no key and no cookie, also when it reads: bots make no sessions."""
+    async with Redis.from_url(url) as client:
+        sessions = Sessions(SessionStore(client))
+        before = await scripts_run(client)
+        session = sessions.create_session("theme=dark")
+        assert await session.get() == {}
+        assert await session.get(["user_id"]) == {}
+        assert not await session.touch()
+        await session.unset(["user_id"])
+        assert not await session.verify_csrf_token("x" * 86)
+        assert not await session.delete()
+        assert session.id is None
+        assert session.take_cookies() == []
+        assert await scripts_run(client) == before
+        assert await client.dbsize() == 0
+
+
+async def test_a_session_is_read_once(url: str) -> None:
+    """However often, whatever fields, and also by two at once; own writes are seen without another read."""
+    async with Redis.from_url(url) as client:
+        sessions = Sessions(SessionStore(client, references=["user_id"]))
+        token = await signed_in(sessions, {"user_id": 1, "cart": ["book"]})
+        before = await scripts_run(client)
+        session = request(sessions, token)
+        first, some = await asyncio.gather(session.get(), session.get(["user_id", "missing"]))
+        assert first == {"id": id_of(token), "user_id": 1, "cart": ["book"]}
+        assert some == {"id": id_of(token), "user_id": 1}
+        assert await scripts_run(client) == before + 1
+        await session.set({"user_id": 2, "theme": "dark"})
+        await session.unset(["cart"])
+        assert await session.get() == {"id": id_of(token), "user_id": 2, "theme": "dark"}
+        assert await scripts_run(client) == before + 3
+        assert await sessions.store.get(id_of(token)) == await session.get()
+        await client.flushdb()
+
+
+async def test_what_is_read_may_be_changed(sessions: Sessions) -> None:
+    """Nothing is written by that, and a later read does not show it; nor what was given to set, if that changes."""
+    cart = ["book"]
+    session = request(sessions, await signed_in(sessions, {"cart": cart}))
+    cart.append("towel")
+    (await session.get())["cart"].append("tea")
+    assert (await session.get())["cart"] == ["book"]
+    await session.set({"cart": cart})
+    cart.append("milk")
+    assert (await session.get())["cart"] == ["book", "towel"]
+
+
+async def test_reading_renews_when_it_is_due(sessions: Sessions, keyspace: Keyspace) -> None:
+    """By default when a minute has passed: in the same round trip, and the cookie with it. Not before."""
+    token = await signed_in(sessions)
+    session = request(sessions, token)
+    await session.get()
+    assert session.take_cookies() == []
+    await keyspace.shorten(61_000)
+    session = request(sessions, token)
+    await session.get()
+    assert session.take_cookies() == [f"session-id={token}; Path=/; Max-Age=2419200; HttpOnly; Secure; SameSite=Lax"]
+    assert 28 * DAY - 30_000 < await keyspace.ttl(f"{{{id_of(token)}}}") <= 28 * DAY
+
+
+async def test_reading_does_not_renew_without_rolling(store: SessionStore, keyspace: Keyspace) -> None:
+    """Then only writes do."""
+    sessions = Sessions(store, rolling=None)
+    token = await signed_in(sessions)
+    await keyspace.shorten(DAY)
+    session = request(sessions, token)
+    await session.get()
+    assert session.take_cookies() == []
+    assert await keyspace.ttl(f"{{{id_of(token)}}}") <= 27 * DAY
+
+
+async def test_a_short_session_is_not_made_longer_by_reading(sessions: Sessions, keyspace: Keyspace) -> None:
+    """It is renewed for the time it was given, not for the store's."""
+    session = sessions.create_session()
+    await session.set({}, "10m")
+    token = token_in(session.take_cookies())
+    await keyspace.shorten(120_000)
+    session = request(sessions, token)
+    await session.get()
+    assert "; Max-Age=600;" in session.take_cookies()[0]
+    assert 500_000 < await keyspace.ttl(f"{{{id_of(token)}}}") <= 600_000
+
+
+@pytest.mark.parametrize(
+    "cookies",
+    [
+        f"session-id={UNKNOWN}",
+        "session-id=",
+        "session-id",
+        f"session-id={UNKNOWN}; session-id=y{UNKNOWN}",
+        f'session-id="{UNKNOWN}"',
+        f"session-id={UNKNOWN[:21]}",
+        f"session-id={'x' * 343}",
+        "session-id=*:{}\\",
+    ],
+)
+async def test_a_cookie_that_is_not_ours_is_no_session(sessions: Sessions, keyspace: Keyspace, cookies: str) -> None:
+    """It reads as none, and the first write makes one with an id of ours: what a client presents is never adopted."""
+    session = sessions.create_session(cookies)
+    assert await session.get() == {}
+    assert session.id is None
+    with pytest.raises(SessionNotFound):
+        session.get_key()
+    assert session.take_headers(None, None) == [("Vary", "Cookie")]  # Another request may have replaced the cookie.
+    for session in (sessions.create_session(cookies), sessions.create_session(cookies)):
+        await session.set({"user_id": 1})
+        token = token_in(session.take_cookies())
+        assert token not in cookies
+        assert session.is_new
+        assert session.id == id_of(token)
+    assert len([key for key in await keyspace.dump() if key.startswith("{")]) == 2
+
+
+async def test_an_id_is_not_a_token(sessions: Sessions) -> None:
+    """Who sees an id, in Redis or on a page, cannot take the session over with it."""
+    token = await signed_in(sessions)
+    assert await request(sessions, token).get()
+    assert await request(sessions, id_of(token)).get() == {}
+
+
+# ---------------------------------------------------------------- writing
+
+
+async def test_the_first_write_makes_a_session(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Redis sees the SHA-256 of what the cookie holds; the cookie lives as long as the session."""
+    session = sessions.create_session()
+    assert await session.set({"user_id": 1}, "1h") == {"user_id": 1}
+    cookies = session.take_cookies()
+    token = token_in(cookies)
+    assert cookies == [f"session-id={token}; Path=/; Max-Age=3600; HttpOnly; Secure; SameSite=Lax"]
+    assert re.fullmatch(r"[\w-]{32}", token)
+    assert session.is_new
+    assert session.id == id_of(token)
+    assert session.get_key() == f"{keyspace.prefix}:{{{id_of(token)}}}"
+    assert session.take_cookies() == []
+    assert await keyspace.dump() == {
+        f"{{{id_of(token)}}}": {"id": id_of(token), "user_id": "1"},
+        "user_id:{1}": {id_of(token)},
+    }
+    assert sessions.get_reference_key("user_id", 1) == f"{keyspace.prefix}:user_id:{{1}}"
+    assert await session.get() == {"id": session.id, "user_id": 1}
+
+
+async def test_two_first_writes_make_one_session(sessions: Sessions, keyspace: Keyspace) -> None:
+    """A handler may do several things at once."""
+    session = sessions.create_session()
+    await asyncio.gather(session.set({"a": 1}), session.set({"b": 2}), session.create_csrf_token())
+    session_id = id_of(token_in(session.take_cookies()))
+    assert await keyspace.dump() == {f"{{{session_id}}}": {"id": session_id, "a": "1", "b": "2"}}
+
+
+async def test_a_write_without_a_read_is_one_round_trip(url: str) -> None:
+    """To a session that is there; and it renews the cookie."""
+    async with Redis.from_url(url) as client:
+        sessions = Sessions(SessionStore(client))
+        token = await signed_in(sessions)
+        before = await scripts_run(client)
+        session = request(sessions, token)
+        await session.set({"n": 1})
+        assert token_in(session.take_cookies()) == token
+        assert not session.is_new
+        assert await scripts_run(client) == before + 1
+        assert await session.get() == {"id": id_of(token), "user_id": 1, "n": 1}
+        await client.flushdb()
+
+
+@pytest.mark.parametrize("lifetime", [None, "2h"])
+async def test_the_cookie_lives_as_long_as_the_session(client: Redis, keyspace: Keyspace, lifetime: str | None) -> None:
+    """Whatever renews it, and also where an absolute lifetime ends it sooner."""
+    store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_lifetime=lifetime)
+    sessions = Sessions(store, rolling=0.001)
+    token = await signed_in(sessions)
+    calls: list[Callable[[Session], Awaitable[object]]] = [
+        lambda session: session.set({"n": 1}, "3h"),
+        lambda session: session.set({"user_id": 2}),
+        lambda session: session.unset(["n"]),
+        lambda session: session.unset(["user_id"], "90m"),
+        lambda session: session.touch("5h"),
+        lambda session: session.touch(),
+        lambda session: session.rotate({"n": 3}),
+    ]
+    for call in calls:
+        session = request(sessions, token)
+        await call(session)
+        cookies = session.take_cookies()
+        token = token_in(cookies)
+        (age,) = re.findall(r"; Max-Age=(\d+);", cookies[0])
+        ttl = await keyspace.ttl(f"{{{id_of(token)}}}")
+        assert ttl <= int(age) * 1000 <= ttl + 2000
+
+
+async def test_unset_and_touch_make_no_session(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Neither without a cookie nor for one that is not known."""
+    for session in (sessions.create_session(), request(sessions, UNKNOWN)):
+        await session.unset(["user_id"])
+        assert not await session.touch()
+        assert session.take_cookies() == []
+        assert session.id is None
+    assert await keyspace.dump() == {}
+
+
+async def test_a_limit_refuses(client: Redis, keyspace: Keyspace) -> None:
+    """Nothing is written, and no cookie is set."""
+    reference = Reference(limit=1, on_limit="refuse")
+    sessions = Sessions(SessionStore(client, references={"user_id": reference}, prefix=keyspace.prefix))
+    await signed_in(sessions)
+    before = await keyspace.dump()
+    session = sessions.create_session()
+    for attempt in (session.set, session.rotate):
+        with pytest.raises(LimitExceeded):
+            await attempt({"user_id": 1})
+    assert session.take_cookies() == []
+    assert session.id is None
+    assert await keyspace.dump() == before
+
+
+# ---------------------------------------------------------------- what has ended
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("expires", [True, False])
+async def test_a_session_that_was_there_is_not_made_again(
+    sessions: Sessions, keyspace: Keyspace, *, read: bool, expires: bool
+) -> None:
+    """A request that has seen it alive, by a read or a write, cannot write to it any more once it has ended."""
+    token = await signed_in(sessions)
+    session = request(sessions, token)
+    await (session.get() if read else session.set({"n": 1}))
+    if expires:
+        await keyspace.expire(f"{{{id_of(token)}}}")
+    else:
+        await sessions.store.delete_by("user_id", 1, reason="password")
+    before = await keyspace.dump()
+    writes: list[Callable[[], Awaitable[object]]] = [
+        lambda: session.set({"user_id": 1}),
+        lambda: session.unset(["n"]),
+        session.rotate,
+        session.create_csrf_token,
+    ]
+    for write in writes:
+        with pytest.raises(SessionNotFound) as raised:
+            await write()
+        assert isinstance(raised.value, SessionEnded) != expires
+    assert not await session.touch()
+    assert await session.get() == {}
+    assert await keyspace.dump() == before
+
+
+async def test_a_session_that_ended_before_is_none(sessions: Sessions, keyspace: Keyspace) -> None:
+    """It reads as none and tells why; who signs in again gets another."""
+    token = await signed_in(sessions)
+    await sessions.store.delete_by("user_id", 1, reason="password")
+    session = request(sessions, token)
+    assert await session.get() == {}
+    assert session.ended == "password"
+    for one in (session, request(sessions, token)):
+        await one.rotate({"user_id": 1})
+        assert token_in(one.take_cookies()) != token
+    assert (await keyspace.dump())[f"{{{id_of(token)}}}"] == {"_ended": "password"}
+    assert await sessions.store.count_by("user_id", 1) == 2
+
+
+async def test_delete_ends_the_session_and_the_cookie(sessions: Sessions, keyspace: Keyspace) -> None:
+    """The cookie goes with the attributes it was set with; what was the session reads as none."""
+    token = await signed_in(sessions)
+    session = request(sessions, token)
+    assert await session.delete(reason="signed-out")
+    assert await session.get() == {}
+    assert session.id is None
+    assert session.take_cookies() == [
+        "session-id=; Path=/; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT; HttpOnly; Secure; SameSite=Lax"
+    ]
+    assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"_ended": "signed-out"}}
+    assert request(sessions, token).ended is None
+    assert not await request(sessions, token).delete()
+
+
+async def test_delete_of_what_this_request_made(sessions: Sessions, keyspace: Keyspace) -> None:
+    """The session that was made is the one that ends, and no cookie is set for it."""
+    session = sessions.create_session()
+    await session.set({"user_id": 1})
+    assert session.id
+    key = f"{{{session.id}}}"
+    assert await session.delete()
+    assert not session.is_new
+    assert session.take_cookies() == []
+    assert await keyspace.dump() == {key: {"_ended": "deleted"}}
+
+
+async def test_after_delete_another_session_may_be_made(sessions: Sessions) -> None:
+    """For a message to who signed out, say: with another id."""
+    token = await signed_in(sessions)
+    session = request(sessions, token)
+    await session.delete()
+    await session.set({"message": "bye"})
+    new = token_in(session.take_cookies())
+    assert new != token
+    assert await request(sessions, new).get() == {"id": id_of(new), "message": "bye"}
+
+
+async def test_delete_is_done_also_for_who_is_gone(sessions: Sessions, keyspace: Keyspace) -> None:
+    """A request that is cancelled while it signs out has signed out."""
+    token = await signed_in(sessions)
+    request_ = asyncio.ensure_future(request(sessions, token).delete())
+    await asyncio.sleep(0)
+    request_.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request_
+    async with asyncio.timeout(10):
+        while "_ended" not in (await keyspace.dump())[f"{{{id_of(token)}}}"]:
+            await asyncio.sleep(0)
+
+
+# ---------------------------------------------------------------- sign-in
+
+
+async def test_rotate_gives_a_new_token(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Data stays, the old token is worth nothing: who planted or saw it is not signed in."""
+    planted = await signed_in(sessions, {"cart": ["book"]})
+    session = request(sessions, planted)
+    await session.get()
+    await session.rotate({"user_id": 7})
+    token = token_in(session.take_cookies())
+    assert await session.get() == {"id": id_of(token), "cart": ["book"], "user_id": 7}
+    assert session.id == id_of(token)
+    assert await request(sessions, planted).get() == {}
+    assert await request(sessions, token).get() == await session.get()
+    assert await keyspace.dump() == {
+        f"{{{id_of(planted)}}}": {"_ended": "rotated"},
+        f"{{{id_of(token)}}}": {"id": id_of(token), "cart": '["book"]', "user_id": "7"},
+        "user_id:{7}": {id_of(token)},
+    }
+
+
+@pytest.mark.parametrize("cookies", ["", f"session-id={UNKNOWN}"])
+async def test_rotate_makes_a_session_if_there_is_none(sessions: Sessions, cookies: str) -> None:
+    """So that a login need not ask."""
+    session = sessions.create_session(cookies)
+    await session.rotate({"user_id": 7})
+    token = token_in(session.take_cookies())
+    assert await request(sessions, token).get() == {"id": id_of(token), "user_id": 7}
+
+
+# ---------------------------------------------------------------- headers
+
+
+async def test_after_the_headers_no_id_can_be_told(sessions: Sessions, keyspace: Keyspace) -> None:
+    """What would make a new one raises, before anything is written; writes to a known session go on."""
+    for session in (sessions.create_session(), request(sessions, UNKNOWN)):
+        assert session.take_cookies() == []
+        for write in (session.set, session.rotate):
+            with pytest.raises(RuntimeError, match="the response has begun"):
+                await write({"user_id": 1})
+        with pytest.raises(RuntimeError, match="the response has begun"):
+            await session.create_csrf_token()
+    assert await keyspace.dump() == {}
+
+    session = request(sessions, await signed_in(sessions))
+    session.take_cookies()
+    await session.set({"n": 1})
+    with pytest.raises(RuntimeError, match="the response has begun"):
+        await session.rotate()
+    assert (await session.get())["n"] == 1
+    assert await session.delete()
+    assert session.take_cookies() == []
+
+
+@pytest.mark.parametrize(
+    ("cache_control", "vary", "added"),
+    [
+        (None, None, [("Cache-Control", "no-store"), ("Vary", "Cookie")]),
+        ("public", None, [("Vary", "Cookie")]),
+        (None, "Accept, cookie", [("Cache-Control", "no-store")]),
+        (None, "*", [("Cache-Control", "no-store")]),
+        ("private", "Accept-Cookie", [("Vary", "Cookie")]),
+    ],
+)
+async def test_headers_go_with_the_cookie(
+    sessions: Sessions, cache_control: str | None, vary: str | None, added: list[tuple[str, str]]
+) -> None:
+    """A response that sets it is not stored, unless the application says otherwise, and varies by it."""
+    session = sessions.create_session()
+    await session.set({})
+    (name, _), *others = session.take_headers(cache_control, vary)
+    assert name == "Set-Cookie"
+    assert others == added
+
+
+async def test_an_untouched_session_adds_no_header(sessions: Sessions) -> None:
+    """The response does not depend on it."""
+    assert request(sessions, await signed_in(sessions)).take_headers(None, None) == []
+
+
+async def test_a_cookie_that_ends_with_the_browser(store: SessionStore) -> None:
+    """It has no Max-Age, and is set only where it is new."""
+    sessions = Sessions(store, cookie=CookiePolicy(persistent=False), rolling=0.001)
+    session = sessions.create_session()
+    await session.set({})
+    cookies = session.take_cookies()
+    token = token_in(cookies)
+    assert cookies == [f"session-id={token}; Path=/; HttpOnly; Secure; SameSite=Lax"]
+    session = request(sessions, token)
+    await session.set({"n": 1})
+    assert session.take_cookies() == []
+    await session.delete()
+    session = request(sessions, token)
+    await session.delete()
+    assert "Max-Age=0" in session.take_cookies()[0]
+
+
+# ---------------------------------------------------------------- signatures
+
+
+async def test_the_cookie_may_be_signed(store: SessionStore, url: str) -> None:
+    """The newest key signs, older ones verify, and what is not signed does not get as far as Redis."""
+    old, new = "an old secret key", "a newer secret key"
+    sessions = Sessions(store, secret_keys=[old])
+    session = sessions.create_session()
+    await session.set({"user_id": 1})
+    value = token_in(session.take_cookies())
+    token = value.split(".")[0]
+    assert await request(sessions, value).get()
+
+    rolled = Sessions(store, secret_keys=[new, old])
+    session = request(rolled, value)
+    await session.set({"n": 1})
+    signed_anew = token_in(session.take_cookies())
+    assert signed_anew.split(".")[0] == token
+    assert signed_anew != value
+    assert await request(Sessions(store, secret_keys=[new]), signed_anew).get()
+    assert await request(Sessions(store, secret_keys=[new]), value).get() == {}
+
+    async with Redis.from_url(url) as client:
+        sessions = Sessions(SessionStore(client), secret_keys=[new])
+        before = await scripts_run(client)
+        for forged in (token, f"{token}.", f"{token}.x", f"{'y' * 32}.{value.split('.')[1]}", "\udcff.x", "ü.x", "."):
+            assert await request(sessions, forged).get() == {}
+        assert await scripts_run(client) == before
+
+
+def test_bad_keys_are_refused(store: SessionStore) -> None:
+    """One text alone, none, or a short one."""
+    for keys, error in ((("x" * 15,), ValueError), ((), ValueError), ("x" * 32, TypeError), ((b"x" * 32,), ValueError)):
+        with pytest.raises(error, match="secret_keys must be"):
+            Sessions(store, secret_keys=keys)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_other_options_are_checked(store: SessionStore) -> None:
+    """When the sessions are made."""
+    with pytest.raises(ValueError, match="rolling must be"):
+        Sessions(store, rolling="often")
+    with pytest.raises(ValueError, match="on_unavailable must be"):
+        Sessions(store, on_unavailable="ignore")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def test_without_hashing_the_cookie_holds_the_id(store: SessionStore) -> None:
+    """As in the original, for who wants to share its sessions."""
+    sessions = Sessions(store, hash_ids=False)
+    token = await signed_in(sessions)
+    assert await store.get(token) == {"id": token, "user_id": 1}
+    assert await request(sessions, token).get() == {"id": token, "user_id": 1}
+
+
+# ---------------------------------------------------------------- CSRF
+
+
+async def test_csrf_tokens(url: str) -> None:
+    """Each looks different and all are valid, for this session alone; to make them nothing is written."""
+    async with Redis.from_url(url) as client:
+        sessions = Sessions(SessionStore(client))
+        token, other = await signed_in(sessions), await signed_in(sessions)
+        before = await scripts_run(client)
+        session = request(sessions, token)
+        one, two = await session.create_csrf_token(), await session.create_csrf_token()
+        assert one != two
+        for csrf_token in (one, two):
+            assert await request(sessions, token).verify_csrf_token(csrf_token)
+            assert not await request(sessions, other).verify_csrf_token(csrf_token)
+            assert not await request(sessions, UNKNOWN).verify_csrf_token(csrf_token)
+            assert not await sessions.create_session().verify_csrf_token(csrf_token)
+        for wrong in (one[:-1], one + "A", one[:-2] + ("AA" if one[-2:] != "AA" else "BB"), "", None, "ü" * 86):
+            assert not await session.verify_csrf_token(wrong)
+        assert await scripts_run(client) == before + 7  # A read for each request that has a cookie.
+        assert session.take_cookies() == []
+        await client.flushdb()
+
+
+async def test_a_csrf_token_makes_a_session(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Since a form for signing in needs one too."""
+    session = sessions.create_session()
+    csrf_token = await session.create_csrf_token()
+    token = token_in(session.take_cookies())
+    assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"id": id_of(token)}}
+    assert await request(sessions, token).verify_csrf_token(csrf_token)
+
+
+async def test_csrf_tokens_end_with_the_id(sessions: Sessions) -> None:
+    """A form from before the login does nothing after it, and one of a session that ended nothing at all."""
+    token = await signed_in(sessions)
+    session = request(sessions, token)
+    csrf_token = await session.create_csrf_token()
+    await session.rotate()
+    assert not await session.verify_csrf_token(csrf_token)
+    new = await session.create_csrf_token()
+    assert await session.verify_csrf_token(new)
+    await session.delete()
+    assert not await session.verify_csrf_token(new)
+
+
+# ---------------------------------------------------------------- when Redis does not answer
+
+
+@pytest.fixture(name="lost")
+async def _lost() -> SessionStore:
+    """A store without a server."""
+    return SessionStore(Redis(unix_socket_path="/nowhere/redis.sock"), references=["user_id"], timeout=0.05)
+
+
+async def test_unavailable_is_not_anonymous(lost: SessionStore) -> None:
+    """No call takes the client for one without a session."""
+    session = request(Sessions(lost), UNKNOWN)
+    calls: list[Callable[[], Awaitable[object]]] = [
+        session.get,
+        lambda: session.set({}),
+        lambda: session.unset(["n"]),
+        session.touch,
+        session.rotate,
+        session.delete,
+        session.create_csrf_token,
+        lambda: session.verify_csrf_token("x" * 86),
+    ]
+    for call in calls:
+        session.unavailable = False
+        with pytest.raises(StoreUnavailable):
+            await call()
+        assert session.unavailable
+    assert session.take_cookies() == []
+
+
+async def test_unavailable_may_be_anonymous_for_a_reader(
+    lost: SessionStore, store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the application asked for that; a write fails all the same, and no other session takes the place of this."""
+    token = await signed_in(Sessions(store))
+    sessions = Sessions(lost, on_unavailable="anonymous")
+    session = request(sessions, token)
+    assert await session.get() == {}
+    assert not await session.verify_csrf_token("x" * 86)
+    for write in (lambda: session.set({"n": 1}), session.rotate, session.create_csrf_token):
+        with pytest.raises(StoreUnavailable):
+            await write()
+    assert session.take_cookies() == []
+
+    session = request(sessions, token)
+    assert await session.get() == {}
+    monkeypatch.setattr(session, "_store", store)  # It is back.
+    assert await session.get() == {}
+    await session.set({"n": 1})
+    assert await session.get() == {"id": id_of(token), "user_id": 1, "n": 1}
+    assert token_in(session.take_cookies()) == token
+
+
+# ---------------------------------------------------------------- and
+
+
+async def test_bad_arguments_are_refused_with_and_without_a_session(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Before anything is made."""
+    await signed_in(sessions)
+    before = await keyspace.dump()
+    for session in (sessions.create_session(), request(sessions, UNKNOWN)):
+        with pytest.raises(TypeError, match="cannot store this bytes"):
+            await session.set({"x": b""})
+        with pytest.raises(ValueError, match="'_ended' is reserved"):
+            await session.rotate({"_ended": "x"})
+        with pytest.raises(ValueError, match="'id' is reserved"):
+            await session.unset(["id"])
+        with pytest.raises(ValueError, match="'_created' is reserved"):
+            await session.get(["_created"])
+        with pytest.raises(ValueError, match="max_age must be"):
+            await session.touch("soon")
+    assert await keyspace.dump() == before
+
+
+async def test_it_shows_no_id_and_no_value(sessions: Sessions) -> None:
+    """In no state."""
+    token = await signed_in(sessions, {"user_id": "SECRET"})
+    session = request(sessions, token)
+    shown = [repr(session), repr(sessions), str(session)]
+    await session.get()
+    shown.append(repr(session))
+    await session.delete()
+    shown.append(repr(session))
+    for text in shown:
+        assert "SECRET" not in text
+        assert token not in text
+        assert id_of(token) not in text
+    assert repr(session) == "<Session: none>"
+
+
+async def test_the_cookie_is_one_that_others_can_read(sessions: Sessions) -> None:
+    """The standard library takes it for what it is."""
+    session = sessions.create_session()
+    await session.set({})
+    (cookie,) = session.take_cookies()
+    morsel = SimpleCookie(cookie)["session-id"]
+    assert (morsel["path"], morsel["max-age"], morsel["samesite"]) == ("/", "2419200", "Lax")
+    assert morsel["secure"]
+    assert morsel["httponly"]
+
+
+async def test_replace_writes_what_differs(sessions: Sessions, keyspace: Keyspace) -> None:
+    """For frameworks that keep a session as a dict: 1 and true differ, and what others wrote meanwhile stays."""
+    token = await signed_in(sessions, {"user_id": 1, "n": 1, "gone": 1, "l": [1]})
+    session = request(sessions, token)
+    before: dict[str, Any] = await session.get()
+    del before["id"]
+    await sessions.store.set(id_of(token), {"other": 1})
+    await session.replace(before, {"user_id": 1, "n": True, "l": [True]})
+    assert (await keyspace.dump())[f"{{{id_of(token)}}}"] == {
+        "id": id_of(token),
+        "user_id": "1",
+        "n": "true",
+        "l": "[true]",
+        "other": "1",
+    }
+    await session.replace({"n": 1}, {"n": 1})
+    await session.replace({"n": 1}, {})
+    assert (await keyspace.dump()) == {f"{{{id_of(token)}}}": {"_ended": "deleted"}}
