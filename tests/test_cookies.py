@@ -82,7 +82,7 @@ def test_what_a_client_sends_is_a_token_or_nothing(store_without_server: Session
     ],
 )
 def test_writing(options: dict[str, Any], line: str) -> None:
-    """A second that has begun counts, so that no cookie goes before its session; cleared, it has the same attributes."""
+    """A second that has begun counts: no cookie goes before its session. Cleared, it has the same attributes."""
     policy = CookiePolicy(**options)
     assert policy.write("v", 1001) == line
     gone = {"Max-Age=0", "Expires=Thu, 01 Jan 1970 00:00:00 GMT"}

@@ -1,0 +1,369 @@
+"""The same small application on every framework: the path says what its handler does with the session."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp_session
+import fastapi
+import fastapi.responses
+import litestar
+import litestar.di
+import litestar.exceptions
+import litestar.middleware
+import litestar.params
+import litestar.response
+import quart
+import starlette.applications
+import starlette.middleware
+import starlette.requests
+import starlette.responses
+import starlette.routing
+import starlette.websockets
+from aiohttp import web
+
+import rss.aiohttp
+import rss.aiohttp_session
+import rss.asgi
+import rss.quart
+from rss import Session, Sessions
+from rss.fastapi import SessionDep
+from tests.integrations.serving import serve_aiohttp, serve_hypercorn, serve_uvicorn
+
+FILE = Path(__file__)
+
+Builder = Callable[[Sessions], Any]
+Server = Callable[[Any], AbstractAsyncContextManager[str]]
+
+
+class Crash(Exception):
+    """What a handler did not expect."""
+
+
+async def act(session: Session, action: str, token: str = "") -> dict[str, Any]:
+    """Do what the path says, by the verbs that all frameworks have in common."""
+    match action:
+        case "read" | "not-modified":
+            return await session.get()
+        case "write" | "crash" | "stream" | "websocket" | "missing" | "file":
+            await session.set({"visits": 1})
+        case "read-write":
+            visits = (await session.get()).get("visits", 0)
+            await session.set({"visits": visits + 1})
+            return await session.get()
+        case "sign-in":
+            await session.rotate({"user_id": 7})
+        case "sign-out":
+            await session.delete(reason="signed-out")
+        case "form":
+            return {"token": await session.create_csrf_token()}
+        case "check":
+            return {"valid": await session.verify_csrf_token(token)}
+        case "ended":
+            await session.get()
+            return {"ended": session.ended}
+        case "late":
+            await session.get()
+            await session._store.delete_by("user_id", 7, reason="password")
+            await session.set({"user_id": 7})
+        case _:
+            assert action == "untouched"
+    return {}
+
+
+async def act_on_dict(session: MutableMapping[str, Any], handle: Session, action: str) -> dict[str, Any]:
+    """Do the same where a framework has its sessions as a dict, as far as it can be done so."""
+    match action:
+        case "read" | "not-modified":
+            return dict(session)
+        case "write" | "crash" | "stream" | "websocket" | "missing" | "file":
+            session["visits"] = 1
+        case "read-write":
+            session["visits"] = session.get("visits", 0) + 1
+            return dict(session)
+        case "sign-in":
+            await handle.rotate({"user_id": 7})
+        case "sign-out":
+            session.clear()
+        case _:
+            assert action == "untouched"
+    return {}
+
+
+async def chunks(session: Session) -> AsyncIterator[bytes]:
+    """Be the body of a stream: when it comes, the headers have gone, but a known session can be written to."""
+    yield b'{"begun": true, "refused": '
+    try:
+        await session.rotate()
+    except RuntimeError:
+        yield b"true"
+    yield b"}"
+
+
+# ---------------------------------------------------------------- aiohttp
+
+
+def _aiohttp(
+    do: Callable[[web.Request, str], Awaitable[dict[str, Any]]],
+) -> list[web.RouteDef]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        action = request.match_info["action"]
+        held = await do(request, action)
+        match action:
+            case "not-modified":
+                raise web.HTTPNotModified
+            case "missing":
+                raise web.HTTPNotFound
+            case "crash":
+                raise Crash
+            case "file":
+                return web.FileResponse(FILE)
+            case "stream":
+                response = web.StreamResponse()
+                await response.prepare(request)
+                async for chunk in chunks(await rss.aiohttp.get_session(request)):
+                    await response.write(chunk)
+                return response
+            case "websocket":
+                socket = web.WebSocketResponse()
+                await socket.prepare(request)
+                await socket.send_json(await (await rss.aiohttp.get_session(request)).get())
+                await socket.close()
+                return socket
+        return web.json_response(held)
+
+    return [web.get("/{action}", handle)]
+
+
+async def _do(request: web.Request, action: str) -> dict[str, Any]:
+    return await act(await rss.aiohttp.get_session(request), action, request.query.get("token", ""))
+
+
+def aiohttp_app(sessions: Sessions) -> web.Application:
+    """By `rss.aiohttp.setup`."""
+    app = web.Application()
+    rss.aiohttp.setup(app, sessions)
+    app.add_routes(_aiohttp(_do))
+    return app
+
+
+def aiohttp_sub_app(sessions: Sessions) -> web.Application:
+    """A part of an application that has the sessions."""
+    app, part = web.Application(), web.Application()
+    part.add_routes(_aiohttp(_do))
+    rss.aiohttp.setup(app, sessions)
+    app.add_subapp("/part", part)
+    return app
+
+
+def aiohttp_session_app(sessions: Sessions) -> web.Application:
+    """An application on aiohttp-session."""
+
+    async def do(request: web.Request, action: str) -> dict[str, Any]:
+        if action == "untouched":
+            return {}
+        handle = await rss.aiohttp.get_session(request)
+        if action == "sign-in":
+            return await act_on_dict({}, handle, action)
+        session = await aiohttp_session.get_session(request)
+        if action == "sign-out":
+            session.invalidate()
+            return {}
+        return await act_on_dict(session, handle, action)
+
+    app = web.Application()
+    rss.aiohttp_session.setup(app, sessions)
+    app.add_routes(_aiohttp(do))
+    return app
+
+
+# ---------------------------------------------------------------- Starlette and FastAPI
+
+
+async def _starlette_response(action: str, session: Session, held: dict[str, Any]) -> starlette.responses.Response:
+    match action:
+        case "not-modified":
+            return starlette.responses.Response(status_code=304)
+        case "missing":
+            raise fastapi.HTTPException(404)
+        case "crash":
+            raise Crash
+        case "file":
+            return starlette.responses.FileResponse(FILE)
+        case "stream":
+            return starlette.responses.StreamingResponse(chunks(session))
+    return starlette.responses.JSONResponse(held)
+
+
+async def _starlette_socket(socket: starlette.websockets.WebSocket, session: Session) -> None:
+    await act(session, "websocket")
+    await socket.accept()
+    await socket.send_json(await session.get())
+    await socket.close()
+
+
+def starlette_app(sessions: Sessions) -> starlette.applications.Starlette:
+    """By a middleware of its own."""
+
+    async def handle(request: starlette.requests.Request) -> starlette.responses.Response:
+        session, action = await rss.asgi.get_session(request), request.path_params["action"]
+        held = await act(session, action, request.query_params.get("token", ""))
+        return await _starlette_response(action, session, held)
+
+    async def socket(websocket: starlette.websockets.WebSocket) -> None:
+        await _starlette_socket(websocket, await rss.asgi.get_session(websocket))
+
+    return starlette.applications.Starlette(
+        routes=[
+            starlette.routing.WebSocketRoute("/websocket", socket),
+            starlette.routing.Route("/{action}", handle),
+        ],
+        middleware=[starlette.middleware.Middleware(rss.asgi.SessionMiddleware, sessions=sessions)],
+        lifespan=rss.asgi.lifespan(sessions),
+    )
+
+
+def fastapi_app(sessions: Sessions) -> rss.asgi.SessionMiddleware:
+    """By a dependency, with the middleware around all of it."""
+    app = fastapi.FastAPI(lifespan=rss.asgi.lifespan(sessions))
+
+    @app.websocket("/websocket")
+    async def socket(websocket: fastapi.WebSocket, session: SessionDep) -> None:
+        await _starlette_socket(websocket, session)
+
+    @app.get("/{action}")
+    async def handle(action: str, session: SessionDep, token: str = "") -> fastapi.responses.Response:
+        return await _starlette_response(action, session, await act(session, action, token))
+
+    return rss.asgi.SessionMiddleware(app, sessions)
+
+
+# ---------------------------------------------------------------- Litestar
+
+
+def litestar_app(sessions: Sessions) -> litestar.Litestar:
+    """By a middleware of its own, and a dependency."""
+
+    async def session(request: litestar.Request[Any, Any, Any]) -> Session:
+        return await rss.asgi.get_session(request)
+
+    @litestar.get("/{action:str}")
+    async def handle(
+        session: litestar.di.NamedDependency[Session],
+        action: litestar.params.FromPath[str],
+        token: litestar.params.FromQuery[str] = "",
+    ) -> litestar.response.Response[Any]:
+        held = await act(session, action, token)
+        match action:
+            case "not-modified":
+                return litestar.response.Response(b"", status_code=304)
+            case "missing":
+                raise litestar.exceptions.NotFoundException
+            case "crash":
+                raise Crash
+            case "file":
+                return litestar.response.File(FILE)
+            case "stream":
+                return litestar.response.Stream(chunks(session))
+        return litestar.response.Response(held)
+
+    @litestar.websocket("/websocket")
+    async def socket(socket: litestar.WebSocket[Any, Any, Any]) -> None:
+        session = await rss.asgi.get_session(socket)
+        await act(session, "websocket")
+        await socket.accept()
+        await socket.send_json(await session.get())
+        await socket.close()
+
+    return litestar.Litestar(
+        [handle, socket],
+        middleware=[litestar.middleware.DefineMiddleware(rss.asgi.SessionMiddleware, sessions=sessions)],
+        dependencies={"session": litestar.di.Provide(session)},
+        lifespan=[rss.asgi.lifespan(sessions)],
+    )
+
+
+# ---------------------------------------------------------------- Quart
+
+
+def _quart(app: quart.Quart, do: Callable[[str], Awaitable[dict[str, Any]]]) -> quart.Quart:
+    @app.get("/<action>")
+    async def handle(action: str) -> Any:
+        held = await do(action)
+        match action:
+            case "not-modified":
+                return "", 304
+            case "missing":
+                quart.abort(404)
+            case "crash":
+                raise Crash
+            case "file":
+                return await quart.send_file(FILE)
+            case "stream":
+                return chunks(rss.quart.session._get_current_object())  # type: ignore[attr-defined]
+        return held
+
+    @app.websocket("/websocket")
+    async def socket() -> None:
+        await do("websocket")
+        await quart.websocket.accept()
+        await quart.websocket.send_json(await rss.quart.session.get())
+
+    return app
+
+
+def quart_app(sessions: Sessions) -> quart.Quart:
+    """By the extension."""
+    app = quart.Quart(__name__)
+    rss.quart.QuartSessions(app, sessions)
+
+    async def do(action: str) -> dict[str, Any]:
+        token = quart.request.args.get("token", "") if quart.has_request_context() else ""
+        return await act(rss.quart.session, action, token)
+
+    return _quart(app, do)
+
+
+def quart_dict_app(sessions: Sessions) -> quart.Quart:
+    """With `quart.session`."""
+    app = quart.Quart(__name__)
+    rss.quart.QuartSessions(app, sessions)
+    app.session_interface = rss.quart.SessionInterface()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    return _quart(app, lambda action: act_on_dict(quart.session, rss.quart.session, action))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A framework, and how it is served.
+
+    *keeps_a_dict*: its session is one, so not all verbs are there. *root*: where the application is.
+    """
+
+    name: str
+    build: Builder
+    serve: Server
+    keeps_a_dict: bool = False
+    root: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.serve.__name__.removeprefix('serve_')}"
+
+
+SITES = [
+    Site("aiohttp", aiohttp_app, serve_aiohttp),
+    Site("aiohttp, sub-application", aiohttp_sub_app, serve_aiohttp, root="/part"),
+    Site("aiohttp-session", aiohttp_session_app, serve_aiohttp, keeps_a_dict=True),
+    *(
+        Site(name, build, serve, keeps_a_dict)
+        for serve in (serve_uvicorn, serve_hypercorn)
+        for name, build, keeps_a_dict in (
+            ("Starlette", starlette_app, False),
+            ("FastAPI, wrapped", fastapi_app, False),
+            ("Litestar", litestar_app, False),
+            ("Quart", quart_app, False),
+            ("Quart, quart.session", quart_dict_app, True),
+        )
+    ),
+]

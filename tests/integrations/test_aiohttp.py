@@ -1,0 +1,187 @@
+"""What is particular to aiohttp, and to applications on aiohttp-session."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+import aiohttp_session
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+
+import rss.aiohttp
+import rss.aiohttp_session
+from rss import Sessions, SessionStore
+from tests.integrations.serving import browser, cookie_of, serve_aiohttp
+from tests.keyspace import Keyspace
+from tests.servers import own_server
+from tests.test_session import id_of
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def application(sessions: Sessions, handler: Handler) -> web.Application:
+    """Return an application with one page."""
+    app = web.Application()
+    rss.aiohttp.setup(app, sessions)
+    app.router.add_get("/", handler)
+    return app
+
+
+async def test_without_setup_there_is_no_session() -> None:
+    """The error says what to do."""
+    with pytest.raises(RuntimeError, match=r"rss.aiohttp.setup\(\) was not called"):
+        await rss.aiohttp.get_session(make_mocked_request("GET", "/"))
+
+
+async def test_the_store_is_closed_with_the_application(sessions: Sessions) -> None:
+    """And open while it is served."""
+
+    async def handler(request: web.Request) -> web.Response:
+        await (await rss.aiohttp.get_session(request)).set({"n": 1})
+        return web.Response()
+
+    app = application(sessions, handler)
+    async with serve_aiohttp(app) as url, browser(url) as visitor, visitor.get("/") as response:
+        assert response.status == 200
+    with pytest.raises(RuntimeError, match="the store is closed"):
+        await sessions.store.get("a")
+
+
+async def test_a_malformed_request_is_answered(sessions: Sessions) -> None:
+    """It never had a session, and its answer does not need one."""
+
+    async def handler(_: web.Request) -> web.Response:
+        raise AssertionError
+
+    async with serve_aiohttp(application(sessions, handler)) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.0 400")
+        writer.close()
+
+
+async def test_a_redirect_after_a_post_carries_the_cookie(sessions: Sessions, keyspace: Keyspace) -> None:
+    """It is raised, and keeps the headers that the handler gave it."""
+
+    async def handler(request: web.Request) -> web.Response:
+        await (await rss.aiohttp.get_session(request)).rotate({"user_id": 1})
+        raise web.HTTPSeeOther("/home", headers={"Cache-Control": "private", "Vary": "Accept"})
+
+    async with serve_aiohttp(application(sessions, handler)) as url, browser(url) as visitor:
+        async with visitor.get("/", allow_redirects=False) as response:
+            assert response.status == 303
+            assert response.headers["Cache-Control"] == "private"
+            assert response.headers.getall("Vary") == ["Accept", "Cookie"]
+        assert (await keyspace.dump())["user_id:{1}"] == {id_of(cookie_of(visitor))}
+
+
+async def test_an_error_in_a_stream_stays_one() -> None:
+    """When its headers have left it cannot become a 503: the connection breaks."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        session = await rss.aiohttp.get_session(request)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"begun")
+        server.close()
+        await session.get()
+        return response
+
+    with contextlib.ExitStack() as server:
+        store = SessionStore.from_url(server.enter_context(own_server()), timeout=0.3)
+        async with serve_aiohttp(application(Sessions(store), handler)) as url, browser(url) as visitor:
+            visitor.cookie_jar.update_cookies({"session-id": "x" * 32})
+            async with visitor.get("/") as response:
+                assert response.status == 200
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+
+
+# ---------------------------------------------------------------- aiohttp-session
+
+
+def on_aiohttp_session(sessions: Sessions, handler: Handler) -> web.Application:
+    """Return an application on aiohttp-session with one page."""
+    app = web.Application()
+    rss.aiohttp_session.setup(app, sessions)
+    app.router.add_get("/", handler)
+    return app
+
+
+async def test_a_session_of_aiohttp_session(sessions: Sessions, keyspace: Keyspace) -> None:
+    """What was changed is written, field by field, and kept in its reference sets; what was removed goes."""
+    seen: list[aiohttp_session.Session] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        session = await aiohttp_session.get_session(request)
+        seen.append(session)
+        match len(seen):
+            case 1:
+                session["user_id"] = 1
+                session["cart"] = ["book"]
+                session["theme"] = "dark"
+            case 2:
+                session["cart"].append("towel")
+                session.changed()
+                del session["theme"]
+                assert session.identity
+                await sessions.store.set(str(session.identity), {"other": 1})  # A parallel request.
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        for _ in range(3):
+            async with visitor.get("/") as response:
+                assert response.status == 200
+        session_id = id_of(cookie_of(visitor))
+    assert [session.new for session in seen] == [True, False, False]
+    assert dict(seen[2]) == {"user_id": 1, "cart": ["book", "towel"], "other": 1}
+    assert seen[2].created == seen[0].created
+    assert abs(seen[0].created - time.time()) < 60
+    dump = await keyspace.dump()
+    assert dump["user_id:{1}"] == {session_id}
+    assert set(dump[f"{{{session_id}}}"]) == {"id", "user_id", "cart", "other", "aiohttp_session.created"}
+
+
+async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keyspace: Keyspace) -> None:
+    """`new_session` begins with nothing, and the cookie that was there is worth nothing; `max_age` is kept."""
+
+    async def handler(request: web.Request) -> web.Response:
+        session = await aiohttp_session.get_session(request)
+        if not session.new:
+            session = await aiohttp_session.new_session(request)
+            session.max_age = 3600
+        session["user_id"] = 2 if session.max_age else 1
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        async with visitor.get("/"):
+            planted = cookie_of(visitor)
+        async with visitor.get("/") as response:
+            assert "; Max-Age=3600;" in response.headers["Set-Cookie"]
+        token = cookie_of(visitor)
+    assert token != planted
+    dump = await keyspace.dump()
+    assert dump[f"{{{id_of(planted)}}}"] == {"_ended": "rotated"}
+    assert dump["user_id:{2}"] == {id_of(token)}
+    assert set(dump) == {f"{{{id_of(planted)}}}", f"{{{id_of(token)}}}", "user_id:{2}"}
+
+
+async def test_a_late_write_by_aiohttp_session_is_refused(sessions: Sessions, keyspace: Keyspace) -> None:
+    """The request fails, and the session that was ended meanwhile stays so."""
+
+    async def handler(request: web.Request) -> web.Response:
+        session = await aiohttp_session.get_session(request)
+        if not session.new:
+            await sessions.store.delete_by("user_id", 1)
+        session["user_id"] = 1
+        session["n"] = session.get("n", 0) + 1
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        for status in (200, 500):
+            async with visitor.get("/") as response:
+                assert response.status == status
+        assert await keyspace.dump() == {f"{{{id_of(cookie_of(visitor))}}}": {"_ended": "deleted"}}

@@ -1,0 +1,174 @@
+"""What is particular to ASGI: the messages themselves, and Starlette's and FastAPI's ways."""
+
+import contextlib
+import logging
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.sessions import SessionMiddleware as StarlettesMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from rss import Session, Sessions, SessionStore, StoreUnavailable
+from rss.asgi import KEY, SessionMiddleware, get_session, lifespan
+from tests.integrations.serving import browser, cookie_of, serve_uvicorn
+from tests.servers import own_server
+from tests.test_session import request, signed_in, token_in
+
+
+class Connection:
+    """A scope and what the application answers in it."""
+
+    def __init__(self, kind: str = "http", cookies: str = "", **more: Any) -> None:
+        """Take the lines of the Cookie headers."""
+        headers = [(b"cookie", line.encode()) for line in cookies.splitlines()]
+        self.scope: dict[str, Any] = {"type": kind, "headers": headers, **more}
+        self.sent: list[Any] = []
+
+    async def run(self, app: Any) -> list[Any]:
+        """Let an application answer."""
+
+        async def receive() -> Any:
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            self.sent.append(message)
+
+        await app(self.scope, receive, send)
+        return self.sent
+
+
+async def test_other_scopes_pass(sessions: Sessions) -> None:
+    """A lifespan has no session."""
+    scopes = []
+
+    async def app(scope: Any, _receive: object, _send: object) -> None:
+        scopes.append(scope)
+
+    await Connection("lifespan").run(SessionMiddleware(app, sessions))
+    assert scopes == [{"type": "lifespan", "headers": []}]
+
+
+async def test_a_session_is_in_the_scope(sessions: Sessions) -> None:
+    """The cookie may be in any of several headers, as in HTTP/2; where there is no middleware, the error says so."""
+    token = await signed_in(sessions)
+    seen = []
+
+    async def app(scope: Any, _receive: object, _send: object) -> None:
+        assert isinstance(scope[KEY], Session)
+        seen.append(await scope[KEY].get())
+
+    await Connection(cookies=f"a=b\nsession-id={token}\nc=d").run(SessionMiddleware(app, sessions))
+    await Connection(cookies=f"session-id={token}\nsession-id=y{token}").run(SessionMiddleware(app, sessions))
+    assert [one.get("user_id") for one in seen] == [1, None]
+    with pytest.raises(RuntimeError, match="there is no SessionMiddleware"):
+        await get_session(Request({"type": "http", "headers": []}))
+
+
+@pytest.mark.parametrize("kind", ["http.response.start", "websocket.accept", "websocket.http.response.start"])
+async def test_headers_are_added_to_those_of_the_application(sessions: Sessions, kind: str) -> None:
+    """Its own stay, also cookies and what it says of caching."""
+
+    async def app(scope: Any, _receive: object, send: Any) -> None:
+        await scope[KEY].set({"user_id": 1})
+        own = [(b"Set-Cookie", b"csrftoken=x"), (b"Cache-Control", b"private"), (b"Vary", b"Accept")]
+        await send({"type": kind, "headers": own})
+        await send({"type": "http.response.body"})
+
+    connection = Connection(kind.split(".", maxsplit=1)[0])
+    start, body = await connection.run(SessionMiddleware(app, sessions))
+    names = [name.lower() for name, _ in start["headers"]]
+    assert names == [b"set-cookie", b"cache-control", b"vary", b"set-cookie", b"vary"]
+    assert body == {"type": "http.response.body"}
+    token = token_in([start["headers"][3][1].decode()])
+    assert (await request(sessions, token).get())["user_id"] == 1
+
+
+async def test_an_application_without_headers(sessions: Sessions) -> None:
+    """An accept need not have any."""
+
+    async def app(scope: Any, _receive: object, send: Any) -> None:
+        await scope[KEY].set({})
+        await send({"type": "websocket.accept"})
+
+    (accept,) = await Connection("websocket").run(SessionMiddleware(app, sessions))
+    assert [name for name, _ in accept["headers"]] == [b"set-cookie", b"cache-control", b"vary"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "extensions", "answer"),
+    [
+        ("http", {}, ["http.response.start", "http.response.body"]),
+        (
+            "websocket",
+            {"websocket.http.response": {}},
+            ["websocket.http.response.start", "websocket.http.response.body"],
+        ),
+        ("websocket", {}, ["websocket.close"]),
+    ],
+)
+async def test_an_unavailable_store_is_answered(
+    kind: str, extensions: dict[str, Any], answer: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a 503, to a WebSocket by what it may be told; and it is logged, without an id."""
+    with contextlib.ExitStack() as server:
+        store = SessionStore.from_url(server.enter_context(own_server()), timeout=0.2)
+        sessions = Sessions(store)
+        token = await signed_in(sessions)
+        server.close()
+
+        async def app(scope: Any, _receive: object, _send: object) -> None:
+            await scope[KEY].get()
+
+        with caplog.at_level(logging.DEBUG, "rss"):
+            connection = Connection(kind, f"session-id={token}", extensions=extensions)
+            sent = await connection.run(SessionMiddleware(app, sessions))
+        await store.aclose()
+    assert [message["type"] for message in sent] == answer
+    assert sent[0].get("status", sent[0].get("code")) in (503, 1013)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("503: no answer from Redis")
+    assert token not in caplog.text
+
+
+async def test_it_lives_beside_starlettes_own(sessions: Sessions) -> None:
+    """`request.session` stays what it is."""
+
+    async def home(request: Request) -> JSONResponse:
+        request.session["theirs"] = 1
+        await (await get_session(request)).set({"ours": 1})
+        return JSONResponse({**request.session, **await (await get_session(request)).get(["ours"])})
+
+    theirs = Middleware(StarlettesMiddleware, secret_key="x" * 16)
+    for middleware in (
+        [theirs, Middleware(SessionMiddleware, sessions=sessions)],
+        [Middleware(SessionMiddleware, sessions=sessions), theirs],
+    ):
+        app = Starlette(routes=[Route("/", home)], middleware=middleware)
+        async with serve_uvicorn(app) as url, browser(url) as visitor:
+            async with visitor.get("/") as response:
+                assert len(response.headers.getall("Set-Cookie")) == 2
+                seen = await response.json()
+            assert (seen["theirs"], seen["ours"]) == (1, 1)
+            assert cookie_of(visitor)
+            assert cookie_of(visitor, "session")
+
+
+async def test_the_lifespan_opens_and_closes_the_store(sessions: Sessions) -> None:
+    """Also twice, as the tests of an application do it."""
+    for _ in range(2):
+        async with lifespan(sessions)(None):
+            await signed_in(sessions)
+        with pytest.raises(RuntimeError, match="the store is closed"):
+            await sessions.store.get("a")
+
+
+async def test_an_application_without_redis_does_not_start() -> None:
+    """It tells at once."""
+    store = SessionStore.from_url("unix:///nowhere/redis.sock", timeout=0.05)
+    with pytest.raises(StoreUnavailable):
+        async with lifespan(Sessions(store))(None):
+            pass

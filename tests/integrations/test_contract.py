@@ -1,0 +1,231 @@
+"""What holds with every framework, on every server."""
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from redis.asyncio import Redis
+
+from rss import Sessions, SessionStore
+from tests.integrations.serving import browser, cookie_of
+from tests.integrations.sites import SITES, Site
+from tests.keyspace import Keyspace
+from tests.servers import own_server
+from tests.test_session import id_of
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+STREAMED = '{"begun": true, "refused": true}'
+
+with_all_verbs = pytest.mark.parametrize("site", [site for site in SITES if not site.keeps_a_dict], ids=str)
+
+
+async def visit(
+    visitor: aiohttp.ClientSession, site: Site, action: str, status: int = 200, headers: dict[str, str] | None = None
+) -> Any:
+    """Make a request and return what the handler saw."""
+    async with visitor.get(f"{site.root}/{action}", headers=headers) as response:
+        assert response.status == status
+        return await response.json() if response.content_type == "application/json" else await response.text()
+
+
+async def test_a_visitor_has_a_session(visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace) -> None:
+    """From the first write on, and not before; another visitor has another."""
+    assert await visit(visitor, site, "untouched") == {}
+    assert await visit(visitor, site, "read") == {}
+    assert not cookie_of(visitor)
+    assert await keyspace.dump() == {}
+    await visit(visitor, site, "write")
+    token = cookie_of(visitor)
+    assert (await visit(visitor, site, "read"))["visits"] == 1
+    assert (await visit(visitor, site, "read-write"))["visits"] == 2
+    assert cookie_of(visitor) == token
+    async with browser(str(visitor._base_url)) as another:
+        assert await visit(another, site, "read") == {}
+    (session,) = (await keyspace.dump()).values()
+    assert isinstance(session, dict)
+    assert session["id"] == id_of(token)
+    assert session["visits"] == "2"
+
+
+async def test_signing_in_gives_another_cookie(visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace) -> None:
+    """What was in the session stays, and who had the old cookie has nothing."""
+    await visit(visitor, site, "write")
+    planted = cookie_of(visitor)
+    await visit(visitor, site, "sign-in")
+    token = cookie_of(visitor)
+    assert token != planted
+    seen = await visit(visitor, site, "read")
+    assert (seen["visits"], seen["user_id"]) == (1, 7)
+    async with browser(str(visitor._base_url)) as attacker:
+        attacker.cookie_jar.update_cookies({"session-id": planted}, attacker._base_url or "")  # type: ignore[arg-type]
+        assert await visit(attacker, site, "read") == {}
+    assert (await keyspace.dump())["user_id:{7}"] == {id_of(token)}
+
+
+async def test_signing_out_ends_session_and_cookie(
+    visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace
+) -> None:
+    """The cookie is removed, and a copy of it is worth nothing."""
+    await visit(visitor, site, "write")
+    token = cookie_of(visitor)
+    await visit(visitor, site, "sign-out")
+    assert not cookie_of(visitor)
+    assert list((await keyspace.dump())[f"{{{id_of(token)}}}"]) == ["_ended"]
+    visitor.cookie_jar.update_cookies({"session-id": token}, visitor._base_url or "")  # type: ignore[arg-type]
+    assert await visit(visitor, site, "read") == {}
+
+
+async def test_a_session_that_is_ended_elsewhere_is_none(
+    visitor: aiohttp.ClientSession, site: Site, sessions: Sessions
+) -> None:
+    """All of the user's, on every server; and the next login is not hindered."""
+    await visit(visitor, site, "sign-in")
+    token = cookie_of(visitor)
+    assert await sessions.store.delete_by("user_id", 7, reason="password") == 1
+    assert await visit(visitor, site, "read") == {}
+    if not site.keeps_a_dict:
+        assert await visit(visitor, site, "ended") == {"ended": "password"}
+    await visit(visitor, site, "sign-in")
+    assert cookie_of(visitor) != token
+    assert (await visit(visitor, site, "read"))["user_id"] == 7
+
+
+async def test_what_a_client_presents_is_not_adopted(
+    visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace
+) -> None:
+    """A cookie that somebody made up, or planted, leads to a session with an id of ours."""
+    visitor.cookie_jar.update_cookies({"session-id": "x" * 32}, visitor._base_url or "")  # type: ignore[arg-type]
+    await visit(visitor, site, "write")
+    token = cookie_of(visitor)
+    assert token != "x" * 32
+    assert list(await keyspace.dump()) == [f"{{{id_of(token)}}}"]
+
+
+async def test_two_cookies_are_none(visitor: aiohttp.ClientSession, site: Site) -> None:
+    """A sibling domain that tosses its own cookie in does not decide which session it is."""
+    await visit(visitor, site, "write")
+    cookies = f"session-id={'x' * 32}; session-id={cookie_of(visitor)}"
+    for one in (cookies, "; ".join(reversed(cookies.split("; ")))):
+        async with browser(str(visitor._base_url)) as client:
+            assert await visit(client, site, "read", headers={"Cookie": one}) == {}
+
+
+@with_all_verbs
+async def test_a_late_write_is_refused(visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace) -> None:
+    """A request that saw the session alive cannot bring it back: it fails, and nothing is written."""
+    await visit(visitor, site, "sign-in")
+    token = cookie_of(visitor)
+    await visit(visitor, site, "late", 500)
+    assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"_ended": "password"}}
+
+
+@with_all_verbs
+async def test_forms_are_protected(visitor: aiohttp.ClientSession, site: Site) -> None:
+    """A token of this session is valid, also in another request; one of another session is not."""
+    token = (await visit(visitor, site, "form"))["token"]
+    assert await visit(visitor, site, f"check?token={token}") == {"valid": True}
+    async with browser(str(visitor._base_url)) as attacker:
+        other = (await visit(attacker, site, "form"))["token"]
+    assert await visit(visitor, site, f"check?token={other}") == {"valid": False}
+    assert await visit(visitor, site, "check") == {"valid": False}
+
+
+@pytest.mark.parametrize("site", [site for site in SITES if site.name != "aiohttp-session"], ids=str)
+async def test_a_stream_begins_with_the_cookie(visitor: aiohttp.ClientSession, site: Site) -> None:
+    """What was written before its headers left is told; a new id in its midst is refused."""
+    body = await visit(visitor, site, "stream")
+    assert body in (STREAMED, json.loads(STREAMED))
+    assert (await visit(visitor, site, "read"))["visits"] == 1
+
+
+@pytest.mark.parametrize("action", ["missing", "file"])
+@with_all_verbs
+async def test_every_kind_of_response_carries_the_cookie(
+    visitor: aiohttp.ClientSession, site: Site, action: str
+) -> None:
+    """Also an error that the framework answers, and a file."""
+    await visit(visitor, site, action, 404 if action == "missing" else 200)
+    assert cookie_of(visitor)
+
+
+@with_all_verbs
+async def test_headers_say_what_may_be_stored(visitor: aiohttp.ClientSession, site: Site) -> None:
+    """What sets the cookie is not stored, what reads the session varies by it, and nothing else is touched."""
+    for action, cache_control, vary in (
+        ("untouched", None, None),
+        ("read", None, "Cookie"),
+        ("write", "no-store", "Cookie"),
+    ):
+        async with visitor.get(f"{site.root}/{action}") as response:
+            assert response.headers.get("Cache-Control") == cache_control
+            assert response.headers.get("Vary") == vary
+
+
+async def test_a_websocket_has_the_session(visitor: aiohttp.ClientSession, site: Site) -> None:
+    """That of the browser; one that is made before it is accepted comes with its cookie."""
+    if not site.keeps_a_dict:
+        async with visitor.ws_connect(f"{site.root}/websocket") as socket:
+            assert (await socket.receive_json())["visits"] == 1
+        token = cookie_of(visitor)
+        assert token
+    await visit(visitor, site, "sign-in")
+    async with visitor.ws_connect(f"{site.root}/websocket") as socket:
+        assert (await socket.receive_json())["user_id"] == 7
+
+
+async def test_an_unavailable_store_is_a_503(site: Site) -> None:
+    """For who has a cookie, and it takes none away; others are served."""
+    with contextlib.ExitStack() as server:
+        store = SessionStore.from_url(server.enter_context(own_server()), references=["user_id"], timeout=0.4)
+        async with site.serve(site.build(Sessions(store))) as url, browser(url) as visitor, browser(url) as another:
+            await visit(visitor, site, "write")
+            token = cookie_of(visitor)
+            server.close()
+            assert await visit(another, site, "read") == {}
+            await asyncio.gather(*(visit(visitor, site, action, 503) for action in ("read", "write", "sign-out")))
+            assert cookie_of(visitor) == token
+
+
+# ---------------------------------------------------------------- what it costs
+
+ACTIONS = [
+    "untouched", "read", "write", "read-write", "sign-in", "sign-out", "not-modified", "crash", "stream", "websocket",
+]  # fmt: skip
+STATUS = {"not-modified": 304, "crash": 500, "websocket": 101}
+
+
+async def cost(site: Site, url: str, admin: Redis, action: str) -> tuple[int, int]:
+    """Return the round trips to Redis and the Set-Cookie headers of a request by who has a session."""
+    async with browser(url) as visitor:
+        await visit(visitor, site, "sign-in")
+        before = (await admin.info("commandstats"))["cmdstat_evalsha"]["calls"]
+        if action == "websocket":
+            socket = await visitor.ws_connect(f"{site.root}/websocket")
+            cookies = socket._response.headers.getall("Set-Cookie", [])
+            async for _ in socket:
+                pass
+        else:
+            async with visitor.get(f"{site.root}/{action}") as response:
+                assert response.status == STATUS.get(action, 200)
+                cookies = response.headers.getall("Set-Cookie", [])
+                with contextlib.suppress(aiohttp.ClientPayloadError):
+                    await response.read()
+        after = (await admin.info("commandstats"))["cmdstat_evalsha"]["calls"]
+    return after - before, len(cookies)
+
+
+@pytest.mark.parametrize("site", [site for site in SITES if not site.root], ids=str)
+async def test_a_request_costs_what_the_readme_says(site: Site, url: str) -> None:
+    """Every cell of its table: round trips to Redis, and Set-Cookie headers."""
+    table = README.split("| a request that", 1)[1].split("\n\n", 1)[0]
+    heads, _, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in ("| x" + table).splitlines()]
+    told = {row[0]: row[1:] for row in rows}[site.name]
+    app = site.build(Sessions(SessionStore.from_url(url, references=["user_id"])))
+    async with Redis.from_url(url) as admin, site.serve(app) as served:
+        found = [await cost(site, served, admin, action) for action in ACTIONS]
+    assert len(heads) - 1 == len(ACTIONS)
+    assert [f"{trips} / {cookies}" for trips, cookies in found] == told

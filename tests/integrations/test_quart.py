@@ -1,0 +1,301 @@
+"""What is particular to Quart: its extension, and `quart.session`."""
+
+import contextlib
+import datetime as dt
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import quart
+from quart import Quart
+from quart.sessions import SecureCookieSession
+from redis.asyncio import Redis
+
+import rss.quart
+from rss import Sessions, SessionStore
+from tests.integrations.serving import browser, cookie_of, serve_hypercorn
+from tests.keyspace import Keyspace
+from tests.servers import own_server
+from tests.test_session import id_of
+
+View = Callable[[], Awaitable[Any]]
+
+
+def create_app(sessions: Sessions, **views: View) -> Quart:
+    """Return an application with these pages, and sessions of both kinds."""
+    app = Quart(__name__)
+    rss.quart.QuartSessions(app, sessions)
+    app.session_interface = rss.quart.SessionInterface()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    for name, view in views.items():
+        app.add_url_rule(f"/{name}", name, view)
+    return app
+
+
+async def test_an_application_factory(redis_url: str, keyspace: Keyspace) -> None:
+    """The extension is made before the application, which says by its configuration what the sessions are."""
+    extension = rss.quart.QuartSessions()
+
+    def factory() -> Quart:
+        app = Quart(__name__)
+        app.config.update(
+            RSS_URL=redis_url,
+            RSS_STORE={"prefix": keyspace.prefix, "references": ["user_id"], "max_age": "1h"},
+            RSS_COOKIE={"name": "__Host-sid"},
+            RSS_SESSIONS={"rolling": None},
+        )
+        extension.init_app(app)
+
+        @app.get("/")
+        async def home() -> str:
+            await rss.quart.session.set({"user_id": 1})
+            return str((await rss.quart.get_session(quart.request)).is_new)
+
+        return app
+
+    for _ in range(2):  # Each application has a store of its own.
+        app = factory()
+        assert app.extensions["rss"].idle == "-1"
+        for _ in range(2):  # And may be started again.
+            async with app.test_app() as test_app:
+                client = test_app.test_client()
+                response = await client.get("/", scheme="https")
+                assert response.headers["Set-Cookie"].startswith("__Host-sid=")
+                assert "; Max-Age=3600;" in response.headers["Set-Cookie"]
+                assert await (await client.get("/", scheme="https")).get_data(as_text=True) == "False"
+            with pytest.raises(RuntimeError, match="the store is closed"):
+                await app.extensions["rss"].store.get("a")
+    assert len(await keyspace.client.smembers(f"{keyspace.prefix}:user_id:{{1}}")) == 4
+
+
+async def test_a_mistake_in_the_configuration_is_told(redis_url: str) -> None:
+    """When the application is made."""
+    for options, error in (
+        ({"RSS_STORE": {"reference": ["user_id"]}}, TypeError),
+        ({"RSS_COOKIE": {"samesite": "lax"}}, TypeError),
+        ({"RSS_SESSIONS": {"rolling": "often"}}, ValueError),
+    ):
+        app = Quart(__name__)
+        app.config.update(RSS_URL=redis_url, **options)
+        with pytest.raises(error):
+            rss.quart.QuartSessions(app)
+
+
+async def test_without_the_extension_there_is_no_session() -> None:
+    """The error says what to do; so it does where there is no request."""
+    app = Quart(__name__)
+    async with app.test_request_context("/"):
+        with pytest.raises(RuntimeError, match="QuartSessions was not set up"):
+            await rss.quart.session.get()
+    with pytest.raises(RuntimeError, match="Not within a request"):
+        await rss.quart.session.get()
+
+
+# ---------------------------------------------------------------- quart.session
+
+
+async def test_quart_session_writes_what_was_changed(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Field by field, nested changes too, and the references follow; parallel requests do not overwrite each other."""
+
+    async def begin() -> str:
+        quart.session["user_id"] = 1
+        quart.session["cart"] = {"books": ["a"]}
+        quart.session["theme"] = "dark"
+        return ""
+
+    async def change() -> str:
+        quart.session["cart"]["books"].append("b")
+        quart.session["user_id"] += 1
+        del quart.session["theme"]
+        assert quart.session.modified
+        await sessions.store.set(str(rss.quart.session.id), {"other": 1})  # A parallel request.
+        return ""
+
+    async def look() -> dict[str, Any]:
+        assert not quart.session.modified
+        return dict(quart.session)
+
+    client = create_app(sessions, begin=begin, change=change, look=look).test_client()
+    for path in ("/begin", "/change"):
+        await client.get(path, scheme="https")
+    response = await client.get("/look", scheme="https")
+    assert await response.get_json() == {"user_id": 2, "cart": {"books": ["a", "b"]}, "other": 1}
+    assert "Set-Cookie" not in response.headers
+    dump = await keyspace.dump()
+    (key,) = [key for key in dump if key.startswith("{")]
+    session_id = key.strip("{}")
+    assert dump == {
+        key: {"id": session_id, "user_id": "2", "cart": '{"books":["a","b"]}', "other": "1"},
+        "user_id:{2}": {session_id},
+    }
+
+
+async def test_quart_session_takes_what_quarts_own_takes(sessions: Sessions) -> None:
+    """Flashed messages, names that are the store's, and types that JSON does not have."""
+    values: dict[str, Any] = {
+        "tuple": (1, ("a",)),
+        "time": dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC),
+        "uuid": uuid.UUID(int=1),
+        "bytes": b"\0\xff",
+        "id": "an id of mine",
+        "_user": "x",
+        ".dot": "y",
+        "nested": {" t": [1], "list": [{"tuple": (1,)}]},
+        "none": None,
+        "true": True,
+    }
+    seen: list[dict[str, Any]] = []
+
+    async def write() -> str:
+        quart.session.update(values)
+        await quart.flash("hello", "greeting")
+        return ""
+
+    async def look() -> str:
+        seen.append(dict(quart.session))
+        assert quart.get_flashed_messages(with_categories=True) == [("greeting", "hello")]
+        return ""
+
+    client = create_app(sessions, write=write, look=look).test_client()
+    await client.get("/write", scheme="https")
+    assert (await client.get("/look", scheme="https")).status_code == 200
+    assert seen[0].pop("_flashes") == [("greeting", "hello")]
+    assert seen[0] == values
+    async with client.session_transaction(scheme="https") as session:
+        assert "_flashes" not in session
+        assert session["_user"] == "x"
+
+
+async def test_a_transaction_of_the_test_client(sessions: Sessions) -> None:
+    """It works as with Quart's own sessions."""
+
+    async def look() -> dict[str, Any]:
+        return dict(quart.session)
+
+    client = create_app(sessions, look=look).test_client()
+    async with client.session_transaction(scheme="https") as session:
+        session["user_id"] = 7
+        assert session.new
+        assert session.permanent
+    async with client.session_transaction(scheme="https") as session:
+        session["n"] = 1
+        session.modified = session.permanent = True
+    assert await (await client.get("/look", scheme="https")).get_json() == {"user_id": 7, "n": 1}
+    with pytest.raises(TypeError, match="the name of an item must be a str"):
+        session[1] = 1  # type: ignore[index]
+
+
+async def test_an_emptied_session_is_ended(sessions: Sessions, keyspace: Keyspace) -> None:
+    """The cookie goes too; one that was empty makes none."""
+
+    async def write() -> str:
+        quart.session["user_id"] = 1
+        return ""
+
+    async def empty() -> str:
+        quart.session.clear()
+        return ""
+
+    client = create_app(sessions, write=write, empty=empty).test_client()
+    assert "Set-Cookie" not in (await client.get("/empty", scheme="https")).headers
+    await client.get("/write", scheme="https")
+    response = await client.get("/empty", scheme="https")
+    assert "; Max-Age=0;" in response.headers["Set-Cookie"]
+    assert [*(await keyspace.dump()).values()] == [{"_ended": "deleted"}]
+
+
+async def test_only_a_view_that_looks_varies(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Whether the session is read for a request does not matter: whether the response depends on it does."""
+
+    async def untouched() -> str:
+        return ""
+
+    async def look() -> str:
+        return str("user_id" in quart.session)
+
+    async def write() -> str:
+        quart.session["n"] = 1
+        return ""
+
+    client = create_app(sessions, untouched=untouched, look=look, write=write).test_client()
+    for _ in range(2):
+        assert "Vary" not in (await client.get("/untouched")).headers
+        assert (await client.get("/look")).headers["Vary"] == "Cookie"
+        await client.get("/write", scheme="https")
+    assert len(await keyspace.dump()) == 1
+
+
+async def test_a_late_write_by_quart_session_is_refused(sessions: Sessions, keyspace: Keyspace) -> None:
+    """The request fails, and the session that was ended meanwhile stays so."""
+
+    async def write() -> str:
+        if quart.session.get("user_id"):
+            await sessions.store.delete_by("user_id", 1, reason="password")
+        quart.session["user_id"] = 1
+        quart.session["n"] = quart.session.get("n", 0) + 1
+        return ""
+
+    client = create_app(sessions, write=write).test_client()
+    assert (await client.get("/write", scheme="https")).status_code == 200
+    assert (await client.get("/write", scheme="https")).status_code == 500
+    assert [*(await keyspace.dump()).values()] == [{"_ended": "password"}]
+
+
+async def test_a_websocket_writes_at_its_end(sessions: Sessions, keyspace: Keyspace) -> None:
+    """To a session that the client has. A new one could not be told any more: that is an error, and nothing is made."""
+    app = create_app(sessions)
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+
+    @app.websocket("/socket")
+    async def socket() -> None:
+        quart.session["user_id"] = 1
+        await quart.websocket.send("done")
+
+    @app.get("/write")
+    async def write() -> str:
+        quart.session["n"] = 1
+        return ""
+
+    async with serve_hypercorn(app) as url, browser(url) as visitor:
+        async with visitor.ws_connect("/socket") as connection:
+            assert await connection.receive_str() == "done"
+            async for _ in connection:
+                pass
+        assert await keyspace.dump() == {}
+        async with visitor.get("/write"):
+            pass
+        async with visitor.ws_connect("/socket") as connection:
+            async for _ in connection:
+                pass
+        session_id = id_of(cookie_of(visitor))
+    assert (await keyspace.dump())["user_id:{1}"] == {session_id}
+
+
+async def test_an_unavailable_store_is_a_503_to_the_test_client(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where the application propagates its exceptions, and where `quart.session` cannot be opened."""
+
+    async def explicit() -> str:
+        await rss.quart.session.get()
+        return ""
+
+    with contextlib.ExitStack() as server:
+        store = SessionStore.from_url(server.enter_context(own_server()), timeout=0.2)
+        app = create_app(Sessions(store), explicit=explicit)
+        client = app.test_client()
+        async with client.session_transaction(scheme="https") as session:
+            session["n"] = 1
+        server.close()
+        for interface in (app.session_interface, Quart.session_interface):
+            app.session_interface = interface
+            for app.testing in (True, False):
+                assert (await client.get("/explicit", scheme="https")).status_code == 503
+        await store.aclose()
+    assert "503" in caplog.text
+
+
+async def test_another_kind_of_session_is_refused(sessions: Sessions, client: Redis) -> None:
+    """The interface keeps its own only."""
+    del client
+    app = create_app(sessions)
+    with pytest.raises(TypeError, match="keeps its own sessions only"):
+        await app.session_interface.save_session(app, SecureCookieSession(), None)
