@@ -1,4 +1,4 @@
-# Two commands need nothing but python3 (3.11 or newer), pip and make: `make demo` and `make test`.
+# What needs nothing but python3 (3.11 or newer), pip and make: `make demo`, `make serve` and `make test`.
 .DEFAULT_GOAL := all
 
 PYTHON ?= python3
@@ -10,13 +10,17 @@ SOURCES := rss tests benchmarks
 LUA_STD := redis KEYS ARGV cjson ipairs pairs pcall tonumber type unpack math string table error
 LUA_SHARED := $(shell sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/_*.lua) prefix default_age max_lifetime tombstone encoding refs now
 
-.PHONY: all demo test bench bench-quick lint format dist clean
+.PHONY: all demo serve test bench bench-quick lint format dist clean
 .PRECIOUS: $(VENV)/.%
 
 all: lint test
 
 demo: $(VENV)/.demo
 	$(IN)/python -m rss.demo.story
+
+# A page of one's devices, to open in two browsers.
+serve: $(VENV)/.serve
+	$(IN)/python -m rss.demo $(ARGS)
 
 test: $(VENV)/.test
 	$(IN)/python -m pytest $(ARGS)

@@ -11,9 +11,12 @@ from redis.asyncio import Redis
 from rss import SessionStore
 from rss.coalesce import Coalescer
 from tests.keyspace import Keyspace
+from tests.secrecy import Secrecy
 from tests.servers import own_server
 
 pytest_plugins = ["rss.pytest_plugin"]
+
+SECRECY = pytest.StashKey[Secrecy]()
 
 # `--hypothesis-profile=thorough` is for CI: a few minutes.
 settings.register_profile("quick", deadline=None)
@@ -45,6 +48,35 @@ def _url() -> Iterator[str]:
     """A server of one file of tests alone: it may be flushed, paused and filled, and counts nobody else."""
     with own_server() as url:
         yield url
+
+
+@pytest.fixture(scope="session", name="secrecy")
+def _secrecy(redis_url: str, pytestconfig: pytest.Config) -> Iterator[Secrecy]:
+    """Knows what must be seen nowhere, and fails at the end if it was, in whichever of the tests that use it."""
+    secrecy = pytestconfig.stash[SECRECY] = Secrecy()
+    with secrecy.learn(), secrecy.watch(redis_url):
+        yield secrecy
+    assert secrecy.leaks() == []
+
+
+@pytest.fixture(name="kept_secret")
+def _kept_secret(secrecy: Secrecy) -> Iterator[None]:
+    """Also in the log, for the time of this test."""
+    with secrecy.listen():
+        yield
+
+
+@pytest.fixture(scope="module", name="watched_url")
+def _watched_url(url: str, secrecy: Secrecy) -> Iterator[str]:
+    """A server of one file of tests alone, whose commands are watched too."""
+    with secrecy.watch(url):
+        yield url
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was looked for, and where."""
+    if SECRECY in config.stash:
+        terminalreporter.write_line(f"Secrecy: {config.stash[SECRECY]}")
 
 
 @pytest.fixture(name="client")

@@ -28,6 +28,8 @@ HOUR = 3_600_000
 DAY = 24 * HOUR
 UNKNOWN = "x" * 32
 
+pytestmark = pytest.mark.usefixtures("kept_secret")
+
 
 @pytest.fixture(name="sessions")
 def _sessions(store: SessionStore) -> Sessions:
@@ -67,9 +69,9 @@ async def scripts_run(client: Redis) -> int:
 # ---------------------------------------------------------------- reading
 
 
-async def test_a_request_without_a_cookie_costs_nothing(url: str) -> None:
+async def test_a_request_without_a_cookie_costs_nothing(watched_url: str) -> None:
     """No round trip to Redis, no key and no cookie, also when it reads: bots make no sessions."""
-    async with Redis.from_url(url) as client:
+    async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client))
         before = await scripts_run(client)
         session = sessions.create_session("theme=dark")
@@ -85,9 +87,9 @@ async def test_a_request_without_a_cookie_costs_nothing(url: str) -> None:
         assert await client.dbsize() == 0
 
 
-async def test_a_session_is_read_once(url: str) -> None:
+async def test_a_session_is_read_once(watched_url: str) -> None:
     """However often, whatever fields, and also by two at once; own writes are seen without another read."""
-    async with Redis.from_url(url) as client:
+    async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client, references=["user_id"]))
         token = await signed_in(sessions, {"user_id": 1, "cart": ["book"]})
         before = await scripts_run(client)
@@ -220,9 +222,9 @@ async def test_two_first_writes_make_one_session(sessions: Sessions, keyspace: K
     assert await keyspace.dump() == {f"{{{session_id}}}": {"id": session_id, "a": "1", "b": "2"}}
 
 
-async def test_a_write_without_a_read_is_one_round_trip(url: str) -> None:
+async def test_a_write_without_a_read_is_one_round_trip(watched_url: str) -> None:
     """To a session that is there; and it renews the cookie."""
-    async with Redis.from_url(url) as client:
+    async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client))
         token = await signed_in(sessions)
         before = await scripts_run(client)
@@ -482,7 +484,7 @@ async def test_a_cookie_that_ends_with_the_browser(store: SessionStore) -> None:
 # ---------------------------------------------------------------- signatures
 
 
-async def test_the_cookie_may_be_signed(store: SessionStore, url: str) -> None:
+async def test_the_cookie_may_be_signed(store: SessionStore, watched_url: str) -> None:
     """The newest key signs, older ones verify, and what is not signed does not get as far as Redis."""
     old, new = "an old secret key", "a newer secret key"
     sessions = Sessions(store, secret_keys=[old])
@@ -501,7 +503,7 @@ async def test_the_cookie_may_be_signed(store: SessionStore, url: str) -> None:
     assert await request(Sessions(store, secret_keys=[new]), signed_anew).get()
     assert await request(Sessions(store, secret_keys=[new]), value).get() == {}
 
-    async with Redis.from_url(url) as client:
+    async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client), secret_keys=[new])
         before = await scripts_run(client)
         for forged in (token, f"{token}.", f"{token}.x", f"{'y' * 32}.{value.split('.')[1]}", "\udcff.x", "ü.x", "."):
@@ -535,9 +537,9 @@ async def test_without_hashing_the_cookie_holds_the_id(store: SessionStore) -> N
 # ---------------------------------------------------------------- CSRF
 
 
-async def test_csrf_tokens(url: str) -> None:
+async def test_csrf_tokens(watched_url: str) -> None:
     """Each looks different and all are valid, for this session alone; to make them nothing is written."""
-    async with Redis.from_url(url) as client:
+    async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client))
         token, other = await signed_in(sessions), await signed_in(sessions)
         before = await scripts_run(client)

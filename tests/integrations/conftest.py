@@ -10,6 +10,11 @@ from tests.integrations.serving import browser
 from tests.integrations.sites import SITES, Site
 
 
+@pytest.fixture(autouse=True)
+def _kept(kept_secret: None) -> None:
+    """No test of a framework shows anything that is secret."""
+
+
 @pytest.fixture(name="sessions")
 def _sessions(store: SessionStore) -> Sessions:
     """As they are by default."""

@@ -33,6 +33,7 @@ from rss.fastapi import SessionDep
 from tests.integrations.serving import serve_aiohttp, serve_hypercorn, serve_uvicorn
 
 FILE = Path(__file__)
+CSRF = "X-CSRF-Token"
 
 Builder = Callable[[Sessions], Any]
 Server = Callable[[Any], AbstractAsyncContextManager[str]]
@@ -138,7 +139,7 @@ def _aiohttp(
 
 
 async def _do(request: web.Request, action: str) -> dict[str, Any]:
-    return await act(await rss.aiohttp.get_session(request), action, request.query.get("token", ""))
+    return await act(await rss.aiohttp.get_session(request), action, request.headers.get(CSRF, ""))
 
 
 def aiohttp_app(sessions: Sessions) -> web.Application:
@@ -209,7 +210,7 @@ def starlette_app(sessions: Sessions) -> starlette.applications.Starlette:
 
     async def handle(request: starlette.requests.Request) -> starlette.responses.Response:
         session, action = await rss.asgi.get_session(request), request.path_params["action"]
-        held = await act(session, action, request.query_params.get("token", ""))
+        held = await act(session, action, request.headers.get(CSRF, ""))
         return await _starlette_response(action, session, held)
 
     async def socket(websocket: starlette.websockets.WebSocket) -> None:
@@ -234,8 +235,9 @@ def fastapi_app(sessions: Sessions) -> rss.asgi.SessionMiddleware:
         await _starlette_socket(websocket, session)
 
     @app.get("/{action}")
-    async def handle(action: str, session: SessionDep, token: str = "") -> fastapi.responses.Response:
-        return await _starlette_response(action, session, await act(session, action, token))
+    async def handle(request: fastapi.Request, action: str, session: SessionDep) -> fastapi.responses.Response:
+        held = await act(session, action, request.headers.get(CSRF, ""))
+        return await _starlette_response(action, session, held)
 
     return rss.asgi.SessionMiddleware(app, sessions)
 
@@ -251,11 +253,11 @@ def litestar_app(sessions: Sessions) -> litestar.Litestar:
 
     @litestar.get("/{action:str}")
     async def handle(
+        request: litestar.Request[Any, Any, Any],
         session: litestar.di.NamedDependency[Session],
         action: litestar.params.FromPath[str],
-        token: litestar.params.FromQuery[str] = "",
     ) -> litestar.response.Response[Any]:
-        held = await act(session, action, token)
+        held = await act(session, action, request.headers.get(CSRF, ""))
         match action:
             case "not-modified":
                 return litestar.response.Response(b"", status_code=304)
@@ -320,7 +322,7 @@ def quart_app(sessions: Sessions) -> quart.Quart:
     rss.quart.QuartSessions(app, sessions)
 
     async def do(action: str) -> dict[str, Any]:
-        token = quart.request.args.get("token", "") if quart.has_request_context() else ""
+        token = quart.request.headers.get(CSRF, "") if quart.has_request_context() else ""
         return await act(rss.quart.session, action, token)
 
     return _quart(app, do)

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from rss import Sessions, SessionStore
 from tests.integrations.serving import browser, cookie_of
-from tests.integrations.sites import SITES, Site
+from tests.integrations.sites import CSRF, SITES, Site
 from tests.keyspace import Keyspace
 from tests.servers import own_server
 from tests.test_session import id_of
@@ -127,10 +127,10 @@ async def test_a_late_write_is_refused(visitor: aiohttp.ClientSession, site: Sit
 async def test_forms_are_protected(visitor: aiohttp.ClientSession, site: Site) -> None:
     """A token of this session is valid, also in another request; one of another session is not."""
     token = (await visit(visitor, site, "form"))["token"]
-    assert await visit(visitor, site, f"check?token={token}") == {"valid": True}
+    assert await visit(visitor, site, "check", headers={CSRF: token}) == {"valid": True}
     async with browser(str(visitor._base_url)) as attacker:
         other = (await visit(attacker, site, "form"))["token"]
-    assert await visit(visitor, site, f"check?token={other}") == {"valid": False}
+    assert await visit(visitor, site, "check", headers={CSRF: other}) == {"valid": False}
     assert await visit(visitor, site, "check") == {"valid": False}
 
 
@@ -219,13 +219,13 @@ async def cost(site: Site, url: str, admin: Redis, action: str) -> tuple[int, in
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if not site.root], ids=str)
-async def test_a_request_costs_what_the_readme_says(site: Site, url: str) -> None:
+async def test_a_request_costs_what_the_readme_says(site: Site, watched_url: str) -> None:
     """Every cell of its table: round trips to Redis, and Set-Cookie headers."""
     table = README.split("| a request that", 1)[1].split("\n\n", 1)[0]
     heads, _, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in ("| x" + table).splitlines()]
     told = {row[0]: row[1:] for row in rows}[site.name]
-    app = site.build(Sessions(SessionStore.from_url(url, references=["user_id"])))
-    async with Redis.from_url(url) as admin, site.serve(app) as served:
+    app = site.build(Sessions(SessionStore.from_url(watched_url, references=["user_id"])))
+    async with Redis.from_url(watched_url) as admin, site.serve(app) as served:
         found = [await cost(site, served, admin, action) for action in ACTIONS]
     assert len(heads) - 1 == len(ACTIONS)
     assert [f"{trips} / {cookies}" for trips, cookies in found] == told

@@ -1,0 +1,30 @@
+"""Serves the demo: `python -m rss.demo`, with a Redis of its own unless there is one."""
+
+import argparse
+import asyncio
+import contextlib
+
+from rss import CookiePolicy, Sessions, SessionStore
+from rss.demo.app import create_app
+from rss.testing import redis_server
+
+
+def main() -> None:
+    """Serve until it is interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rss.demo", description="Sign in on several devices, and out again."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to reach it from a phone, too")
+    parser.add_argument("--port", default=5000, type=int)
+    options = parser.parse_args()
+    with redis_server() as server:
+        store = SessionStore.from_url(server.url, references=["user"], prefix="rss-demo")
+        # Without TLS, some browsers do not keep a cookie that is secure. In production, leave it at the default.
+        app = create_app(Sessions(store, cookie=CookiePolicy(secure=False)))
+        print(f"Redis: {server.origin}\nOpen http://{options.host}:{options.port} in two browsers. Ctrl+C ends it.")
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(app.run_task(options.host, options.port))
+
+
+if __name__ == "__main__":
+    main()

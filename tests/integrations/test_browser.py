@@ -1,0 +1,263 @@
+"""The demo, as people use it: two browsers, in a real Chromium."""
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+from redis.asyncio import Redis
+
+from tests.integrations.serving import browser as client_of
+from tests.secrecy import Secrecy
+from tests.servers import free_port
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+#: Where to put screenshots, if they are wanted: `SCREENSHOTS=folder`.
+SCREENSHOTS = os.environ.get("SCREENSHOTS")
+# It must not look for anything outside this machine.
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync", "--no-first-run"]
+
+IPHONE = (
+    "Mozilla/5.0 (iPhone; CPU iPhone OS 18_5 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) "
+    "Version/18.5 Mobile/15E148 Safari/604.1"
+)
+MAC = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10.15; rv:145.0) Gecko/20100101 Firefox/145.0"
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"),
+    reason="there is no Chromium here: install it, or name it by the variable CHROMIUM, to test the demo in a browser",
+)
+
+
+@pytest.fixture(name="demo")
+async def _demo(watched_url: str, secrecy: Secrecy) -> AsyncIterator[str]:
+    """The demo, served as its command serves it; what it prints is looked through, too."""
+    async with Redis.from_url(watched_url) as client:
+        await client.flushdb()
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "rss.demo", "--port", str(port),
+        env={**os.environ, "REDIS_URL": watched_url, "RSS_SERVER": "url"},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(30):
+            while not await _listens(port):
+                assert process.returncode is None
+                await asyncio.sleep(0.02)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        said, _ = await process.communicate()
+        secrecy.logged.append(said.decode())
+        assert f"Open http://127.0.0.1:{port} in two browsers" in said.decode()
+        assert process.returncode == 0
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+@pytest.fixture(name="chromium")
+async def _chromium() -> AsyncIterator[Browser]:
+    """A browser."""
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        await browser.close()
+
+
+@asynccontextmanager
+async def person(
+    chromium: Browser, secrecy: Secrecy, *, width: int = 1280, script: bool = True, agent: str | None = None
+) -> AsyncIterator[Page]:
+    """Open a page in a browser of somebody's own; nothing may go wrong in it."""
+    context = await chromium.new_context(
+        viewport={"width": width, "height": 720}, java_script_enabled=script, user_agent=agent
+    )
+    page = await context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    yield page
+    if token := await token_of(context):
+        secrecy.tokens.add(token)
+    assert errors == []
+    await context.close()
+
+
+async def token_of(context: BrowserContext) -> str:
+    """Return what the session cookie holds."""
+    return next((str(cookie["value"]) for cookie in await context.cookies() if cookie["name"] == "session-id"), "")
+
+
+async def sign_in(page: Page, demo: str, user: str = "Alice") -> None:
+    """Sign in as one of the users."""
+    await page.goto(demo)
+    await page.get_by_role("button", name=user).click()
+    await expect(page.get_by_role("heading", name="Your devices")).to_be_visible()
+
+
+async def shoot(page: Page, name: str) -> None:
+    """Take a picture, if pictures are wanted."""
+    if SCREENSHOTS:
+        await page.screenshot(path=Path(SCREENSHOTS, name), full_page=True)
+
+
+async def test_one_browser_ends_the_session_of_another(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """The other's open page says so within two seconds, and its next request is anonymous."""
+    laptop, phone = person(chromium, secrecy, agent=MAC), person(chromium, secrecy, width=390, agent=IPHONE)
+    async with laptop as one, phone as other:
+        await sign_in(one, demo)
+        await sign_in(other, demo)
+        await one.reload()
+        await expect(one.locator(".devices li")).to_have_count(2)
+        await expect(one.locator(".here")).to_have_count(1)
+        await expect(one.locator(".here")).to_contain_text("this device")
+        await expect(one.locator(".here")).to_contain_text("Firefox on Mac OS X")
+        await expect(one.locator("li:not(.here)")).to_contain_text("Mobile Safari on iOS")
+        await expect(other.get_by_role("alert")).to_be_hidden()
+        await shoot(one, "devices-1280.png")
+        await shoot(other, "devices-390.png")
+
+        await one.locator("li:not(.here)").get_by_role("button").click()
+        await expect(other.get_by_role("alert")).to_contain_text("signed out from another device", timeout=2000)
+        await expect(one.locator(".devices li")).to_have_count(1)
+        await shoot(other, "ended-390.png")
+
+        await other.get_by_role("link", name="Sign in again").click()
+        await expect(other.get_by_role("heading", name="Sign in")).to_be_visible()
+        await expect(other.get_by_role("status")).to_contain_text("signed out from another device")
+        await shoot(other, "sign-in-390.png")
+        await one.reload()
+        await expect(one.get_by_role("heading", name="Your devices")).to_be_visible()
+
+
+async def test_signing_in_gives_another_cookie(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """What somebody planted before is worth nothing after; and scripts cannot read either."""
+    async with person(chromium, secrecy) as page:
+        await page.goto(demo)
+        await shoot(page, "sign-in-1280.png")
+        before = await token_of(page.context)
+        await sign_in(page, demo)
+        after = await token_of(page.context)
+        assert before
+        assert after not in ("", before)
+        assert await page.evaluate("document.cookie") == ""
+        async with person(chromium, secrecy) as attacker:
+            cookie = {"name": "session-id", "value": before, "url": demo}
+            await attacker.context.add_cookies([cookie])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+            await attacker.goto(demo)
+            await expect(attacker.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+async def test_changing_the_password_ends_all(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """Of this user, also here; another user is not disturbed."""
+    async with (
+        person(chromium, secrecy) as one,
+        person(chromium, secrecy) as two,
+        person(chromium, secrecy) as bob,
+    ):
+        await sign_in(one, demo)
+        await sign_in(two, demo)
+        await sign_in(bob, demo, "Bob")
+        await one.get_by_role("button", name="Change password").click()
+        await expect(one.get_by_role("status")).to_contain_text("The password was changed")
+        await expect(two.get_by_role("alert")).to_contain_text("The password was changed", timeout=2000)
+        await bob.reload()
+        await expect(bob.get_by_role("heading", name="Your devices")).to_be_visible()
+
+
+async def test_it_works_without_scripts_and_by_keyboard(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """Sign in, sign out all others, sign out here."""
+    async with person(chromium, secrecy, script=False) as page, person(chromium, secrecy) as other:
+        await sign_in(other, demo, "Carol")
+        await page.goto(demo)
+        for _ in range(3):
+            await page.keyboard.press("Tab")
+        await expect(page.get_by_role("button", name="Carol")).to_be_focused()
+        await page.keyboard.press("Enter")
+        await expect(page.locator(".devices li")).to_have_count(2)
+        await page.get_by_role("button", name="Sign out everywhere else").click()
+        await expect(page.locator(".devices li")).to_have_count(1)
+        await expect(other.get_by_role("alert")).to_be_visible(timeout=2000)
+        await page.get_by_role("button", name="Sign out here").click()
+        await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+async def test_a_page_is_no_wider_than_a_phone(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """Nothing has to be scrolled sideways, and what can be pressed is large enough for a thumb."""
+    async with person(chromium, secrecy, width=390) as page:
+        await sign_in(page, demo)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+        for button in await page.get_by_role("button").all():
+            box = await button.bounding_box()
+            assert box
+            assert box["height"] >= 44
+
+
+async def test_a_forged_form_is_refused(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """Without a token, or with another's, nothing happens; nor does a page of another site get a WebSocket."""
+    async with person(chromium, secrecy) as page, client_of(demo) as attacker:
+        await sign_in(page, demo)
+        async with attacker.get("/") as response:
+            (another,) = re.findall(r'name="csrf_token" value="([^"]+)"', await response.text())
+        attacker.cookie_jar.clear()
+        cookies = {"Cookie": f"session-id={await token_of(page.context)}"}
+        for form in ({}, {"csrf_token": ""}, {"csrf_token": another}):
+            for path in ("/change-password", "/sign-out", "/sign-out-others", "/sign-in"):
+                async with attacker.post(path, data={**form, "user": "Bob"}, headers=cookies) as response:
+                    assert response.status == 403
+        for origin in ("https://evil.example", "", "null"):
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+                await attacker.ws_connect("/live", headers={**cookies, "Origin": origin})
+        await page.reload()
+        await expect(page.get_by_role("heading", name="Your devices")).to_be_visible()
+
+
+async def test_nobody_ends_the_sessions_of_others(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """Who knows the id of another user's session cannot end it, and who is not signed in ends nothing."""
+    async with (
+        person(chromium, secrecy) as alice,
+        person(chromium, secrecy) as second,
+        person(chromium, secrecy) as bob,
+    ):
+        await sign_in(alice, demo)
+        await sign_in(second, demo)
+        await sign_in(bob, demo, "Bob")
+        await alice.reload()
+        session_id = await alice.locator("button[name=id]").get_attribute("value")
+        token = await bob.locator("input[name=csrf_token]").first.get_attribute("value")
+        response = await bob.request.post(
+            f"{demo}/sign-out-device", form={"csrf_token": token or "", "id": session_id or ""}
+        )
+        assert response.ok
+        await alice.reload()
+        await expect(alice.locator(".devices li")).to_have_count(2)
+
+
+async def test_headers_protect_its_pages(demo: str, watched_url: str) -> None:
+    """Nothing inline, nothing from elsewhere, in nobody's frame, and not stored."""
+    del watched_url
+    async with client_of(demo) as client, client.get("/") as response:
+        page = await response.text()
+        policy = response.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert response.headers["Cache-Control"] == "no-store"
+    assert "style=" not in page
+    assert "<script>" not in page
