@@ -10,12 +10,14 @@ import pytest
 from redis.asyncio import Redis
 
 import rss
-from rss import SessionEnded, SessionStore
+from rss import Session, SessionEnded, Sessions, SessionStore
 from tests.keyspace import Keyspace
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+# Whole applications are served in integrations/test_readme.py.
+EXAMPLES = [block for block in BLOCKS if not block.startswith(("# app.py", "# migration"))]
 
 
 async def test_the_examples_run(
@@ -54,11 +56,15 @@ async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Key
     assert await keyspace.dump() == told
 
 
-def test_every_method_is_in_the_table() -> None:
-    """The table of the API names each public method of the store, and none that there is not."""
+def test_every_method_is_in_the_table(store: SessionStore) -> None:
+    """The tables name each public method of the store and of a session, and none that there is not."""
     table = README.split("## The API", 1)[1].split("Lifetimes are", 1)[0]
     told = set(re.findall(r"`(\w+)\(", table))
     assert told == {name for name in vars(SessionStore) if not name.startswith("_")} - {"from_url"}
+    table = README.split("| `Session` |", 1)[1].split("\n\n", 1)[0]
+    told = set(re.findall(r"`(\w+)[(`]", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
+    attributes = {name for name in vars(Sessions(store).create_session()) if not name.startswith("_")}
+    assert told == attributes | {name for name in vars(Session) if not name.startswith("_")}
 
 
 def test_every_command_is_a_target() -> None:
