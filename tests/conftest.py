@@ -51,18 +51,18 @@ def _url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session", name="secrecy")
-def _secrecy(redis_url: str, pytestconfig: pytest.Config) -> Iterator[Secrecy]:
+def _secrecy(pytestconfig: pytest.Config) -> Iterator[Secrecy]:
     """Knows what must be seen nowhere, and fails at the end if it was, in whichever of the tests that use it."""
     secrecy = pytestconfig.stash[SECRECY] = Secrecy()
-    with secrecy.learn(), secrecy.watch(redis_url):
+    with secrecy.learn():
         yield secrecy
     assert secrecy.leaks() == []
 
 
 @pytest.fixture(name="kept_secret")
-def _kept_secret(secrecy: Secrecy) -> Iterator[None]:
-    """Also in the log, for the time of this test."""
-    with secrecy.listen():
+def _kept_secret(secrecy: Secrecy, redis_url: str) -> Iterator[None]:
+    """In the log, and in what Redis gets, for the time of this test."""
+    with secrecy.listen(), secrecy.watch(redis_url):
         yield
 
 

@@ -29,17 +29,16 @@ async def serve_aiohttp(app: web.Application) -> AsyncIterator[str]:
 @asynccontextmanager
 async def serve_uvicorn(app: Any) -> AsyncIterator[str]:
     """Serve by uvicorn."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="wsproto", timeout_graceful_shutdown=1))
-        serving = asyncio.create_task(server.serve([listener]))
-        while not server.started:
-            assert not serving.done()
-            await asyncio.sleep(0.005)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await serving
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="wsproto", timeout_graceful_shutdown=1))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        assert not serving.done()
+        await asyncio.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
 
 
 @asynccontextmanager

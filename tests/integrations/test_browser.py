@@ -101,7 +101,8 @@ async def person(
 
 async def token_of(context: BrowserContext) -> str:
     """Return what the session cookie holds."""
-    return next((str(cookie["value"]) for cookie in await context.cookies() if cookie["name"] == "session-id"), "")
+    cookies = {cookie.get("name"): cookie.get("value", "") for cookie in await context.cookies()}
+    return cookies.get("session-id", "")
 
 
 async def sign_in(page: Page, demo: str, user: str = "Alice") -> None:
