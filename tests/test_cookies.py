@@ -1,5 +1,7 @@
 """The session cookie: read strictly, written safely."""
 
+import asyncio
+import secrets
 from typing import Any
 
 import hypothesis.strategies as st
@@ -8,6 +10,7 @@ from hypothesis import given
 from redis.asyncio import Redis
 
 from rss import CookiePolicy, Sessions, SessionStore
+from rss.testing import RedisServer
 
 POLICY = CookiePolicy(name="sid")
 
@@ -53,9 +56,10 @@ COOKIES = st.one_of(
         "".join
     ),
 )
+TOKENS = st.from_regex(r"[A-Za-z0-9_-]{22,64}", fullmatch=True)
 
 
-@given(cookies=COOKIES)
+@given(cookies=st.one_of(COOKIES, TOKENS.map("session-id={}".format)))
 def test_what_a_client_sends_is_a_token_or_nothing(store_without_server: SessionStore, cookies: str) -> None:
     """Bytes, duplicates and backslashes: no exception, and only what has the form of a token is looked up."""
     for sessions in (Sessions(store_without_server), Sessions(store_without_server, secret_keys=["k" * 16])):
@@ -66,6 +70,29 @@ def test_what_a_client_sends_is_a_token_or_nothing(store_without_server: Session
             assert cookies.count(f"session-id={token}") + cookies.count(token) > 0
             assert 22 <= len(token) <= 342
             assert token.isascii()
+
+
+def test_nothing_that_a_client_sends_is_adopted(redis_server: RedisServer) -> None:
+    """Whatever it is, also what has the form of a token: it reads as no session, and a write makes one of our own."""
+    with asyncio.Runner() as loop:
+        store = SessionStore.from_url(redis_server.url, prefix=f"test-{secrets.token_hex(8)}", max_age="1m")
+        sessions = Sessions(store)
+
+        async def visit(cookies: str) -> None:
+            session = sessions.create_session(cookies)
+            assert await session.get() == {}
+            await session.set({"n": 1})
+            (cookie,) = session.take_cookies()
+            assert cookie.split(";")[0].removeprefix("session-id=") not in cookies
+            assert session.is_new
+            assert str(session.id) not in cookies
+
+        @given(cookies=st.one_of(COOKIES, TOKENS.map("session-id={}".format)))
+        def fuzz(cookies: str) -> None:
+            loop.run(visit(cookies))
+
+        fuzz()
+        loop.run(store.aclose())
 
 
 @pytest.mark.parametrize(
