@@ -16,6 +16,14 @@
 local idle, count = number(), number()
 local fields = count >= 0 and args(count)
 
+-- Renew a session. Returns its TTL; nothing if that is only due now and then, and the server takes no writes at the
+-- moment: it can still be read. One that was a master is asked no more.
+local function renewed(session)
+  local done, ttl = pcall(renew, session, 0)
+  if not done and (idle == 0 or string.find(ttl.err or ttl, "READONLY")) then error(ttl, 0) end
+  return done and ttl
+end
+
 local function get()
   local session = find(key(), not fields)
   if not session then return { 0, 0 } end
@@ -26,7 +34,8 @@ local function get()
   weigh(bytes)
   local full = idle > 0 and lifetime(session, 0)
   local due = idle == 0 or (full and session.ttl + math.min(idle, full / 2) <= full)
-  append(values, due and 1 or 0, due and renew(session, 0) or session.ttl)
+  local ttl = due and renewed(session)
+  append(values, ttl and 1 or 0, ttl or session.ttl)
   return values
 end
 

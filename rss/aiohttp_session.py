@@ -1,5 +1,6 @@
 """For applications on aiohttp-session: the same sessions, with references and revocation."""
 
+import copy
 import time
 from typing import Any, Final
 
@@ -7,10 +8,12 @@ import aiohttp_session
 from aiohttp import web
 
 import rss.aiohttp
-from rss.session import Sessions
+from rss.session import Sessions, field_of, item_of
 
-# When it was made, as aiohttp-session counts.
+# The field that tells when it was made, as aiohttp-session counts.
 _CREATED: Final = "aiohttp_session.created"
+# What was loaded for a request, and the fields of it as they were.
+_LOADED: Final = web.RequestKey("rss_aiohttp_session", tuple[aiohttp_session.Session, dict[str, Any]])
 
 
 def setup(app: web.Application, sessions: Sessions[Any]) -> None:
@@ -25,26 +28,35 @@ def setup(app: web.Application, sessions: Sessions[Any]) -> None:
 
 
 class Storage(aiohttp_session.AbstractStorage):
-    """Keeps the sessions of aiohttp-session in the session of the request. Its cookie is set by `rss.aiohttp`."""
+    """Keeps the sessions of aiohttp-session in the session of the request. Its cookie is set by `rss.aiohttp`.
+
+    Of the names of items, `id` and those that begin with `_` get a dot before them in Redis.
+    """
 
     async def load_session(self, request: web.Request) -> aiohttp_session.Session:
         """Return the session of a request, a new one if it has none."""
-        values = await (await rss.aiohttp.get_session(request)).get()
-        session_id = values.pop("id", None)
-        created = values.pop(_CREATED, int(time.time()))
-        data: aiohttp_session.SessionData = {"created": created, "session": values}
-        return aiohttp_session.Session(session_id, data=data, new=session_id is None)
+        fields = await (await rss.aiohttp.get_session(request)).get()
+        session_id = fields.pop("id", None)
+        items = {item_of(field): value for field, value in fields.items() if field != _CREATED}
+        data: aiohttp_session.SessionData = {"created": fields.get(_CREATED, int(time.time())), "session": items}
+        session = aiohttp_session.Session(session_id, data=data, new=session_id is None)
+        request[_LOADED] = session, copy.deepcopy(fields)
+        return session
 
     async def save_session(
         self, request: web.Request, response: web.StreamResponse, session: aiohttp_session.Session
     ) -> None:
-        """Write what differs; end the session if nothing is left."""
+        """Write what differs from what was loaded; end the session if nothing is left."""
         del response
         handle = await rss.aiohttp.get_session(request)
         if session.empty:
             await handle.delete()
             return
-        held: dict[str, Any] = await handle.get()
-        if held.pop("id", None) is not None and session.new:
-            await handle.rotate()
-        await handle.replace(held, {_CREATED: held.get(_CREATED, session.created), **session}, session.max_age)
+        loaded, before = request.get(_LOADED, (None, {}))
+        created = before.get(_CREATED, session.created)
+        if session is not loaded:  # It is of `new_session`: what was there before goes, and so does its id.
+            before, created = dict(await handle.get()), session.created
+            if before.pop("id", None) is not None:
+                await handle.rotate()
+        after = {field_of(item): value for item, value in session.items()}
+        await handle.replace(before, {_CREATED: created, **after}, session.max_age)

@@ -48,10 +48,11 @@ class SessionMiddleware:
         session = scope[KEY] = self._sessions.create_session(cookies)
 
         async def send_with_cookie(message: _Message) -> None:
-            if message["type"] in _BEGINNINGS:
+            if message["type"] in _BEGINNINGS:  # Changed in a copy: the application may send the same one to others.
+                headers = list(message.get("headers", ()))
+                message = {**message, "headers": headers + _headers(session, headers)}
                 if session.unavailable and message.get("status") == 500:
                     message["status"] = 503
-                message["headers"] = [*message.get("headers", ()), *_headers(session, message)]
             await send(message)
 
         try:
@@ -86,9 +87,9 @@ def lifespan(sessions: Sessions[Any]) -> Callable[[Any], AbstractAsyncContextMan
     return opened
 
 
-def _headers(session: Session[Any], message: _Message) -> list[tuple[bytes, bytes]]:
+def _headers(session: Session[Any], headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     present: dict[bytes, list[str]] = {}
-    for name, value in message.get("headers", ()):
+    for name, value in headers:
         present.setdefault(bytes(name).lower(), []).append(bytes(value).decode("latin-1"))
     own = (", ".join(present[name]) if name in present else None for name in (b"cache-control", b"vary"))
     return [(name.lower().encode(), value.encode("latin-1")) for name, value in session.take_headers(*own)]
@@ -97,7 +98,7 @@ def _headers(session: Session[Any], message: _Message) -> list[tuple[bytes, byte
 async def _refuse(scope: _Scope, send: _Send) -> None:
     """Answer that the service is not available now."""
     kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
-    if kind == "http.response" or kind in scope.get("extensions", ()):
+    if kind == "http.response" or kind in (scope.get("extensions") or ()):
         headers = [(b"content-type", b"text/plain; charset=utf-8")]
         await send({"type": f"{kind}.start", "status": 503, "headers": headers})
         await send({"type": f"{kind}.body", "body": b"Service Unavailable"})

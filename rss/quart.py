@@ -15,7 +15,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 
 from rss.asgi import KEY, SessionMiddleware
 from rss.cookies import CookiePolicy
-from rss.session import Session, Sessions
+from rss.session import Session, Sessions, field_of, item_of
 from rss.store import SessionStore
 
 _SCALARS: Final = {str, int, float, bool, type(None)}
@@ -82,11 +82,16 @@ class DictSession(SessionMixin):
     and the policy of the cookie say, so that `permanent` means nothing. Setting them does nothing.
     """
 
-    def __init__(self, handle: Session[Any], values: dict[str, Any]) -> None:
+    def __init__(self, handle: Session[Any], values: dict[str, Any], *, served: bool) -> None:
         self.handle = handle
+        #: Whether it is that of a request which is served, so that the cookie finds its way by itself.
+        self.served = served
+        #: Whether the response depends on it.
+        self.accessed = False
         self.new = "id" not in values
         self._before = {field: value for field, value in values.items() if field != "id"}
-        self._values = {_name(field): _untag(value) for field, value in self._before.items()}
+        self._saved = False
+        self._values = {item_of(field): _untag(value) for field, value in self._before.items()}
 
     @property
     def permanent(self) -> bool:
@@ -98,15 +103,6 @@ class DictSession(SessionMixin):
         pass
 
     @property
-    def accessed(self) -> bool:
-        """Whether the response depends on it."""
-        return self.handle.accessed
-
-    @accessed.setter
-    def accessed(self, value: bool) -> None:
-        self.handle.accessed = value
-
-    @property
     def modified(self) -> bool:
         """Whether anything was changed."""
         return self._fields() != self._before
@@ -116,15 +112,23 @@ class DictSession(SessionMixin):
         pass
 
     async def save(self) -> None:
-        """Write what was changed."""
-        await self.handle.replace(self._before, self._fields())
+        """Write what was changed. Emptied, it is ended, unless the handle was used in this request, too."""
+        if self._saved:  # It failed, and that is what the response is about now.
+            return
+        self._saved = True
+        used = self.handle.accessed
+        self.handle.accessed = used or self.accessed
+        if self._before and not self._values and not used:
+            await self.handle.delete()
+        else:
+            await self.handle.replace(self._before, self._fields())
 
     def _fields(self) -> dict[str, Any]:
-        return {_field(name): _tag(value) for name, value in self._values.items()}
+        return {field_of(name): _tag(value) for name, value in self._values.items()}
 
     @property
     def _data(self) -> dict[str, Any]:
-        self.handle.accessed = True
+        self.accessed = True
         return self._values
 
     def __getitem__(self, name: str) -> Any:
@@ -152,8 +156,9 @@ class SessionInterface(_SessionInterface):
     """Makes `quart.session` a session in Redis: `app.session_interface = SessionInterface()`, beside `QuartSessions`.
 
     It is read when a request begins that has a cookie, and what was changed is written when the response is made, field
-    by field, and nothing if nothing was. Emptied, it is ended. Of the names of fields, `id` and those that begin with
-    `_` or `.` get a dot before them in Redis. Values may be all that Quart's own sessions take.
+    by field, and nothing if nothing was. Emptied, it is ended, unless `rss.quart.session` was used in the request, too.
+    Of the names of items, `id` and those that begin with `_` get a dot before them in Redis. Values may be all that
+    Quart's own sessions take.
 
     For what only the session itself can, such as `rotate` at a login, there is `rss.quart.session`.
     """
@@ -161,36 +166,27 @@ class SessionInterface(_SessionInterface):
     async def open_session(self, app: Quart, request: BaseRequestWebsocket) -> DictSession:
         """Read the session."""
         handle = cast("Session[Any] | None", request.scope.get(KEY))
+        served = handle is not None
         if handle is None:  # A transaction of the test client goes round the application.
             cookies = "; ".join(request.headers.getlist("Cookie"))
             sessions: Sessions[Any] = app.extensions["rss"]
             handle = sessions.create_session(cookies)
-        accessed = handle.accessed
         values = await handle.get()
-        handle.accessed = accessed  # Whether it really is, the view shows.
-        return DictSession(handle, values)
+        handle.accessed = False  # Whether it really is, the view shows.
+        return DictSession(handle, values, served=served)
 
     async def save_session(
         self, app: Quart, session: SessionMixin, response: Response | WerkzeugResponse | None
     ) -> None:
-        """Write what was changed, and add the cookie to the response; after a WebSocket there is none."""
+        """Write what was changed."""
         del app
         if not isinstance(session, DictSession):
             raise TypeError("this interface keeps its own sessions only")
         await session.save()
-        if response is not None:
+        if response is not None and not session.served:
             vary = response.headers.get("Vary")
             for name, value in session.handle.take_headers(response.headers.get("Cache-Control"), vary):
                 response.headers.add(name, value)
-
-
-def _field(name: str) -> str:
-    """Return what an item is called in Redis: some names are the store's."""
-    return f".{name}" if name == "id" or name[:1] in ("_", ".") else name
-
-
-def _name(field: str) -> str:
-    return field.removeprefix(".")
 
 
 def _tag(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, Literal, cast
 from rss.cookies import CookiePolicy, Signer
 from rss.csrf import CSRFTokens
 from rss.durations import Duration, milliseconds
-from rss.errors import SessionNotFound, StoreUnavailable
+from rss.errors import SessionEnded, SessionNotFound, StoreUnavailable
 from rss.store import S, SessionStore, field_names, lifetime, listed
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{22,342}")  # What `SessionStore.create_session_id` makes.
@@ -114,6 +114,8 @@ class Session(Generic[S]):
         self._sessions = sessions
         self._store = sessions.store
         self._token = sessions.read_token(cookies)
+        self._next: str | None = None  # A token that is about to be its; kept until it is known to be.
+        self._guessed = False  # It could not be read, and was taken for none.
         self._id = sessions.id_of(self._token) if self._token else ""
         self._alive: bool | None = None if self._token else False  # None: not looked at yet.
         self._told = True  # Whether the client has this token.
@@ -132,13 +134,13 @@ class Session(Generic[S]):
 
         With `hash_ids` it may be shown, as on a page of one's devices: nobody can take the session over by it.
         """
-        return self._id if self._alive else None
+        return self._id if self._alive and self._values != {} else None
 
     def get_key(self) -> str:
         """Return the key of its hash in Redis. Raises `SessionNotFound` where `id` is None."""
-        if not self._alive:
+        if self.id is None:
             raise SessionNotFound("there is no session in this request, or it was not looked at yet")
-        return self._store.get_session_key(self._id)
+        return self._store.get_session_key(self.id)
 
     async def get(self, fields: Iterable[str] | None = None) -> S:
         """Return the session with its `id`, or these fields of it; {} if there is none.
@@ -149,7 +151,7 @@ class Session(Generic[S]):
         names = None if fields is None else {"id", *field_names(fields, "id")}
         async with self._lock:
             values = await self._read()
-        return cast("S", _copied({name: values[name] for name in values if names is None or name in names}))
+        return cast("S", {name: _copied(values[name]) for name in values if names is None or name in names})
 
     async def set(self, values: S, max_age: Duration | None = None) -> S:
         """Write these fields, renew the session, from now on for *max_age* if that is given, and return the values.
@@ -184,23 +186,22 @@ class Session(Generic[S]):
     ) -> None:
         """Write the fields that differ between two states of the session, and take out those that are gone.
 
-        For frameworks in which a session is a dict. If nothing is left of it, it is ended. What others wrote in between
-        stays: only what differs here is written, and nothing if nothing does.
+        For frameworks in which a session is a dict. What others wrote in between stays, also in this request by the
+        other methods: only what differs here is written. If nothing does, it is at most renewed, for *max_age*.
         """
-        encode = self._store._encode_value
-        gone = [field for field in before if field not in after]
+        encode, held = self._store._encode_value, self._values or before
+        gone = [field for field in before if field not in after and held.get(field) == before[field]]
         changed = {
             field: value
             for field, value in after.items()
             if field not in before or encode(field, value) != encode(field, before[field])
         }
-        if gone and not after:
-            await self.delete()
-            return
+        if gone:  # First: if only one of the two succeeds, the session holds rather too little than too much.
+            await self.unset(gone, max_age)
         if changed:
             await self.set(cast("S", changed), max_age)
-        if gone:
-            await self.unset(gone, max_age)
+        if max_age is not None and not gone and not changed:
+            await self.touch(max_age)
 
     async def touch(self, max_age: Duration | None = None) -> bool:
         """Renew the session, as `set` does, without writing to it. Returns False if there is none, or none any more."""
@@ -228,6 +229,7 @@ class Session(Generic[S]):
         async with self._lock:
             self.accessed = True
             deleted = False
+            self._values = None  # Should this be cancelled, it is not known what is left.
             if self._alive is not False:
                 deleted = await self._answer(asyncio.shield(self._store.delete(self._id, reason=reason)))
             self._token, self._id, self._alive, self._values = None, "", False, None
@@ -235,23 +237,24 @@ class Session(Generic[S]):
             self._cookie = self._sessions.cookie.clear() if self._cookie_came and not self.sent else None
         return deleted
 
-    async def rotate(self, values: S | None = None) -> None:
-        """Give the session a new id, as is due at a login, and write these values. Its data, age and TTL stay.
+    async def rotate(self, values: S | None = None, max_age: Duration | None = None) -> None:
+        """Give the session a new id, as is due at a login, and write these values. Its data and age stay.
 
-        The old id has ended, and so have the CSRF tokens. Makes a session if there is none, with these values.
+        Without *max_age* its TTL stays, too; with it, the session is renewed, and keeps that for later. The old id has
+        ended, and so have the CSRF tokens. Makes a session if there is none, with these values.
         """
         fields: Any = values or {}
         async with self._lock:
-            self._may_mint()
-            token = self._store.create_session_id()
+            token = self._mint()
             new = self._sessions.id_of(token)
-            ttl = await self._write(lambda: self._store._rotate(self._id, new, fields))
+            ttl = await self._write(lambda: self._store._rotate(self._id, new, fields, max_age))
             if ttl is None:
-                await self._create(fields, None)
+                await self._create(fields, max_age)
             else:
-                self._token, self._id, self._told = token, new, False
-                self._owe(ttl)
-                self._note({"id": new, **fields})
+                self._adopt(token, new, ttl)
+                self._note(fields)
+                if self._values:
+                    self._values["id"] = new
 
     async def create_csrf_token(self) -> str:
         """Return a token for the forms of this session; makes one if there is none. Another each time, all are valid.
@@ -268,8 +271,10 @@ class Session(Generic[S]):
 
     def take_cookies(self) -> list[str]:
         """Return the Set-Cookie headers that the response has to carry, once: from now on it has begun."""
+        # A renewal by who only looked whether there is a session, as for a file that all may keep, can wait.
+        cookies = [self._cookie] if self._cookie and self.accessed else []
+        self._cookie = None
         self.sent = self._told = True
-        cookies, self._cookie = [self._cookie] if self._cookie else [], None
         return cookies
 
     def take_headers(self, cache_control: str | None, vary: str | None) -> list[tuple[str, str]]:
@@ -306,7 +311,8 @@ class Session(Generic[S]):
             except StoreUnavailable:
                 if self._sessions.on_unavailable == "raise":
                     raise
-                self._values = {}  # For all of this request. Whether there is a session remains unknown.
+                self.unavailable, self._guessed = False, True
+                self._values = {}  # For all of this request.
                 return self._values
             self._values = cast("dict[str, Any]", self._store._decode(pairs))
             self.ended = pairs[1].decode() if pairs and not self._values else None
@@ -321,30 +327,46 @@ class Session(Generic[S]):
         self.accessed = True
         if self._alive is False:
             return None
+        if self._guessed:  # What is to be written may follow from what could not be read.
+            raise StoreUnavailable("the session could not be read in this request")
         try:
             ttl: int = await self._answer(operation())
-        except SessionNotFound:
-            self._values = {}
+        except SessionNotFound as error:
+            self._values, self._cookie = {}, None
+            if isinstance(error, SessionEnded):
+                self.ended = error.reason
             if self._alive:
                 raise
             self._alive = False  # An id that is not known is not adopted.
             return None
+        except (StoreUnavailable, asyncio.CancelledError):
+            if self._alive:
+                self._values = None  # It is not known what was written.
+            raise
         self._alive = True
         return ttl
 
     async def _create(self, values: Mapping[str, Any], max_age: Duration | None) -> None:
-        self._may_mint()
-        token = self._store.create_session_id()
+        token = self._mint()
         session_id = self._sessions.id_of(token)
         ttl: int = await self._answer(self._store._set(session_id, values, max_age, "create", None))
-        self._token, self._id, self._told = token, session_id, False
         self._alive, self.is_new, self._values = True, True, {"id": session_id}
-        self._owe(ttl)
+        self._adopt(token, session_id, ttl)
         self._note(values)
+
+    def _mint(self) -> str:
+        """Return a new token; the same again if it is not known what became of it: the scripts recognise their work."""
+        self._may_mint()
+        self._next = self._next or self._store.create_session_id()
+        return self._next
 
     def _may_mint(self) -> None:
         if self.sent:
             raise RuntimeError("the response has begun: it cannot tell the client the id of a new session")
+
+    def _adopt(self, token: str, session_id: str, ttl: int) -> None:
+        self._token, self._id, self._told, self._next = token, session_id, False, None
+        self._owe(ttl)
 
     def _owe(self, ttl: int) -> None:
         """Let the cookie live as long as the session."""
@@ -356,11 +378,24 @@ class Session(Generic[S]):
 
     def _note(self, values: Mapping[str, Any]) -> None:
         if self._values:
-            self._values.update(_copied(values))
-        else:  # It could not be read before; it can now.
-            self._values = None
+            self._values.update(self._store._as_stored(values))
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values that may be changed without changing these."""
-    return {field: copy.deepcopy(value) if isinstance(value, list | dict) else value for field, value in values.items()}
+def _copied(value: Any) -> Any:
+    """Return a value that may be changed without changing this one."""
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value
+
+
+def field_of(item: str) -> str:
+    """Return the name of the field for an item of a session that is a dict: those that are the store's get a dot."""
+    return f".{item}" if _is_reserved(item) else item
+
+
+def item_of(field: str) -> str:
+    """Return the name of the item that such a field is."""
+    return field[1:] if field.startswith(".") and _is_reserved(field) else field
+
+
+def _is_reserved(name: str) -> bool:
+    plain = name.lstrip(".")
+    return plain == "id" or plain.startswith("_")

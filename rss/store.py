@@ -247,15 +247,24 @@ class SessionStore(Generic[S]):
         reply = await self._read(session_id, [])
         return cast("bytes", reply[1]).decode() if reply[0] == b"_ended" else None
 
-    async def rotate(self, session_id: str, values: S | None = None, *, grace: Duration | None = None) -> str:
-        """Give a session a new id, as at a login, write these values, and return the id. Data, age and TTL stay.
+    async def rotate(
+        self,
+        session_id: str,
+        values: S | None = None,
+        max_age: Duration | None = None,
+        *,
+        grace: Duration | None = None,
+    ) -> str:
+        """Give a session a new id, as at a login, write these values, and return the id. Data and age stay.
 
+        Without *max_age* its TTL stays, too; with it, the session is renewed, and keeps that for later.
         The old id has ended, with the reason "rotated". For *grace* it still leads to the session, so that requests
         that were under way are not signed out; but it cannot be rotated again. Raises `SessionNotFound` if there
         is no session, and `LimitExceeded` if a reference refuses it.
         """
         new = self._keys.mint()
-        await self._rotate(session_id, new, values or {}, "0" if grace is None else str(milliseconds(grace, "grace")))
+        patience = "0" if grace is None else str(milliseconds(grace, "grace"))
+        await self._rotate(session_id, new, values or {}, max_age, patience)
         return new
 
     async def ttl(self, session_id: str) -> timedelta | None:
@@ -326,11 +335,13 @@ class SessionStore(Generic[S]):
         """Return the TTL in milliseconds, 0 if there is no session."""
         return self._calls.run("touch", [self._keys.session(session_id)], [max_age])
 
-    def _rotate(self, session_id: str, new: str, values: Mapping[str, Any], grace: str = "0") -> Awaitable[int]:
+    def _rotate(
+        self, session_id: str, new: str, values: Mapping[str, Any], max_age: Duration | None, grace: str = "0"
+    ) -> Awaitable[int]:
         """Return the TTL in milliseconds."""
         pairs, sets, counts = self._encode(values)
         keys = [self._keys.session(session_id), self._keys.session(new), *sets]
-        args = [new, grace, str(len(pairs)), *pairs]
+        args = [new, grace, "-1" if max_age is None else lifetime(max_age), str(len(pairs)), *pairs]
         return self._calls.run("rotate_with_refs", keys, args, shared=tuple(counts))
 
     def _read(self, session_id: str, fields: list[str] | None, idle: str = "-1") -> Awaitable[list[Any]]:
@@ -379,6 +390,11 @@ class SessionStore(Generic[S]):
         if any(isinstance(one, int) and abs(one) > 2**53 for one in value):
             raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
         return list(dict.fromkeys(self._keys.reference(field, one) for one in value))
+
+    def _as_stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values as a read will bring them back."""
+        pairs = [data.encode() if isinstance(data, str) else data for data in self._encode(values)[0]]
+        return cast("dict[str, Any]", self._decode(pairs))
 
     def _encode_value(self, field: str, value: Any) -> str | bytes:
         encode = self._encoders[field]

@@ -55,8 +55,10 @@ class Keyspace:
             pass
 
     async def shorten(self, milliseconds: int) -> None:
-        """Take that from the TTL of every key, as if so much time had passed."""
+        """Take that from the TTL of every session, as if it had been renewed so much earlier."""
         for key in await self.keys():
+            if not key.startswith(f"{self.prefix}:{{"):
+                continue
             await self.client.pexpire(key, await self.client.pttl(key) - milliseconds)
 
     async def clear(self) -> None:

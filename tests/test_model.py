@@ -274,11 +274,11 @@ class Machine(RuleBasedStateMachine):
             self.model.end(session_id, reason)
         self.check()
 
-    @rule(n=IDS, data=st.data(), which=st.integers(0, 1), grace=st.booleans())
-    def rotate(self, n: int, data: st.DataObject, which: int, *, grace: bool) -> None:
+    @rule(n=IDS, data=st.data(), age=AGE, which=st.integers(0, 1), grace=st.booleans())
+    def rotate(self, n: int, data: st.DataObject, age: str | None, which: int, *, grace: bool) -> None:
         """Give a new id and values."""
         old, values = self.pick(n), data.draw(TEXT if self.text else TYPED)
-        rotate = self.stores[which].rotate(old, values, grace="10m" if grace else None)
+        rotate = self.stores[which].rotate(old, values, age, grace="10m" if grace else None)
         if refused := self.model.refusal(old):
             self.refuse(rotate, refused)
         else:
@@ -292,8 +292,8 @@ class Machine(RuleBasedStateMachine):
                 self.model.ended[old] = "rotated"
                 if grace:
                     self.model.leads[old] = new
-                self.settle(new, {**session.values, **values}, session.age, was=session.values)
-                self.model.live[new].ttl = session.ttl
+                self.settle(new, {**session.values, **values}, AGES[age] if age else session.age, was=session.values)
+                self.model.live[new].ttl = self.model.live[new].ttl if age else session.ttl
         self.check()
 
     @rule(name=st.sampled_from(["user_id", "ip"]), value=ONE, keep=st.lists(IDS, max_size=2), which=st.integers(0, 1))

@@ -21,7 +21,9 @@ from rss import (
     Sessions,
     SessionStore,
     StoreUnavailable,
+    TextCodec,
 )
+from rss.session import field_of, item_of
 from tests.keyspace import Keyspace
 
 HOUR = 3_600_000
@@ -304,6 +306,8 @@ async def test_a_session_that_was_there_is_not_made_again(
     else:
         await sessions.store.delete_by("user_id", 1, reason="password")
     before = await keyspace.dump()
+    if not read:
+        assert await session.get() == {}
     writes: list[Callable[[], Awaitable[object]]] = [
         lambda: session.set({"user_id": 1}),
         lambda: session.unset(["n"]),
@@ -345,7 +349,10 @@ async def test_delete_ends_the_session_and_the_cookie(sessions: Sessions, keyspa
     ]
     assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"_ended": "signed-out"}}
     assert request(sessions, token).ended is None
-    assert not await request(sessions, token).delete()
+    for cookie in (token, UNKNOWN, "nonsense"):  # Whatever the client has, it is better without it.
+        session = request(sessions, cookie)
+        assert not await session.delete()
+        assert "; Max-Age=0;" in session.take_cookies()[0]
 
 
 async def test_delete_of_what_this_request_made(sessions: Sessions, keyspace: Keyspace) -> None:
@@ -626,11 +633,13 @@ async def test_unavailable_may_be_anonymous_for_a_reader(
 
     session = request(sessions, token)
     assert await session.get() == {}
-    monkeypatch.setattr(session, "_store", store)  # It is back.
+    assert not session.unavailable
+    monkeypatch.setattr(session, "_store", store)  # It is back. But what is written may follow from what was not read.
     assert await session.get() == {}
-    await session.set({"n": 1})
-    assert await session.get() == {"id": id_of(token), "user_id": 1, "n": 1}
-    assert token_in(session.take_cookies()) == token
+    with pytest.raises(StoreUnavailable):
+        await session.set({"n": 1})
+    assert session.take_cookies() == []
+    assert await session.delete()
 
 
 # ---------------------------------------------------------------- and
@@ -696,6 +705,174 @@ async def test_replace_writes_what_differs(sessions: Sessions, keyspace: Keyspac
         "l": "[true]",
         "other": "1",
     }
-    await session.replace({"n": 1}, {"n": 1})
-    await session.replace({"n": 1}, {})
-    assert (await keyspace.dump()) == {f"{{{id_of(token)}}}": {"_ended": "deleted"}}
+    await session.replace({"n": True}, {"n": True}, "1h")
+    assert HOUR - 60_000 < await keyspace.ttl(f"{{{id_of(token)}}}") <= HOUR
+    session.take_cookies()
+    session = request(sessions, token)
+    await session.replace({"n": True}, {"n": True})
+    assert session.take_cookies() == []
+
+
+async def test_replace_takes_out_before_it_writes(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If only one of the two succeeds, nobody keeps what was taken from them."""
+    token = await signed_in(sessions, {"user_id": 1, "role": "admin"})
+    session = request(sessions, token)
+
+    async def lost() -> int:
+        raise StoreUnavailable("the connection broke")
+
+    monkeypatch.setattr(sessions.store, "_set", lambda *_: lost())
+    with pytest.raises(StoreUnavailable):
+        await session.replace({"user_id": 1, "role": "admin"}, {"user_id": 2})
+    assert await sessions.store.get(id_of(token)) == {"id": id_of(token), "user_id": 1}
+
+
+async def test_replace_keeps_what_was_written_in_the_request(sessions: Sessions) -> None:
+    """By the other methods: a field that a dict knew and has no more is not taken out if it is another by now."""
+    session = request(sessions, await signed_in(sessions, {"user_id": 1, "n": 1, "l": [1]}))
+    before: dict[str, Any] = await session.get()
+    await session.rotate({"user_id": 2, "theme": "dark"})
+    del before["id"]
+    await session.replace(before, {"l": [1]})
+    assert await session.get() == {"id": session.id, "user_id": 2, "theme": "dark", "l": [1]}
+
+
+async def test_what_is_read_after_a_write_is_what_is_stored(client: Redis, keyspace: Keyspace) -> None:
+    """Also where a codec brings back something else."""
+    sessions = Sessions(SessionStore(client, prefix=keyspace.prefix, codec=TextCodec()))
+    session = sessions.create_session()
+    await session.set({"n": 1})
+    assert await session.get() == {"id": session.id, "n": "1"}
+    await session.set({"m": 2})
+    await session.rotate({"k": 3})
+    assert await session.get() == {"id": session.id, "n": "1", "m": "2", "k": "3"}
+    token = token_in(session.take_cookies())
+    assert await request(sessions, token).get() == await session.get()
+
+
+@pytest.mark.parametrize("write", ["set", "unset", "rotate"])
+async def test_a_write_tells_why_there_is_no_session(sessions: Sessions, write: str) -> None:
+    """Not only a read does; and the cookie of a session that has ended is not renewed."""
+    token = await signed_in(sessions)
+    session = request(sessions, token)
+    await session.set({"n": 1})
+    await sessions.store.delete(id_of(token), reason="password")
+    with pytest.raises(SessionEnded):
+        await (session.unset(["n"]) if write == "unset" else getattr(session, write)({"n": 2}))
+    assert session.ended == "password"
+    assert session.id is None
+    with pytest.raises(SessionNotFound):
+        session.get_key()
+    assert session.take_cookies() == []
+
+    session = request(sessions, token)
+    await (session.unset(["n"]) if write == "unset" else getattr(session, write)({"n": 2}))
+    assert session.ended == "password"
+    assert session.is_new == (write != "unset")
+
+
+@pytest.mark.parametrize("write", ["set", "unset", "rotate", "delete"])
+async def test_after_a_cancelled_write_a_read_asks_again(watched_url: str, write: str) -> None:
+    """What Redis did is not known then: it may be all, or nothing."""
+    async with Redis.from_url(watched_url) as admin:
+        sessions = Sessions(SessionStore.from_url(watched_url))
+        token = await signed_in(sessions, {"n": 1})
+        session = request(sessions, token)
+        await session.get()
+        await admin.client_pause(10_000, all=False)
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "set": lambda: session.set({"n": 2}),
+            "unset": lambda: session.unset(["n"]),
+            "rotate": lambda: session.rotate({"n": 2}),
+            "delete": session.delete,
+        }
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(calls[write](), 0.05)
+        await admin.client_unpause()
+        async with asyncio.timeout(10):
+            while (await sessions.store.get(id_of(token))).get("n") == 1:
+                await asyncio.sleep(0.01)
+        assert await session.get() == await sessions.store.get(id_of(token))
+        await sessions.store.aclose()
+        await admin.flushdb()
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_cancelled_login_can_be_repeated(watched_url: str, *, there: bool) -> None:
+    """In the same request: whether Redis did it or not, there is one session, and the client gets its cookie."""
+    async with Redis.from_url(watched_url) as admin:
+        reference = Reference(limit=1, on_limit="refuse")
+        sessions = Sessions(SessionStore.from_url(watched_url, references={"user_id": reference}))
+        session = request(sessions, await signed_in(sessions, {"n": 1})) if there else sessions.create_session()
+        await session.get()
+        await admin.client_pause(10_000, all=False)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(session.rotate({"user_id": 7}), 0.05)
+        await admin.client_unpause()
+        async with asyncio.timeout(10):
+            while not await sessions.store.count_by("user_id", 7):
+                await asyncio.sleep(0.01)
+        await session.rotate({"user_id": 7})
+        token = token_in(session.take_cookies())
+        assert (await request(sessions, token).get())["user_id"] == 7
+        assert await sessions.store.ids_by("user_id", 7) == [id_of(token)]
+        await sessions.store.aclose()
+        await admin.flushdb()
+
+
+async def test_a_server_that_takes_no_writes_can_be_read(watched_url: str) -> None:
+    """A renewal that is only due now and then does not stop a read; one that is asked for does."""
+    async with Redis.from_url(watched_url) as admin:
+        sessions = Sessions(SessionStore.from_url(watched_url, timeout=0.3), rolling=0.001)
+        token = await signed_in(sessions)
+        await admin.config_set("min-replicas-to-write", 1)
+        try:
+            session = request(sessions, token)
+            assert (await session.get())["user_id"] == 1
+            assert session.take_cookies() == []
+            with pytest.raises(StoreUnavailable):
+                await session.set({"n": 1})
+            with pytest.raises(StoreUnavailable):
+                await sessions.store.get(id_of(token), touch=True)
+        finally:
+            await admin.config_set("min-replicas-to-write", 0)
+        session = request(sessions, token)
+        assert (await session.get())["user_id"] == 1
+        assert token_in(session.take_cookies()) == token
+        await sessions.store.aclose()
+        await admin.flushdb()
+
+
+async def test_rotate_may_give_another_lifetime(sessions: Sessions) -> None:
+    """A short session for a form becomes a long one at the login; the cookie follows."""
+    session = sessions.create_session()
+    await session.set({}, "1h")
+    token = token_in(session.take_cookies())
+    for values in ({"user_id": 1}, {"user_id": 2}):
+        session = request(sessions, token)
+        await session.rotate(values, "30 days")
+        (cookie,) = session.take_cookies()
+        assert "; Max-Age=2592000;" in cookie
+        token = token_in([cookie])
+    session = sessions.create_session()
+    await session.rotate({"user_id": 1}, "30 days")
+    assert "; Max-Age=2592000;" in session.take_cookies()[0]
+
+
+@pytest.mark.parametrize(
+    ("item", "field"),
+    [
+        ("n", "n"),
+        ("", ""),
+        ("id", ".id"),
+        ("_x", "._x"),
+        (".id", "..id"),
+        ("._x", ".._x"),
+        (".n", ".n"),
+        ("i.d", "i.d"),
+    ],
+)
+def test_items_whose_names_are_the_stores_get_others(item: str, field: str) -> None:
+    """Each has one of its own, and comes back by it."""
+    assert field_of(item) == field
+    assert item_of(field) == item

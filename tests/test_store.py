@@ -379,6 +379,17 @@ async def test_rotate_gives_a_new_id(store: SessionStore, keyspace: Keyspace) ->
         await store.rotate("b")
 
 
+async def test_rotate_may_give_another_lifetime(store: SessionStore, keyspace: Keyspace) -> None:
+    """As for who wants to be remembered: it is the session's own from then on."""
+    await store.set("a", ALICE, "1h")
+    new = await store.rotate("a", {"user_id": 2}, "2 days")
+    for _ in range(2):
+        assert DAY < await keyspace.ttl(f"{{{new}}}") <= 2 * DAY
+        for key in ("user_id:{2}", "ip:{::1}"):
+            assert await keyspace.ttl(f"{{{new}}}") <= await keyspace.ttl(key) <= 2 * DAY * SLACK
+        await store.set(new, {"name": "bob"})
+
+
 async def test_rotate_with_grace_lets_the_old_id_lead_to_the_new(store: SessionStore, keyspace: Keyspace) -> None:
     """For that long requests by the old id work on the session; it cannot be rotated again."""
     await store.set("a", ALICE)

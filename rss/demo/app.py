@@ -113,8 +113,8 @@ async def sign_in() -> Any:
         abort(400)
     now = time.time()
     agent = request.headers.get("User-Agent", "")
-    await session.rotate({"user": user, "agent": agent, "ip": request.remote_addr, "signed_in": now, "seen": now})
-    await session.touch(_LASTS)
+    values = {"user": user, "agent": agent, "ip": request.remote_addr, "signed_in": now, "seen": now}
+    await session.rotate(values, _LASTS)
     return redirect(url_for("pages.home"), 303)
 
 
@@ -155,11 +155,13 @@ async def live() -> None:
     """Tell an open page that its session has ended."""
     if websocket.headers.get("Origin", "").partition("://")[2] != websocket.host:
         abort(403)  # Pages of other sites may open a WebSocket here, too.
-    await _user()
-    store, session_id = _sessions().store, session.id or ""
-    while await store.ttl(session_id):  # noqa: ASYNC110 - it ends in Redis; all pages that ask are one script
+    signed_in = "user" in await session.get()
+    store, session_id = _sessions().store, session.id
+    # It ends in Redis, and is asked for there; all pages that ask are one script.
+    while signed_in and session_id and await store.ttl(session_id):  # noqa: ASYNC110
         await asyncio.sleep(0.5)
-    await websocket.send_json({"notice": _WHY.get(await store.ended(session_id) or "", "You are signed out.")})
+    reason = await store.ended(session_id) if session_id else session.ended
+    await websocket.send_json({"notice": _WHY.get(reason or "", "You are signed out.")})
     await websocket.close(1000)
 
 

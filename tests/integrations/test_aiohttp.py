@@ -147,12 +147,14 @@ async def test_a_session_of_aiohttp_session(sessions: Sessions, keyspace: Keyspa
 
 async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keyspace: Keyspace) -> None:
     """`new_session` begins with nothing, and the cookie that was there is worth nothing; `max_age` is kept."""
+    created: list[int] = []
 
     async def handler(request: web.Request) -> web.Response:
         session = await aiohttp_session.get_session(request)
         if not session.new:
             session = await aiohttp_session.new_session(request)
             session.max_age = 3600
+        created.append(session.created)
         session["user_id"] = 2 if session.max_age else 1
         return web.Response()
 
@@ -167,6 +169,7 @@ async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keysp
     assert dump[f"{{{id_of(planted)}}}"] == {"_ended": "rotated"}
     assert dump["user_id:{2}"] == {id_of(token)}
     assert set(dump) == {f"{{{id_of(planted)}}}", f"{{{id_of(token)}}}", "user_id:{2}"}
+    assert dump[f"{{{id_of(token)}}}"]["aiohttp_session.created"] == str(created[1])  # type: ignore[index]
 
 
 async def test_a_late_write_by_aiohttp_session_is_refused(sessions: Sessions, keyspace: Keyspace) -> None:
@@ -185,3 +188,46 @@ async def test_a_late_write_by_aiohttp_session_is_refused(sessions: Sessions, ke
             async with visitor.get("/") as response:
                 assert response.status == status
         assert await keyspace.dump() == {f"{{{id_of(cookie_of(visitor))}}}": {"_ended": "deleted"}}
+
+
+async def test_both_kinds_in_one_request(sessions: Sessions, keyspace: Keyspace) -> None:
+    """What is done with the session itself stays done."""
+
+    async def handler(request: web.Request) -> web.Response:
+        session = await aiohttp_session.get_session(request)
+        session["visits"] = session.get("visits", 0) + 1
+        await (await rss.aiohttp.get_session(request)).rotate({"user_id": 7})
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        for visits in ("1", "2"):
+            async with visitor.get("/") as response:
+                assert response.status == 200
+            key = f"{{{id_of(cookie_of(visitor))}}}"
+            held = (await keyspace.dump())[key]
+            assert isinstance(held, dict)
+            assert (held["user_id"], held["visits"]) == ("7", visits)
+
+
+async def test_any_name_of_an_item(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Also those that are the store's; and a lifetime alone is kept."""
+    seen: list[dict[str, object]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        session = await aiohttp_session.get_session(request)
+        seen.append(dict(session))
+        if session.new:
+            session.update({"_csrf": 1, "id": 2, "created": 3})
+        else:
+            session.max_age = 60
+            session.changed()
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        async with visitor.get("/") as response:
+            assert response.status == 200
+        async with visitor.get("/") as response:
+            assert response.status == 200
+        assert seen[1] == {"_csrf": 1, "id": 2, "created": 3}
+        assert "; Max-Age=60;" in response.headers["Set-Cookie"]
+        assert await keyspace.ttl(f"{{{id_of(cookie_of(visitor))}}}") <= 60_000

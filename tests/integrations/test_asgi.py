@@ -98,6 +98,34 @@ async def test_an_application_without_headers(sessions: Sessions) -> None:
     assert [name for name, _ in accept["headers"]] == [b"set-cookie", b"cache-control", b"vary"]
 
 
+async def test_messages_of_the_application_stay_as_they_are(sessions: Sessions) -> None:
+    """It may send the same one to everybody: nobody gets the cookie of another."""
+    start = {"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]}
+
+    async def app(scope: Any, _receive: object, send: Any) -> None:
+        if scope["path"] == "/write":
+            await scope[KEY].set({"user_id": 1})
+        await send(start)
+
+    wrapped = SessionMiddleware(app, sessions)
+    (mine,) = await Connection(path="/write").run(wrapped)
+    (others,) = await Connection(path="/").run(wrapped)
+    assert b"set-cookie" in dict(mine["headers"])
+    assert others["headers"] == start["headers"] == [(b"x", b"y")]
+
+
+async def test_headers_may_be_any_iterable(sessions: Sessions) -> None:
+    """They are read once."""
+
+    async def app(scope: Any, _receive: object, send: Any) -> None:
+        await scope[KEY].set({"user_id": 1})
+        headers = iter([(b"cache-control", b"private"), (b"vary", b"Cookie")])
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    (start,) = await Connection().run(SessionMiddleware(app, sessions))
+    assert [name for name, _ in start["headers"]] == [b"cache-control", b"vary", b"set-cookie"]
+
+
 @pytest.mark.parametrize(
     ("kind", "extensions", "answer"),
     [
@@ -108,10 +136,11 @@ async def test_an_application_without_headers(sessions: Sessions) -> None:
             ["websocket.http.response.start", "websocket.http.response.body"],
         ),
         ("websocket", {}, ["websocket.close"]),
+        ("websocket", None, ["websocket.close"]),
     ],
 )
 async def test_an_unavailable_store_is_answered(
-    kind: str, extensions: dict[str, Any], answer: list[str], caplog: pytest.LogCaptureFixture
+    kind: str, extensions: dict[str, Any] | None, answer: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """By a 503, to a WebSocket by what it may be told; and it is logged, without an id."""
     with contextlib.ExitStack() as server:

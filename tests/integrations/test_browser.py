@@ -229,6 +229,18 @@ async def test_a_forged_form_is_refused(demo: str, chromium: Browser, secrecy: S
         await expect(page.get_by_role("heading", name="Your devices")).to_be_visible()
 
 
+async def test_a_page_that_was_away_is_told(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
+    """When it comes back: it asks with a cookie whose session has ended meanwhile, and is not left to ask again."""
+    async with person(chromium, secrecy) as one, person(chromium, secrecy) as other, client_of(demo) as client:
+        await sign_in(one, demo)
+        await sign_in(other, demo)
+        headers = {"Cookie": f"session-id={await token_of(other.context)}", "Origin": demo}
+        await one.get_by_role("button", name="Sign out everywhere else").click()
+        await expect(one.locator(".devices li")).to_have_count(1)
+        async with client.ws_connect("/live", headers=headers) as socket:
+            assert "from another device" in (await socket.receive_json())["notice"]
+
+
 async def test_nobody_ends_the_sessions_of_others(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
     """Who knows the id of another user's session cannot end it, and who is not signed in ends nothing."""
     async with (

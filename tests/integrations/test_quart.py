@@ -204,6 +204,67 @@ async def test_an_emptied_session_is_ended(sessions: Sessions, keyspace: Keyspac
     assert [*(await keyspace.dump()).values()] == [{"_ended": "deleted"}]
 
 
+async def test_a_view_may_use_both(sessions: Sessions, keyspace: Keyspace) -> None:
+    """What is done with `rss.quart.session` stays done, whatever becomes of `quart.session`."""
+
+    async def flash() -> str:
+        await quart.flash("hello")
+        return ""
+
+    async def form() -> str:
+        assert quart.get_flashed_messages() == ["hello"]  # That was all there was in it.
+        return await rss.quart.session.create_csrf_token()
+
+    async def check() -> str:
+        return str(await rss.quart.session.verify_csrf_token(quart.request.headers["X"]))
+
+    async def sign_in() -> str:
+        quart.session["theme"] = "dark"
+        quart.session.pop("cart", None)
+        await rss.quart.session.rotate({"user_id": 7})
+        return ""
+
+    async def begin_anew() -> str:
+        quart.session.clear()
+        await rss.quart.session.rotate({"user_id": 8})
+        return ""
+
+    async def look() -> dict[str, Any]:
+        return dict(quart.session)
+
+    views = {"flash": flash, "form": form, "check": check, "sign_in": sign_in, "begin_anew": begin_anew, "look": look}
+    client = create_app(sessions, **views).test_client()
+    await client.get("/flash", scheme="https")
+    token = await (await client.get("/form", scheme="https")).get_data(as_text=True)
+    assert await (await client.get("/check", scheme="https", headers={"X": token})).get_data(as_text=True) == "True"
+    await client.get("/sign_in", scheme="https")
+    assert await (await client.get("/look", scheme="https")).get_json() == {"theme": "dark", "user_id": 7}
+    await client.get("/begin_anew", scheme="https")
+    assert await (await client.get("/look", scheme="https")).get_json() == {"user_id": 8}
+    dump = await keyspace.dump()
+    assert len(dump["user_id:{8}"]) == 1
+    assert "user_id:{7}" not in dump
+
+
+async def test_what_does_not_look_carries_no_cookie(sessions: Sessions, keyspace: Keyspace) -> None:
+    """A file that all may keep is not the place for a renewed one; another response may have it."""
+
+    async def write() -> str:
+        quart.session["n"] = quart.session.get("n", 0) + 1
+        return ""
+
+    async def untouched() -> Any:
+        return "", {"Cache-Control": "public, max-age=3600"}
+
+    client = create_app(sessions, write=write, untouched=untouched).test_client()
+    await client.get("/write", scheme="https")
+    await keyspace.shorten(61_000)
+    response = await client.get("/untouched", scheme="https")
+    assert "Set-Cookie" not in response.headers
+    assert response.headers["Cache-Control"] == "public, max-age=3600"
+    assert "Set-Cookie" in (await client.get("/write", scheme="https")).headers
+
+
 async def test_only_a_view_that_looks_varies(sessions: Sessions, keyspace: Keyspace) -> None:
     """Whether the session is read for a request does not matter: whether the response depends on it does."""
 
