@@ -3,7 +3,7 @@
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then for each session
-    max_age           milliseconds to live from now on, and after later writes; 0 for as before, -1 to leave its TTL alone
+    max_age           milliseconds to live from now on, and after later writes; 0 for as before, -1 for its TTL to stay
     fields            their number, then their names
 
   Returns for each session field, value, ... of what was taken out, and at last its TTL in milliseconds; or

@@ -114,7 +114,7 @@ class Session(Generic[S]):
         self._sessions = sessions
         self._store = sessions.store
         self._token = sessions.read_token(cookies)
-        self._next: str | None = None  # A token that is about to be its; kept until it is known to be.
+        self._next: tuple[str, object] | None = None  # A token that is about to be its, and what is written with it.
         self._guessed = False  # It could not be read, and was taken for none.
         self._id = sessions.id_of(self._token) if self._token else ""
         self._alive: bool | None = None if self._token else False  # None: not looked at yet.
@@ -233,7 +233,7 @@ class Session(Generic[S]):
             if self._alive is not False:
                 deleted = await self._answer(asyncio.shield(self._store.delete(self._id, reason=reason)))
             self._token, self._id, self._alive, self._values = None, "", False, None
-            self.is_new = False
+            self.is_new, self._next = False, None
             self._cookie = self._sessions.cookie.clear() if self._cookie_came and not self.sent else None
         return deleted
 
@@ -245,7 +245,7 @@ class Session(Generic[S]):
         """
         fields: Any = values or {}
         async with self._lock:
-            token = self._mint()
+            token = self._mint(fields, max_age)
             new = self._sessions.id_of(token)
             ttl = await self._write(lambda: self._store._rotate(self._id, new, fields, max_age))
             if ttl is None:
@@ -347,18 +347,23 @@ class Session(Generic[S]):
         return ttl
 
     async def _create(self, values: Mapping[str, Any], max_age: Duration | None) -> None:
-        token = self._mint()
+        token = self._mint(values, max_age)
         session_id = self._sessions.id_of(token)
         ttl: int = await self._answer(self._store._set(session_id, values, max_age, "create", None))
         self._alive, self.is_new, self._values = True, True, {"id": session_id}
         self._adopt(token, session_id, ttl)
         self._note(values)
 
-    def _mint(self) -> str:
-        """Return a new token; the same again if it is not known what became of it: the scripts recognise their work."""
+    def _mint(self, values: Mapping[str, Any], max_age: Duration | None) -> str:
+        """Return a new token; the same again for the same work, if it is not known whether that was done.
+
+        The scripts recognise what they have done by the id that goes with it.
+        """
         self._may_mint()
-        self._next = self._next or self._store.create_session_id()
-        return self._next
+        work = dict(values), max_age
+        if self._next is None or self._next[1] != work:
+            self._next = self._store.create_session_id(), work
+        return self._next[0]
 
     def _may_mint(self) -> None:
         if self.sent:
