@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import hmac
 import re
 from collections.abc import Awaitable, Callable
 from http.cookies import SimpleCookie
@@ -574,6 +575,16 @@ async def test_a_csrf_token_makes_a_session(sessions: Sessions, keyspace: Keyspa
     assert await request(sessions, token).verify_csrf_token(csrf_token)
 
 
+async def test_who_knows_the_id_cannot_make_a_csrf_token(sessions: Sessions) -> None:
+    """It may be shown, and stands in Redis: what the tokens are made of is in the cookie alone."""
+    session = request(sessions, await signed_in(sessions))
+    await session.get()
+    assert session.id
+    for key in (session.id, session.get_key()):
+        for secret in (hmac.digest(key.encode(), b"csrf", "sha256"), hashlib.sha256(key.encode()).digest()):
+            assert not await session.verify_csrf_token(sessions.tokens.create(secret))
+
+
 async def test_csrf_tokens_end_with_the_id(sessions: Sessions) -> None:
     """A form from before the login does nothing after it, and one of a session that ended nothing at all."""
     token = await signed_in(sessions)
@@ -824,6 +835,22 @@ async def test_a_cancelled_login_can_be_repeated(watched_url: str, *, there: boo
             await session.rotate({"user_id": 8})
             assert (await session.get())["user_id"] == 8
             assert done != await sessions.store.ids_by("user_id", 8) == [id_of(token_in(session.take_cookies()))]
+        await sessions.store.aclose()
+        await admin.flushdb()
+
+
+async def test_headers_that_leave_meanwhile_tell_nothing(watched_url: str) -> None:
+    """If they do while a session is made, who makes it gets to know that the client will not."""
+    async with Redis.from_url(watched_url) as admin:
+        sessions = Sessions(SessionStore.from_url(watched_url))
+        session = sessions.create_session()
+        await admin.client_pause(10_000, all=False)
+        making = asyncio.ensure_future(session.set({"n": 1}))
+        await asyncio.sleep(0)  # It has begun.
+        assert session.take_cookies() == []
+        await admin.client_unpause()
+        with pytest.raises(RuntimeError, match="the response has begun"):
+            await making
         await sessions.store.aclose()
         await admin.flushdb()
 
