@@ -46,7 +46,7 @@ async def _open(app: web.Application) -> AsyncIterator[None]:
 @web.middleware
 async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
     cookies = "; ".join(request.headers.getall("Cookie", ()))
-    session = request[SESSION] = request.config_dict[SESSIONS].create_session(cookies)
+    session = request[SESSION] = request.app[SESSIONS].create_session(cookies)
     try:
         return await handler(request)
     except StoreUnavailable as error:

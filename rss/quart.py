@@ -82,10 +82,8 @@ class DictSession(SessionMixin):
     and the policy of the cookie say, so that `permanent` means nothing. Setting them does nothing.
     """
 
-    def __init__(self, handle: Session[Any], values: dict[str, Any], *, served: bool) -> None:
+    def __init__(self, handle: Session[Any], values: dict[str, Any]) -> None:
         self.handle = handle
-        #: Whether it is that of a request which is served, so that the cookie finds its way by itself.
-        self.served = served
         #: Whether the response depends on it.
         self.accessed = False
         self.new = "id" not in values
@@ -166,24 +164,23 @@ class SessionInterface(_SessionInterface):
     async def open_session(self, app: Quart, request: BaseRequestWebsocket) -> DictSession:
         """Read the session."""
         handle = cast("Session[Any] | None", request.scope.get(KEY))
-        served = handle is not None
         if handle is None:  # A transaction of the test client goes round the application.
             cookies = "; ".join(request.headers.getlist("Cookie"))
             sessions: Sessions[Any] = app.extensions["rss"]
             handle = sessions.create_session(cookies)
         values = await handle.get()
         handle.accessed = False  # Whether it really is, the view shows.
-        return DictSession(handle, values, served=served)
+        return DictSession(handle, values)
 
     async def save_session(
         self, app: Quart, session: SessionMixin, response: Response | WerkzeugResponse | None
     ) -> None:
-        """Write what was changed."""
+        """Write what was changed, and add the cookie to the response; after a WebSocket there is none."""
         del app
         if not isinstance(session, DictSession):
             raise TypeError("this interface keeps its own sessions only")
         await session.save()
-        if response is not None and not session.served:
+        if response is not None:
             vary = response.headers.get("Vary")
             for name, value in session.handle.take_headers(response.headers.get("Cache-Control"), vary):
                 response.headers.add(name, value)

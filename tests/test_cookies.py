@@ -33,6 +33,7 @@ POLICY = CookiePolicy(name="sid")
         ('sid="a"', '"a"'),
         ('x="; sid=a; "', "a"),
         ("sid=a=b", "a=b"),
+        ("\xa0sid=a", None),
         ("sid=a\\073", "a\\073"),
     ],
 )
@@ -130,6 +131,7 @@ def test_writing(options: dict[str, Any], line: str) -> None:
         ({"name": "ä"}, "the name"),
         ({"name": "a" * 257}, "the name"),
         ({"path": "a"}, "the path"),
+        ({"path": "/" + "a" * 1024}, "the path"),
         ({"path": "/a;Domain=b"}, "the path"),
         ({"path": "/\r\nX: y"}, "the path"),
         ({"path": "/a\n"}, "the path"),

@@ -187,6 +187,20 @@ async def test_a_cookie_that_is_not_ours_is_no_session(sessions: Sessions, keysp
     assert len([key for key in await keyspace.dump() if key.startswith("{")]) == 2
 
 
+async def test_what_cannot_be_a_token_is_not_looked_up(watched_url: str) -> None:
+    """Its alphabet and its length are checked first: Redis does not see what it never gave."""
+    async with Redis.from_url(watched_url) as client:
+        sessions = Sessions(SessionStore(client))
+        await signed_in(sessions)
+        before = await scripts_run(client)
+        for value in ("x" * 21, "x" * 343, f"{UNKNOWN}.", f"{UNKNOWN}\n", f" {UNKNOWN} {UNKNOWN}", f"é{UNKNOWN}", ""):
+            assert await request(sessions, value).get() == {}
+        assert await scripts_run(client) == before
+        assert await request(sessions, UNKNOWN).get() == {}
+        assert await scripts_run(client) == before + 1
+        await client.flushdb()
+
+
 async def test_an_id_is_not_a_token(sessions: Sessions) -> None:
     """Who sees an id, in Redis or on a page, cannot take the session over with it."""
     token = await signed_in(sessions)
@@ -483,7 +497,9 @@ async def test_a_cookie_that_ends_with_the_browser(store: SessionStore) -> None:
     session = request(sessions, token)
     await session.set({"n": 1})
     assert session.take_cookies() == []
-    await session.delete()
+    session = request(sessions, token)
+    await session.rotate()
+    assert token_in(session.take_cookies()) != token
     session = request(sessions, token)
     await session.delete()
     assert "Max-Age=0" in session.take_cookies()[0]

@@ -17,7 +17,7 @@ from rss import Sessions, SessionStore
 from tests.integrations.serving import browser, cookie_of, serve_aiohttp
 from tests.keyspace import Keyspace
 from tests.servers import own_server
-from tests.test_session import id_of
+from tests.test_session import id_of, signed_in
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -60,6 +60,43 @@ async def test_a_malformed_request_is_answered(sessions: Sessions) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         writer.write(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.0 400")
+        writer.close()
+
+
+async def test_other_middlewares_have_the_session(sessions: Sessions) -> None:
+    """Also those that were there before; and what never gets as far is answered without one."""
+
+    @web.middleware
+    async def greet(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await (await rss.aiohttp.get_session(request)).set({"n": 1})
+        return await handler(request)
+
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application(middlewares=[greet])
+    rss.aiohttp.setup(app, sessions)
+    app.router.add_get("/", handler)
+    async with serve_aiohttp(app) as url, browser(url) as visitor:
+        async with visitor.get("/") as response:
+            assert "Set-Cookie" in response.headers
+        async with visitor.get("/", headers={"Expect": "nonsense"}) as response:
+            assert response.status == 417
+            assert "Set-Cookie" not in response.headers
+
+
+async def test_the_cookie_may_be_in_any_header(sessions: Sessions) -> None:
+    """Proxies may split what a browser sends."""
+    token = await signed_in(sessions)
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(await (await rss.aiohttp.get_session(request)).get())
+
+    async with serve_aiohttp(application(sessions, handler)) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        lines = ("GET / HTTP/1.1", "Host: x", "Connection: close", "Cookie: a=b", f"Cookie: session-id={token}", "", "")
+        writer.write("\r\n".join(lines).encode())
+        assert b'"user_id": 1' in await reader.read()
         writer.close()
 
 

@@ -163,6 +163,19 @@ async def test_an_unavailable_store_is_answered(
     assert token not in caplog.text
 
 
+async def test_an_error_in_a_stream_stays_one(sessions: Sessions) -> None:
+    """When its headers have left it cannot become a 503."""
+
+    async def app(_scope: object, _receive: object, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        raise StoreUnavailable("no answer")
+
+    connection = Connection()
+    with pytest.raises(StoreUnavailable):
+        await connection.run(SessionMiddleware(app, sessions))
+    assert [message["status"] for message in connection.sent] == [200]
+
+
 async def test_it_lives_beside_starlettes_own(sessions: Sessions) -> None:
     """`request.session` stays what it is."""
 
