@@ -4,11 +4,11 @@
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        what _store.lua reads, then
     idle              milliseconds after which they are renewed again, at the latest when half of their time is over;
-                      0 for each time, -1 for never
+                      0 for each time, -1 for never; any other negative number only asks whether that is due
     fields            their number, -1 for all; then their names
 
-  Returns for each session field, value, ... with its id, and at last 1 if it was renewed, else 0, and its TTL in
-  milliseconds; or
+  Returns for each session field, value, ... with its id, and at last 1 if it was renewed, or that was asked and is due,
+  else 0, and its TTL in milliseconds; or
     0, 0              if there is none
     "_ended", reason, 0, 0
                       if it was ended
@@ -32,10 +32,10 @@ local function get()
   local values, bytes = read(session, fields), 0
   for i = 2, #values, 2 do bytes = bytes + #values[i] end
   weigh(bytes)
-  local full = idle > 0 and lifetime(session, 0)
-  local due = idle == 0 or (full and session.ttl + math.min(idle, full / 2) <= full)
-  local ttl = due and renewed(session)
-  append(values, ttl and 1 or 0, ttl or session.ttl)
+  local full = idle ~= -1 and lifetime(session, 0)
+  local due = idle == 0 or (full and session.ttl + math.min(math.abs(idle), full / 2) <= full)
+  local ttl = due and idle >= 0 and renewed(session)
+  append(values, due and (ttl or idle < 0) and 1 or 0, ttl or session.ttl)
   return values
 end
 

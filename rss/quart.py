@@ -114,12 +114,12 @@ class DictSession(SessionMixin):
         if self._saved:  # It failed, and that is what the response is about now.
             return
         self._saved = True
-        used = self.handle.accessed
-        self.handle.accessed = used or self.accessed
+        handle, used = self.handle, self.handle.accessed
+        handle.accessed = used or self.accessed
         if self._before and not self._values and not used:
-            await self.handle.delete()
-        else:
-            await self.handle.replace(self._before, self._fields())
+            await handle.delete()
+        elif not await handle.replace(self._before, self._fields()) and handle.due and handle.accessed:
+            await handle.touch()
 
     def _fields(self) -> dict[str, Any]:
         return {field_of(name): _tag(value) for name, value in self._values.items()}
@@ -168,6 +168,7 @@ class SessionInterface(_SessionInterface):
             cookies = "; ".join(request.headers.getlist("Cookie"))
             sessions: Sessions[Any] = app.extensions["rss"]
             handle = sessions.create_session(cookies)
+        handle.renews = False  # What does not look at it, such as a file that all may keep, carries no cookie.
         values = await handle.get()
         handle.accessed = False  # Whether it really is, the view shows.
         return DictSession(handle, values)

@@ -107,6 +107,9 @@ class Session(Generic[S]):
         self.ended: str | None = None
         #: Whether the response depends on the session.
         self.accessed = False
+        #: Whether reading renews it when that is due; if not, `due` tells that it is.
+        self.renews = True
+        self.due = False
         #: Whether Redis gave no answer for it.
         self.unavailable = False
         #: Whether the response has begun: what leads to a new id is refused from then on.
@@ -183,11 +186,12 @@ class Session(Generic[S]):
 
     async def replace(
         self, before: Mapping[str, Any], after: Mapping[str, Any], max_age: Duration | None = None
-    ) -> None:
+    ) -> bool:
         """Write the fields that differ between two states of the session, and take out those that are gone.
 
         For frameworks in which a session is a dict. What others wrote in between stays, also in this request by the
-        other methods: only what differs here is written. If nothing does, it is at most renewed, for *max_age*.
+        other methods: only what differs here is written. If nothing does, it is at most renewed, for *max_age*, and
+        False is returned.
         """
         encode, held = self._store._encode_value, self._values or before
         gone = [field for field in before if field not in after and held.get(field) == before[field]]
@@ -202,6 +206,7 @@ class Session(Generic[S]):
             await self.set(cast("S", changed), max_age)
         if max_age is not None and not gone and not changed:
             await self.touch(max_age)
+        return bool(gone or changed)
 
     async def touch(self, max_age: Duration | None = None) -> bool:
         """Renew the session, as `set` does, without writing to it. Returns False if there is none, or none any more."""
@@ -271,9 +276,7 @@ class Session(Generic[S]):
 
     def take_cookies(self) -> list[str]:
         """Return the Set-Cookie headers that the response has to carry, once: from now on it has begun."""
-        # A renewal by who only looked whether there is a session, as for a file that all may keep, can wait.
-        cookies = [self._cookie] if self._cookie and self.accessed else []
-        self._cookie = None
+        cookies, self._cookie = [self._cookie] if self._cookie else [], None
         self.sent = self._told = True
         return cookies
 
@@ -306,8 +309,9 @@ class Session(Generic[S]):
         if self._alive is False:
             return {}
         if self._values is None:
+            idle = self._sessions.idle if self.renews else f"-{self._sessions.idle.lstrip('-')}"
             try:
-                *pairs, renewed, ttl = await self._answer(self._store._read(self._id, None, self._sessions.idle))
+                *pairs, due, ttl = await self._answer(self._store._read(self._id, None, idle))
             except StoreUnavailable:
                 if self._sessions.on_unavailable == "raise":
                     raise
@@ -318,8 +322,9 @@ class Session(Generic[S]):
             self.ended = pairs[1].decode() if pairs and not self._values else None
             # One that was there is not to be made again. One that was not may be.
             self._alive = self._alive or ttl > 0
-            if renewed:
+            if due and self.renews:
                 self._owe(ttl)
+            self.due = bool(due) and not self.renews
         return self._values
 
     async def _write(self, operation: Callable[[], Awaitable[int]]) -> int | None:

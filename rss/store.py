@@ -345,7 +345,7 @@ class SessionStore(Generic[S]):
         return self._calls.run("rotate_with_refs", keys, args, shared=tuple(counts))
 
     def _read(self, session_id: str, fields: list[str] | None, idle: str = "-1") -> Awaitable[list[Any]]:
-        """Return fields and data in turn, and at last 1 if it was renewed, else 0, and the TTL in milliseconds."""
+        """Return fields and data in turn, and at last 1 if it was renewed or is due to be, and the TTL in ms."""
         return self._calls.run("get", (self._keys.session(session_id),), (), shared=(idle, *_wanted(fields)))
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:

@@ -736,8 +736,9 @@ async def test_replace_writes_what_differs(sessions: Sessions, keyspace: Keyspac
     assert HOUR - 60_000 < await keyspace.ttl(f"{{{id_of(token)}}}") <= HOUR
     session.take_cookies()
     session = request(sessions, token)
-    await session.replace({"n": True}, {"n": True})
+    assert not await session.replace({"n": True}, {"n": True})
     assert session.take_cookies() == []
+    assert await session.replace({"n": True}, {"n": 1})
 
 
 async def test_replace_takes_out_before_it_writes(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ async def test_a_view_may_use_both(sessions: Sessions, keyspace: Keyspace) -> No
 
 
 async def test_what_does_not_look_carries_no_cookie(sessions: Sessions, keyspace: Keyspace) -> None:
-    """A file that all may keep is not the place for a renewed one; another response may have it."""
+    """A file that all may keep is not the place for a renewed one: it renews nothing, and the next that looks does."""
 
     async def write() -> str:
         quart.session["n"] = quart.session.get("n", 0) + 1
@@ -256,12 +256,17 @@ async def test_what_does_not_look_carries_no_cookie(sessions: Sessions, keyspace
     async def untouched() -> Any:
         return "", {"Cache-Control": "public, max-age=3600"}
 
-    client = create_app(sessions, write=write, untouched=untouched).test_client()
+    async def look() -> str:
+        return str(quart.session["n"])
+
+    client = create_app(sessions, write=write, untouched=untouched, look=look).test_client()
     await client.get("/write", scheme="https")
     await keyspace.shorten(61_000)
     response = await client.get("/untouched", scheme="https")
     assert "Set-Cookie" not in response.headers
     assert response.headers["Cache-Control"] == "public, max-age=3600"
+    assert "; Max-Age=2419200;" in (await client.get("/look", scheme="https")).headers["Set-Cookie"]
+    assert "Set-Cookie" not in (await client.get("/look", scheme="https")).headers
     assert "Set-Cookie" in (await client.get("/write", scheme="https")).headers
 
 
