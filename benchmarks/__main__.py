@@ -1,4 +1,4 @@
-"""Measures this library beside its peers: `make bench`, some six minutes, or `make bench-quick`, one.
+"""Measures this library beside its peers: `make bench`, some seven minutes, or `make bench-quick`, one.
 
 On the server that REDIS_URL names, or else on the embedded one, through TCP on the loopback.
 """
