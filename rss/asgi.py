@@ -57,8 +57,11 @@ class SessionMiddleware:
 
         try:
             await self._app(scope, receive, send_with_cookie)
-        except StoreUnavailable as error:
-            if session.sent:
+        except (StoreUnavailable, ExceptionGroup) as raised:
+            error: BaseException = raised
+            while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # Of a task group.
+                error = error.exceptions[0]
+            if session.sent or not isinstance(error, StoreUnavailable):
                 raise
             _logger.error("503: %s", error)  # noqa: TRY400 - the application is not at fault
             await _refuse(scope, send_with_cookie)

@@ -84,8 +84,7 @@ class DictSession(SessionMixin):
 
     def __init__(self, handle: Session[Any], values: dict[str, Any]) -> None:
         self.handle = handle
-        #: Whether the response depends on it.
-        self.accessed = False
+        self._looked_at = False
         self.new = "id" not in values
         self._before = {field: value for field, value in values.items() if field != "id"}
         self._saved = False
@@ -99,6 +98,15 @@ class DictSession(SessionMixin):
     @permanent.setter
     def permanent(self, value: bool) -> None:
         pass
+
+    @property
+    def accessed(self) -> bool:
+        """Whether the response depends on it."""
+        return self._looked_at
+
+    @accessed.setter
+    def accessed(self, value: bool) -> None:
+        pass  # Quart says so when it saves the session, too.
 
     @property
     def modified(self) -> bool:
@@ -126,7 +134,7 @@ class DictSession(SessionMixin):
 
     @property
     def _data(self) -> dict[str, Any]:
-        self.accessed = True
+        self._looked_at = True
         return self._values
 
     def __getitem__(self, name: str) -> Any:

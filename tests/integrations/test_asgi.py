@@ -1,5 +1,6 @@
 """What is particular to ASGI: the messages themselves, and Starlette's and FastAPI's ways."""
 
+import asyncio
 import contextlib
 import logging
 from typing import Any
@@ -124,6 +125,28 @@ async def test_headers_may_be_any_iterable(sessions: Sessions) -> None:
 
     (start,) = await Connection().run(SessionMiddleware(app, sessions))
     assert [name for name, _ in start["headers"]] == [b"cache-control", b"vary", b"set-cookie"]
+
+
+async def test_an_unavailable_store_is_seen_in_a_task_group(sessions: Sessions) -> None:
+    """Some frameworks run a request in one; an error beside it is not hidden."""
+
+    def failing(*errors: Exception) -> Any:
+        async def app(_scope: object, _receive: object, _send: object) -> None:
+            async def fail(error: Exception) -> None:
+                raise error
+
+            async with asyncio.TaskGroup() as group:
+                for error in errors:
+                    group.create_task(fail(error))
+
+        return SessionMiddleware(app, sessions)
+
+    start, _ = await Connection().run(failing(StoreUnavailable("no answer")))
+    assert start["status"] == 503
+    with pytest.raises(ExceptionGroup):
+        await Connection().run(failing(ValueError("x")))
+    with pytest.raises(ExceptionGroup):
+        await Connection().run(failing(StoreUnavailable("no answer"), ValueError("x")))
 
 
 @pytest.mark.parametrize(
