@@ -104,6 +104,6 @@ async def _refuse(scope: _Scope, send: _Send) -> None:
     if kind == "http.response" or kind in (scope.get("extensions") or ()):
         headers = [(b"content-type", b"text/plain; charset=utf-8")]
         await send({"type": f"{kind}.start", "status": 503, "headers": headers})
-        await send({"type": f"{kind}.body", "body": b"Service Unavailable"})
+        await send({"type": f"{kind}.body", "body": b"Service Unavailable", "more_body": False})
     else:
         await send({"type": "websocket.close", "code": 1013})
