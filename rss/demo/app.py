@@ -155,6 +155,7 @@ async def live() -> None:
     """Tell an open page that its session has ended."""
     if websocket.headers.get("Origin", "").partition("://")[2] != websocket.host:
         abort(403)  # Pages of other sites may open a WebSocket here, too.
+    await websocket.accept()
     signed_in = "user" in await session.get()
     store, session_id = _sessions().store, session.id
     # It ends in Redis, and is asked for there; all pages that ask are one script.

@@ -186,6 +186,23 @@ async def test_an_unavailable_store_is_answered(
     assert token not in caplog.text
 
 
+async def test_an_answer_of_the_application_stands() -> None:
+    """Only what it calls a failure of its own is one of the store: if it can do without, that is its answer."""
+    with contextlib.ExitStack() as server:
+        store = SessionStore.from_url(server.enter_context(own_server()), timeout=0.2)
+        token = await signed_in(Sessions(store))
+        server.close()
+
+        async def app(scope: Any, _receive: object, send: Any) -> None:
+            with pytest.raises(StoreUnavailable):
+                await scope[KEY].get()
+            await send({"type": "http.response.start", "status": 404})
+
+        (start,) = await Connection("http", f"session-id={token}").run(SessionMiddleware(app, Sessions(store)))
+        await store.aclose()
+    assert start["status"] == 404
+
+
 async def test_an_error_in_a_stream_stays_one(sessions: Sessions) -> None:
     """When its headers have left it cannot become a 503."""
 

@@ -150,6 +150,7 @@ async def test_every_kind_of_response_carries_the_cookie(
     """Also an error that the framework answers, and a file."""
     await visit(visitor, site, action, 404 if action == "missing" else 200)
     assert cookie_of(visitor)
+    await visit(visitor, site, "untouched")  # By now the file is closed.
 
 
 @with_all_verbs
