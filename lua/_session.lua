@@ -1,96 +1,76 @@
 --[[
-  A session as it stands. Needs _store.lua.
+  A session as it stands. Needs sets.
 
   KEYS        none
   ARGV        none
 
-  Returns nothing: it stands in front of the scripts that need it.
+  Returns nothing: it stands before the scripts that need it.
 ]]
-local state, strict = { "id", "_ended", "_created", "_max_age" }, {}
-for n, ref in ipairs(refs) do
-  state[4 + n] = ref.field
-  if ref.strict then strict[#strict + 1] = n end
-end
 
--- What HMGET tells of "id", "_ended", "_created" and "_max_age", out of what HGETALL told.
-local function pick(fields)
-  local id, ended, created, age
+-- Set `held` of a session that was read with all of its fields, except for references, which `sets_in` finds.
+local function detail(session)
+  local fields, held = session.fields, { false, false, false, false }
   for i = 1, #fields, 2 do
-    local field, value = fields[i], fields[i + 1]
-    if field == "id" then id = value elseif field == "_ended" then ended = value end
-    if field == "_created" then created = value elseif field == "_max_age" then age = value end
+    local field = fields[i]
+    local place = field == "id" and 1 or field == "_created" and 3 or field == "_max_age" and 4
+    if place then held[place] = fields[i + 1] end
   end
-  return id, ended, created, age
+  session.held = held
 end
 
--- The sets of the n-th reference that a session is in, as far as its hash says.
-local function sets_in(session, n)
-  if not session[n] then
-    local held = session.held and session.held[4 + n]
-    for i = 1, session.fields and #session.fields or 0, 2 do
-      if session.fields[i] == refs[n].field then held = session.fields[i + 1] end
+-- Set `ended` of a session that is alive in Redis but not for this store: it is older than max_lifetime, or not in the
+-- set of a strict reference. A store with other options may still take it for alive.
+local judge = (strict or max_lifetime > 0) and function(session)
+  if not session.held then detail(session) end
+  local created = session.held[3]
+  if max_lifetime > 0 and created and created + max_lifetime <= clock() then session.ended = "expired" end
+  for n = 1, strict and references or 0 do
+    local sets = strict[n] and sets_in(session, n) or NONE
+    spent = spent + #sets
+    for i = 1, #sets do
+      local member = redis.pcall("SISMEMBER", sets[i], session.held[1])
+      if type(member) == "table" then wrong_type(member) end
+      if member ~= 1 then session.ended = "revoked" end
     end
-    session[n] = sets_of(refs[n], held)
   end
-  return session[n]
 end
 
--- The session under a key, with all of its fields if they are wanted; nil if there is none. One that must not live has
--- the reason as `ended`, a tombstone has nothing else; a key that is no hash has only `err`.
-local function look(name, all)
-  local fields = all and redis.pcall("HGETALL", name)
-  local held = fields or redis.pcall("HMGET", name, unpack(state))
-  if held.err then return held end
-  local id, ended, created, age = held[1], held[2], held[3], held[4]
-  if fields then id, ended, created, age = pick(fields) end
+-- The session under a key; nil if there is none.
+--   all     read all of its fields into `fields`; else read `state`, or the fields in `more`, into `held`
+-- `ended` is why it is not alive. A tombstone has no `ttl`. A key of another type has only `err`.
+local function look(name, all, more)
+  local reply, id, ended
+  if all then
+    local bytes = 0
+    reply = redis.pcall("HGETALL", name)
+    for i = 1, #reply, 2 do
+      local field, value = reply[i], reply[i + 1]
+      bytes = bytes + #value
+      if field == "id" then id = value elseif field == "_ended" then ended = value end
+    end
+    spent = spent + 1.5 + #reply * (#reply > 256 and 0.6 or 0.3) + bytes * 0.015
+  else
+    reply = redis.pcall("HMGET", name, unpack(more or state))
+    id, ended = reply[1], reply[2]
+    spent = spent + 2.5
+  end
+  if reply.err then return wrong_type(reply) end
   if ended then return { key = name, ended = ended } end
   local ttl = id and redis.call("PTTL", name)
   if not ttl or ttl <= 0 then return nil end
-  local session = { key = name, id = id, created = created, ttl = ttl, held = not all and held, fields = fields }
-  session.max_age = age and tonumber(age)
-  if max_lifetime > 0 and created and created + max_lifetime <= now then session.ended = "expired" end
-  for _, n in ipairs(strict) do
-    for _, set in ipairs(sets_in(session, n)) do
-      if redis.pcall("SISMEMBER", set, id) ~= 1 then session.ended = "revoked" end
-    end
-  end
+  local session = { key = name, ttl = ttl, held = not all and reply, fields = all and reply }
+  if judge then judge(session) end
   return session
 end
 
--- The same, but the id of a session that was rotated with grace leads to the session.
-local function find(name, all)
-  local session = look(name, all)
-  while session and session.ended == "rotated" do
+-- The same, but the id of a session that was rotated with grace leads to its successor, over at most eight rotations.
+local function find(name, all, more)
+  local session, hops = look(name, all, more), 0
+  while session and session.ended == "rotated" and hops < 8 do
     local to = redis.call("HMGET", session.key, "_next", "_until")
-    local successor = to[1] and tonumber(to[2]) > now and look(session_key(to[1]), all)
+    local successor = to[1] and tonumber(to[2]) > clock() and look(session_key(to[1]), all, more)
     if not successor then break end
-    session = successor
+    session, hops = successor, hops + 1
   end
   return session
-end
-
--- The id and some fields of a session, or all, which it was looked up with, as a flat list: field, value, ...
-local function read(session, fields)
-  if not fields then return session.fields end
-  local list = { "id", session.id }
-  for first = 1, #fields, 1000 do
-    local values = redis.call("HMGET", session.key, unpack(fields, first, math.min(first + 999, #fields)))
-    for i, value in ipairs(values) do
-      if value then append(list, fields[first + i - 1], value) end
-    end
-  end
-  return list
-end
-
--- Why that session cannot be written to, as an error; nil if it can.
-local function refusal(session)
-  if not session then return redis.error_reply("RSSNOTFOUND no such session") end
-  if session.err then return session end
-  if session.ended then return redis.error_reply("RSSENDED " .. session.ended) end
-end
-
--- The session with that id if it lives and belongs into the set, which is one of the n-th reference.
-local function belongs(id, n, set, all)
-  local session = look(session_key(id), all)
-  return session and not session.ended and has(sets_in(session, n), set) and session
 end

@@ -1,60 +1,123 @@
 --[[
-  End a page of the sessions in a reference set: on the whole, those that were in it when the first page was.
-  Needs _lifetime.lua.
+  End a page of the sessions in a reference set: of those that were in it when the first page began. Block its value, if
+  that is wanted. Needs write, end, fence, page.
 
   KEYS        the reference set, "rss:<field>:{<value>}"; its fence, "rss:_fence:<field>:{<value>}"
-  ARGV        what _store.lua reads, then
+  ARGV        the stems, then
     reference         the number of its reference
     cursor            "0", or what the last page returned
-    page              about how many to look at
-    token             names this call on all its pages
-    reason            what the tombstones will say, "deleted"
+    page              about how many sessions to look at
+    left              number of ids that the last page left, then the ids: if there are any, they are the page
+    token             the name of this call, the same for all of its pages
+    reason            what the tombstones say, "deleted"
+    block             milliseconds for which nothing may join the value, from the first page on; or "open"
     keep              number of ids to spare, then the ids
 
-  Returns the cursor of the next page, "0" after the last; and how many were ended.
+  Returns the cursor of the next page, "0" after the last; the ids that this page left because they would have taken too
+  long; and how many sessions it ended.
 
-  A set that is larger than a page takes several scripts. Meanwhile its fence, a hash, tells in which round a session
-  joined: rounds are counted by the calls that begin, and a call spares those that joined in its own or a later one.
+  A call that needs several pages has a round in the fence: rounds are counted as calls begin, and sessions that join
+  are marked with the latest. A call spares the sessions that joined in its round or a later one. When no call is left,
+  the fence forgets the marks.
 ]]
-local function read_page(set, cursor, page, fenced)
-  if not fenced then return { "0", redis.call("SMEMBERS", set) } end
-  return redis.call("SSCAN", set, cursor, "COUNT", page)
+local set, fence, n, cursor = KEYS[1], KEYS[2], tonumber(ARGV[3]), ARGV[4]
+local page, left = tonumber(ARGV[5]), tonumber(ARGV[6])
+arg = 6
+local ids = args(left)
+local token, reason, block = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3])
+local kept = tonumber(ARGV[arg + 4])
+arg = arg + 4
+
+-- Let the fence live as long as it matters.
+local function keep_fence()
+  local till = tonumber(redis.call("HGET", fence, "until") or 0)
+  redis.call("PEXPIREAT", fence, math.max(clock() + tombstone, till))
 end
 
-local function begin(fence, token, reason, keep)
-  -- Sessions must end also where memory has: there a script may only add if something was removed before it.
-  redis.call("HDEL", fence, "call:" .. token)
+-- Redis takes an HSET without memory only after another write of the script, and sessions must end also then.
+local function allow_writes() redis.call("HDEL", fence, "call:" .. token) end
+
+-- Block the value. A longer block stays as it is.
+local function close()
+  allow_writes()
+  local till = clock() + block
+  if till > tonumber(redis.call("HGET", fence, "until") or 0) then
+    redis.call("HSET", fence, "until", till, "why", reason)
+  end
+  keep_fence()
+end
+
+-- Give this call a round.
+local function begin(keep)
+  allow_writes()
   local round = redis.call("HINCRBY", fence, "round", 1)
+  redis.call("HINCRBY", fence, "calls", 1)
   redis.call("HSET", fence, "call:" .. token, round, "reason", reason)
-  for _, id in ipairs(keep) do redis.call("HSET", fence, "id:" .. id, round) end
+  local marks = {}
+  for i, id in ipairs(keep) do marks[2 * i - 1], marks[2 * i] = "id:" .. id, round end
+  spread("HSET", fence, marks, 1, #marks)
+  keep_fence()
   return round
 end
 
-local function delete_by()
-  local set, fence, n, cursor, page, token, reason = key(), key(), number(), arg(), number(), arg(), arg()
-  local keep, kept, ended = args(number()), {}, 0
-  for _, id in ipairs(keep) do kept[id] = true end
+-- Forget this call, and with the last one all but the block and that this call is done, in case it is sent again.
+local function finish()
+  if redis.call("HINCRBY", fence, "calls", -1) <= 0 then
+    local blocked = redis.call("HMGET", fence, "until", "why")
+    redis.call("UNLINK", fence)
+    if blocked[1] then redis.call("HSET", fence, "until", blocked[1], "why", blocked[2]) end
+  end
+  redis.call("HSET", fence, "call:" .. token, "done")
+  keep_fence()
+end
 
+-- The ids to keep, and on the first page the ids that they lead to; later the fence has marks of both.
+local function read_keep(first_page)
+  local keep = args(kept)
+  for i = 1, first_page and #keep or 0 do
+    local session = find(session_key(keep[i]))
+    if session and session.ttl and session.held[1] ~= keep[i] then keep[#keep + 1] = session.held[1] end
+  end
+  return keep
+end
+
+-- A fence never stays without a TTL.
+local function drop_fence()
+  if redis.pcall("PTTL", fence) == -1 then redis.pcall("UNLINK", fence) end
+end
+
+local function delete_by()
+  key = 2
+  undo = drop_fence
   local size = redis.pcall("SCARD", set)
   if type(size) == "table" then return size end
-  local round = tonumber(redis.call("HGET", fence, "call:" .. token))
-  if not round and size > page then round = begin(fence, token, reason, keep) end
-  if round then redis.call("PEXPIRE", fence, tombstone) end
+  local round, ended, spared = redis.call("HGET", fence, "call:" .. token), 0, {}
+  if round == "done" then return { "0", {}, 0 } end
+  local keep = read_keep(not round)
+  for _, id in ipairs(keep) do spared[id] = true end
+  if block and not round then close() end
+  if round then keep_fence() end
+  round = tonumber(round or nil) or size > page and begin(keep)
 
-  local scanned = read_page(set, cursor, page, round)
-  for _, id in ipairs(scanned[2]) do
-    local joined = round and redis.call("HGET", fence, "id:" .. id)
-    if not kept[id] and not (joined and tonumber(joined) >= round) then
-      local session = belongs(id, n, set)
-      if session then
-        bury(session, reason)
-        ended = ended + 1
-      else
-        leave(set, id)
-      end
-    end
+  if left == 0 then
+    local scanned = round and redis.call("SSCAN", set, cursor, "COUNT", page)
+    cursor, ids = scanned and scanned[1] or "0", scanned and scanned[2] or redis.call("SMEMBERS", set)
   end
-  return { scanned[1], ended }
+  local rest = each_of(ids, function(id)
+    local joined = round and redis.call("HGET", fence, "id:" .. id)
+    if spared[id] or (joined and tonumber(joined) >= round) then return end
+    local session = member(id, n, set)
+    if not session then return leave(set, id) end
+    bury(session, session.ended or reason)
+    if joined then redis.call("HDEL", fence, "id:" .. id) end
+    if not session.ended then ended = ended + 1 end
+  end)
+  if #rest > 0 then
+    round = round or begin(keep)
+  elseif round and cursor == "0" then
+    finish()
+  end
+  return { cursor, rest, ended }
 end
 
 return each(delete_by)

@@ -1,17 +1,25 @@
 --[[
-  End sessions: each leaves its reference sets, and a tombstone under its key. Needs _lifetime.lua.
+  End sessions: each leaves its reference sets, and a tombstone under its key. Needs session, expect, end.
 
   KEYS        for each session: its hash, "rss:{<id>}"
-  ARGV        what _store.lua reads, then for each session
-    reason            what its tombstone will say, "deleted"
+  ARGV        the stems, then
+    expectations      how many fields of each session are expected to hold something; then for each session
+    reason            what its tombstone says, "deleted"
+    expected          for each field: its name; "holds", "lacks", or "lacks_or_holds"; the data, "" for "lacks"
 
-  Returns for each session 1, or 0 if there is none.
+  Returns for each session 1 if it was ended; 0 if there is none, or it differs from what is expected.
 ]]
+local expectations = tonumber(ARGV[3])
+arg = 3
+
 local function delete()
-  local session, reason = find(key()), arg()
+  local reason, expected = ARGV[arg + 1], arg + 2
+  key, arg = key + 1, arg + 1 + 3 * expectations
+  local session = find(KEYS[key])
   if not session then return 0 end
   if session.err then return session end
-  if session.id then bury(session, session.ended or reason) end
+  if not session.ttl or differs(session, expected, expectations) then return 0 end
+  bury(session, session.ended or reason)
   return session.ended and 0 or 1
 end
 

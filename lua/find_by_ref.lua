@@ -1,31 +1,38 @@
 --[[
-  Read a page of the sessions in a reference set, and let go of the ids in it whose session is gone. Needs _session.lua.
+  Read a page of the sessions in a reference set, and take out the ids whose session is gone. Needs read, page.
 
   KEYS        the reference set, "rss:<field>:{<value>}"
-  ARGV        what _store.lua reads, then
+  ARGV        the stems, then
+    fields            "all", or their number and their names
     reference         the number of its reference
     cursor            "0", or what the last page returned
-    page              about how many to look at
-    fields            their number, -1 for all; then their names
+    page              about how many sessions to look at
+    left              number of ids that the last page left, then the ids: if there are any, they are the page
 
-  Returns the cursor of the next page, "0" after the last; then for each session a list of field, value, ... with its id
+  Returns the cursor of the next page, "0" after the last; the ids that this page left because they would have taken too
+  long; then for each session a list of field, value, ... with its id.
     A session may be on two pages if the set grows or shrinks in between.
 ]]
 local function find_by()
-  local set, n, cursor, page, count = key(), number(), arg(), arg(), number()
-  local fields = count >= 0 and args(count)
-  local scanned = redis.pcall("SSCAN", set, cursor, "COUNT", page)
-  if scanned.err then return scanned end
+  local set, n, cursor, page = KEYS[1], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3]
+  local ids, left = nil, tonumber(ARGV[arg + 4])
+  key, arg = 1, arg + 4
+  ids = args(left)
+  if left == 0 then
+    local scanned = redis.pcall("SSCAN", set, cursor, "COUNT", page)
+    if scanned.err then return scanned end
+    cursor, ids = scanned[1], scanned[2]
+  end
 
-  local reply = { scanned[1] }
-  for _, id in ipairs(scanned[2]) do
-    local session = belongs(id, n, set, not fields)
-    if session then
-      append(reply, read(session, fields))
-    else
+  local reply = { cursor, false }
+  reply[2] = each_of(ids, function(id)
+    local session = member(id, n, set, all, more)
+    if session and not session.ended then
+      reply[#reply + 1] = read(session)
+    elseif not session then
       redis.pcall("SREM", set, id) -- A server that takes no writes can still be read.
     end
-  end
+  end)
   return reply
 end
 

@@ -1,47 +1,68 @@
 --[[
-  Give sessions a new id, and write fields of them: data, age and references stay. Needs _refs.lua.
+  Give sessions a new id, and write fields of them. Data, age and references stay. Needs move.
 
   KEYS        for each session: its hash, "rss:{<id>}"; its new hash; then the reference sets for its new values,
               "rss:<field>:{<value>}"
-  ARGV        what _store.lua reads, then
-    sets              for each reference the number of new reference sets of each session, -1 if its field is not
+  ARGV        the stems, then
+    sets              for each reference the number of new reference sets of each session, "keep" if its field is not
                       written; then for each session
     id                its new id
-    grace             milliseconds for which the old id still leads to it, 0 for none
-    max_age           milliseconds to live from now on, and after later writes; -1 to leave its TTL alone
+    grace             milliseconds for which the old id still leads to it, if its identity stays; or "none"
+    max_age           milliseconds to live from now on, and after later writes; or "keep": leave its TTL alone
     values            number of fields and values, then field, value, ...
 
   Returns for each session its TTL in milliseconds, or
     RSSNOTFOUND       if there is none
     RSSENDED reason   if it was ended, also while delete_by_ref works through a set it is in
     RSSLIMIT field    if a reference of that field refuses another session
+    RSSBLOCKED until reason field
+                      if a value of that field is blocked, until then in milliseconds
 ]]
-local counts = read_counts()
+local counts = 2
+arg = counts + references
 
 local function rotate()
-  local old, new, id, grace, max_age = key(), key(), arg(), number(), number()
-  local values, sets = args(number()), read_sets(counts)
+  local old, new, id = KEYS[key + 1], KEYS[key + 2], ARGV[arg + 1]
+  local grace, given, first = tonumber(ARGV[arg + 2]), tonumber(ARGV[arg + 3]), arg + 5
+  local last = first + ARGV[arg + 4] - 1
+  key, arg = key + 2, last
+  read_sets(counts)
+  spent = spent + 5 + (last - first) * (last - first > 256 and 0.5 or 0.3)
 
   local session = look(old)
   if session and session.ended == "rotated" then
-    -- Ids are random: if the new one is there, this is the second run of the same call.
+    -- Ids are random: if there is a session under the new one, this is the second run of the same call.
     local successor = look(new)
     if successor then return refusal(successor) or successor.ttl end
   end
   local refused = refusal(session)
   if refused then return refused end
-  local plan = plan_move(session, id, sets)
+  local plan = plan_move(session, id, 0)
   if plan.err then return plan end
+  -- Whoever planted an id before a login must not get into the session with it.
+  if changes_identity(session) then grace = nil end
 
-  local ttl = max_age > 0 and lifetime(session, max_age) or session.ttl
-  enter(plan)
+  local ttl = given and lifetime(session, given) or session.ttl
+  enter(plan, session, nil, ttl)
   redis.call("RENAME", old, new)
-  append(values, "id", id)
-  spread("HSET", new, note(session, max_age, values))
-  expire(new, ttl)
-  redis.call("HSET", old, "_ended", "rotated")
-  if grace > 0 then redis.call("HSET", old, "_next", id, "_until", integer(now + grace)) end
-  redis.call("PEXPIRE", old, integer(math.max(tonumber(tombstone), grace)))
+  local leave_sets = undo
+  undo = function()
+    redis.pcall("RENAME", new, old)
+    leave_sets()
+  end
+  redis.call("HSET", new, "id", id, unpack(ARGV, first, math.min(first + 999, last)))
+  spread("HSET", new, ARGV, first + 1000, last)
+  undo = false
+  if given then
+    expire(session, new, given, ttl)
+  elseif not session.held[3] then
+    redis.call("HSET", new, "_created", now)
+  end
+  if grace then
+    entomb(old, math.max(tombstone, grace), "rotated", "_next", id, "_until", now + grace)
+  else
+    entomb(old, tombstone, "rotated")
+  end
   settle(plan, session, ttl)
   return ttl
 end

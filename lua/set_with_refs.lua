@@ -1,61 +1,72 @@
 --[[
   Write fields of sessions, move these between reference sets and renew them; make those that are not there.
-  Needs _refs.lua.
+  Needs expect, move.
 
   KEYS        for each session: its hash, "rss:{<id>}"; then the reference sets for its new values,
               "rss:<field>:{<value>}"
-  ARGV        what _store.lua reads, then
-    mode              "set"; "update" if they must be there; "create" if they are new, and written already if there
-    expectations      how many fields are expected to hold something
-    sets              for each reference the number of new reference sets of each session, -1 if its field is not
+  ARGV        the stems, then
+    mode              "set"; "update" if they must be there; "create" if they are new, or made by the same call before
+    expectations      how many fields of each session are expected to hold something
+    sets              for each reference the number of new reference sets of each session, "keep" if its field is not
                       written; then for each session
-    max_age           milliseconds to live from now on, and after later writes; 0 for as before
-    expected          for each such field its name, and "=" and what it must hold, or "-" and what it may hold if it
-                      is there
+    max_age           milliseconds to live from now on, and after later writes; or "renew": as long as before
+    expected          for each field: its name; "holds", "lacks", or "lacks_or_holds"; the data, "" for "lacks"
     values            number of fields and values, then field, value, ...
 
   Returns for each session its TTL in milliseconds, or
     RSSNOTFOUND       if it is to be updated and there is none
     RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
-    RSSCONFLICT       if a field holds something else than expected
+    RSSCONFLICT       if it differs from what is expected
+    RSSIDENTITY       if it would get another identity
     RSSLIMIT field    if a reference of that field refuses another session
+    RSSBLOCKED until reason field
+                      if a value of that field is blocked, until then in milliseconds
 ]]
-local function conflicts(session, expected)
-  for i = 1, #expected, 2 do
-    local held = redis.call("HGET", session.key, expected[i])
-    local wanted = expected[i + 1]
-    local absent = not held and string.sub(wanted, 1, 1) == "-"
-    if not absent and (wanted == "-" or held ~= string.sub(wanted, 2)) then return true end
-  end
-end
-
-local mode, expectations, counts = arg(), number(), read_counts()
+local mode, expectations, counts = ARGV[3], tonumber(ARGV[4]), 4
+arg = counts + references
 
 local function set()
-  local name, max_age = key(), number()
-  local expected, values, sets = args(2 * expectations), args(number()), read_sets(counts)
+  local name, given, expected = KEYS[key + 1], tonumber(ARGV[arg + 1]), arg + 2
+  local first = expected + 3 * expectations + 1
+  local last = first + ARGV[first - 1] - 1
+  key, arg = key + 1, last
+  read_sets(counts)
+  spent = spent + 3 + (last - first) * (last - first > 256 and 0.5 or 0.3)
 
-  local session = find(name)
+  local session
+  if mode ~= "create" or redis.call("EXISTS", name) == 1 then session = find(name) end
   if session or mode == "update" then
     local refused = refusal(session)
     if refused then return refused end
     if mode == "create" then return session.ttl end
   end
-  session = session or { key = name, id = id_of(name) }
-  if conflicts(session, expected) then return redis.error_reply("RSSCONFLICT the session has changed") end
-  if session.ttl and settled(session, sets) then
-    spread("HSET", session.key, values)
-    return renew(session, max_age)
+  session = session or { key = name, held = { string.sub(name, #session_stem + 1, -1 - #ending) } }
+  if expectations > 0 and differs(session, expected, expectations) then
+    return redis.error_reply("RSSCONFLICT the session has changed")
   end
-  local plan = plan_move(session, session.id, sets)
+  local found = session.ttl and settled(session) or 0
+  if found == references and session.ttl then
+    spread("HSET", session.key, ARGV, first, last)
+    return renew(session, given)
+  end
+  if session.ttl and changes_identity(session) then
+    return redis.error_reply("RSSIDENTITY a session keeps its identity")
+  end
+  local plan = type(found) == "table" and found or plan_move(session, session.held[1], found)
   if plan.err then return plan end
 
-  local ttl = lifetime(session, max_age)
-  enter(plan)
-  if not session.ttl and redis.call("EXISTS", name) == 1 then redis.call("DEL", name) end
-  if not session.ttl then append(values, "id", session.id) end
-  spread("HSET", session.key, note(session, max_age, values))
-  expire(session.key, ttl)
+  local ttl = lifetime(session, given)
+  enter(plan, session, not session.ttl and name, ttl)
+  if session.ttl then
+    spread("HSET", session.key, ARGV, first, last)
+    undo = false
+  else
+    if mode ~= "create" and redis.call("EXISTS", name) == 1 then redis.call("UNLINK", name) end
+    session.held[3] = now
+    redis.call("HSET", name, "id", session.held[1], "_created", now, unpack(ARGV, first, math.min(first + 999, last)))
+    spread("HSET", name, ARGV, first + 1000, last)
+  end
+  expire(session, session.key, given, ttl)
   settle(plan, session, ttl)
   return ttl
 end

@@ -1,41 +1,56 @@
 --[[
-  Take fields out of sessions, and these out of the reference sets of the fields. Needs _refs.lua.
+  Take fields out of sessions, and these out of the reference sets of the fields. Needs move.
 
   KEYS        for each session: its hash, "rss:{<id>}"
-  ARGV        what _store.lua reads, then for each session
-    max_age           milliseconds to live from now on, and after later writes; 0 for as before, -1 for its TTL to stay
+  ARGV        the stems, then for each session
+    max_age           milliseconds to live from now on, and after later writes; or "renew": as long as before; or
+                      "keep": leave its TTL alone
     fields            their number, then their names
 
-  Returns for each session field, value, ... of what was taken out, and at last its TTL in milliseconds; or
+  Returns for each session field, value, ... of what was taken out, then its TTL in milliseconds; or
     RSSNOTFOUND       if there is none
     RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
+    RSSIDENTITY       if it would lose its identity
 ]]
 local function unset()
-  local session, max_age = find(key()), number()
-  local fields, removed, sets, taken = args(number()), {}, {}, {}
+  local given, keep, first = tonumber(ARGV[arg + 1]), ARGV[arg + 1] == "keep", arg + 3
+  local last = first + ARGV[arg + 2] - 1
+  key, arg = key + 1, last
+  local session = find(KEYS[key])
   local refused = refusal(session)
   if refused then return refused end
+  spent = spent + 3 + (last - first) * 1.2
 
-  for _, field in ipairs(fields) do
-    local value = redis.call("HGET", session.key, field)
-    if value and not removed[field] then append(taken, field, value) end
-    weigh(value and #value or 0)
-    removed[field] = true
+  local taken, removed = {}, {}
+  for from = first, last, 1000 do
+    local values = redis.call("HMGET", session.key, unpack(ARGV, from, math.min(from + 999, last)))
+    for i = 1, #values do
+      local field, value = ARGV[from + i - 1], values[i]
+      if value and not removed[field] then
+        taken[#taken + 1], taken[#taken + 2] = field, value
+        spent = spent + #value * 0.015
+      end
+      removed[field] = true
+    end
   end
-  for n, ref in ipairs(refs) do sets[n] = removed[ref.field] and {} end
-  if settled(session, sets) then
-    spread("HDEL", session.key, fields)
-    taken[#taken + 1] = max_age >= 0 and renew(session, max_age) or session.ttl
+  for n = 1, references do sets[n] = removed[state[4 + n]] and NONE end
+  local found, ttl = settled(session), session.ttl
+  if found == references then
+    spread("HDEL", session.key, ARGV, first, last)
+    taken[#taken + 1] = keep and ttl or renew(session, given)
     return taken
   end
-  local plan = plan_move(session, session.id, sets)
+  if changes_identity(session) then return redis.error_reply("RSSIDENTITY a session keeps its identity") end
+  local plan = type(found) == "table" and found or plan_move(session, session.held[1], found)
   if plan.err then return plan end
 
-  local ttl = max_age >= 0 and lifetime(session, max_age) or session.ttl
-  enter(plan)
-  spread("HDEL", session.key, fields)
-  expire(session.key, ttl)
-  spread("HSET", session.key, note(session, max_age, {}))
+  if not keep then ttl = lifetime(session, given) end
+  enter(plan, session, nil, ttl)
+  spread("HDEL", session.key, ARGV, first, last)
+  undo = false
+  if not keep then
+    expire(session, session.key, given, ttl)
+  end
   settle(plan, session, ttl)
   taken[#taken + 1] = ttl
   return taken

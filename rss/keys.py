@@ -1,7 +1,8 @@
-"""The names of keys, and the ids in them: the only place that builds either."""
+"""The layout of keys, and the ids in them: the only place that knows the grammar of either."""
 
 import secrets
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 def text(value: object, name: str) -> str:
@@ -15,7 +16,7 @@ def text(value: object, name: str) -> str:
             value.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{name} must be valid Unicode") from None
-    return value
+    return value if value.__class__ is str else str.__str__(value)
 
 
 def reference_value(value: object, field: str) -> str:
@@ -34,11 +35,18 @@ def reference_value(value: object, field: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
-    """The keys of one store: `<prefix>:{<id>}` and `<prefix>:<field>:{<value>}`, as the Node original names them."""
+class Plain:
+    """The layout of one Redis, as the Node original names keys: `<prefix>:{<id>}` and `<prefix>:<field>:{<value>}`.
+
+    Scripts build the keys that they find by themselves from the same pieces, so they know no grammar.
+    """
 
     prefix: str
     id_bytes: int
+
+    #: What stands between field and value in the key of a reference set; and the last characters of every key.
+    before_value: ClassVar[str] = ":{"
+    ending: ClassVar[str] = "}"
 
     def __post_init__(self) -> None:
         text(self.prefix, "prefix")
@@ -47,16 +55,25 @@ class Keys:
         if type(self.id_bytes) is not int or not 16 <= self.id_bytes <= 256:
             raise ValueError("id_bytes must be an integer from 16 to 256")
 
+    def stems(self, partition: int) -> tuple[str, str]:
+        """Return the beginnings of the keys of sessions and of reference sets in a partition: there is one, 0."""
+        del partition
+        return f"{self.prefix}:{{", f"{self.prefix}:"
+
     def mint(self) -> str:
         """Return a new random id, URL-safe."""
         return secrets.token_urlsafe(self.id_bytes)
 
     def session(self, session_id: str) -> str:
+        """Return the key of a session."""
+        if session_id.__class__ is str and session_id and session_id.isascii():  # Nearly always, and quick.
+            return f"{self.prefix}:{{{session_id}}}"
         return f"{self.prefix}:{{{text(session_id, 'session_id')}}}"
 
     def reference(self, field: str, value: object) -> str:
-        return f"{self.prefix}:{field}:{{{reference_value(value, field)}}}"
+        """Return the key of a reference set."""
+        return f"{self.prefix}:{str.__str__(field)}:{{{reference_value(value, field)}}}"
 
     def fence(self, field: str, value: object) -> str:
-        """Return the key of what `delete_by` notes while it works through a large reference set."""
-        return self.reference(f"_fence:{field}", value)
+        """Return the key of the fence of a reference set: `_fence.lua` says what it holds."""
+        return f"{self.prefix}:_fence:{str.__str__(field)}:{{{reference_value(value, field)}}}"

@@ -13,7 +13,8 @@ from rss.cookies import CookiePolicy, Signer
 from rss.csrf import CSRFTokens
 from rss.durations import Duration, milliseconds
 from rss.errors import SessionEnded, SessionNotFound, StoreUnavailable
-from rss.store import S, SessionStore, field_names, lifetime, listed
+from rss.fields import field_names, listed
+from rss.store import S, SessionStore, renewed
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{22,342}")  # What `SessionStore.create_session_id` makes.
 
@@ -51,7 +52,8 @@ class Sessions(Generic[S]):
         self.cookie = cookie
         self.hash_ids = hash_ids
         self.on_unavailable = on_unavailable
-        self.idle = "-1" if rolling is None else str(milliseconds(rolling, "rolling"))
+        #: Milliseconds since the last renewal after which reading renews a session; None for never.
+        self.idle = None if rolling is None else str(milliseconds(rolling, "rolling"))
         self._signer = None if secret_keys is None else Signer(listed(secret_keys, "secret_keys"))
 
     def __repr__(self) -> str:
@@ -162,7 +164,7 @@ class Session(Generic[S]):
         Makes one if there is none. Raises `LimitExceeded` if a reference refuses it.
         """
         async with self._lock:
-            ttl = await self._write(lambda: self._store._set(self._id, values, max_age, "update", None))
+            ttl = await self._write(lambda: self._set(self._id, values, max_age, "update"))
             if ttl is None:
                 await self._create(values, max_age)
             else:
@@ -172,11 +174,10 @@ class Session(Generic[S]):
 
     async def unset(self, fields: Iterable[str], max_age: Duration | None = None) -> None:
         """Take out these fields and renew the session, as `set` does. Does nothing if there is none."""
-        names, age = field_names(fields), lifetime(max_age)
+        names, age = field_names(fields), renewed(max_age)
 
         async def unset() -> int:
-            *_, ttl = await self._store._unset(self._id, names, age, repeatable=True)
-            return int(ttl)
+            return (await self._store.operations.unset(self._id, names, age)).ttl
 
         async with self._lock:
             ttl = await self._write(unset)
@@ -193,7 +194,7 @@ class Session(Generic[S]):
         other methods: only what differs here is written. If nothing does, it is at most renewed, for *max_age*, and
         False is returned.
         """
-        encode, held = self._store._encode_value, self._values or before
+        encode, held = self._store.fields.encode_value, self._values or before
         gone = [field for field in before if field not in after and held.get(field) == before[field]]
         changed = {
             field: value
@@ -210,10 +211,10 @@ class Session(Generic[S]):
 
     async def touch(self, max_age: Duration | None = None) -> bool:
         """Renew the session, as `set` does, without writing to it. Returns False if there is none, or none any more."""
-        age = lifetime(max_age)
+        age = renewed(max_age)
 
         async def touch() -> int:
-            if ttl := await self._store._touch(self._id, age):
+            if ttl := await self._store.operations.touch(self._id, age):
                 return ttl
             raise SessionNotFound("there is no such session")
 
@@ -252,7 +253,9 @@ class Session(Generic[S]):
         async with self._lock:
             token = self._mint(fields, max_age)
             new = self._sessions.id_of(token)
-            ttl = await self._write(lambda: self._store._rotate(self._id, new, fields, max_age))
+            encoded = self._store.fields.encode(fields)
+            age = "keep" if max_age is None else renewed(max_age)
+            ttl = await self._write(lambda: self._store.operations.rotate(self._id, new, encoded, age))
             if ttl is None:
                 await self._create(fields, max_age)
             else:
@@ -309,22 +312,22 @@ class Session(Generic[S]):
         if self._alive is False:
             return {}
         if self._values is None:
-            idle = self._sessions.idle if self.renews else f"-{self._sessions.idle.lstrip('-')}"
+            idle = self._sessions.idle
+            renewal = () if idle is None else ("after" if self.renews else "check", idle)
             try:
-                *pairs, due, ttl = await self._answer(self._store._read(self._id, None, idle))
+                read = await self._answer(self._store.operations.get(self._id, None, renewal))
             except StoreUnavailable:
                 if self._sessions.on_unavailable == "raise":
                     raise
                 self.unavailable, self._guessed = False, True
                 self._values = {}  # For all of this request.
                 return self._values
-            self._values = cast("dict[str, Any]", self._store._decode(pairs))
-            self.ended = pairs[1].decode() if pairs and not self._values else None
+            self._values, self.ended = self._store.fields.decode(read.pairs), read.ended
             # One that was there is not to be made again. One that was not may be.
-            self._alive = self._alive or ttl > 0
-            if due and self.renews:
-                self._owe(ttl)
-            self.due = bool(due) and not self.renews
+            self._alive = self._alive or read.ttl > 0
+            if read.state == b"renewed":
+                self._owe(read.ttl)
+            self.due = read.state == b"due"
         return self._values
 
     async def _write(self, operation: Callable[[], Awaitable[int]]) -> int | None:
@@ -354,10 +357,15 @@ class Session(Generic[S]):
     async def _create(self, values: Mapping[str, Any], max_age: Duration | None) -> None:
         token = self._mint(values, max_age)
         session_id = self._sessions.id_of(token)
-        ttl: int = await self._answer(self._store._set(session_id, values, max_age, "create", None))
+        ttl: int = await self._answer(self._set(session_id, values, max_age, "create"))
         self._alive, self.is_new, self._values = True, True, {"id": session_id}
         self._adopt(token, session_id, ttl)
         self._note(values)
+
+    def _set(
+        self, session_id: str, values: Mapping[str, Any], max_age: Duration | None, mode: Literal["update", "create"]
+    ) -> Awaitable[int]:
+        return self._store.operations.set(session_id, self._store.fields.encode(values), renewed(max_age), mode)
 
     def _mint(self, values: Mapping[str, Any], max_age: Duration | None) -> str:
         """Return a new token; the same again for the same work, if it is not known whether that was done.
@@ -388,7 +396,7 @@ class Session(Generic[S]):
 
     def _note(self, values: Mapping[str, Any]) -> None:
         if self._values:
-            self._values.update(self._store._as_stored(values))
+            self._values.update(self._store.fields.as_stored(values))
 
 
 def _copied(value: Any) -> Any:

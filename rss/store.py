@@ -1,25 +1,24 @@
 """The store: one method is one operation is one script."""
 
 import codecs
-import functools
 import re
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, ItemsView, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypedDict, Unpack, cast
+from typing import Any, Final, Generic, Literal, Self, TypedDict, Unpack, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from rss.coalesce import Coalescer
 from rss.codec import Codec, JSONCodec, TextCodec
 from rss.durations import Duration, milliseconds
+from rss.engine.operations import MaxAge, Operations, Position, Renewal
 from rss.errors import SessionEnded, SessionError, SessionNotFound
-from rss.keys import Keys, text
+from rss.fields import Fields, field_name, field_names, listed
+from rss.keys import Plain, text
 from rss.references import Reference
-from rss.scripts import Scripts
 
 if sys.version_info >= (3, 13):
     from typing import TypeVar
@@ -29,12 +28,8 @@ else:
 #: The fields of a session: a `TypedDict(total=False)`, or any `dict[str, Any]`.
 S = TypeVar("S", bound=Mapping[str, Any], default=dict[str, Any])
 
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-
-_TOMBSTONE: Final = "300000"  # Milliseconds. Later than that, no request that began before is still running.
-_PAGE: Final = "50"  # Sessions that a script looks at: a millisecond or two, for which all others wait.
 _REASON: Final = re.compile(r"[\w-]{1,32}", re.ASCII)
+_MOST_KEPT: Final = 1000
 
 
 class StoreOptions(TypedDict, total=False):
@@ -50,25 +45,27 @@ class StoreOptions(TypedDict, total=False):
 
 
 class SessionStore(Generic[S]):
-    """Sessions in one Redis, or one Redis behind Sentinels.
+    """Sessions in one Redis, or in one Redis behind Sentinels.
 
-    *client*: a `redis.asyncio.Redis`. It is neither configured nor closed, and may serve other purposes too. Like it,
-    a store belongs to one event loop.
+    *client*: a `redis.asyncio.Redis`. The store makes connections of its own, as the client would: it neither uses up
+    the client's pool, nor configures or closes the client.
     *references*: the indexed fields; a mapping says more about each with a `Reference`.
-    *prefix*: the beginning of every key. No brace, and not that of another kind of data; stores with the same prefix
-    must have the same references.
-    *max_age*: how long a session lives without a write. One that is given a max_age of its own, by a method that takes
-    one, keeps that for later writes and renewals, until it is given another.
-    *max_lifetime*: the longest a session lives from its creation, however often it is renewed; by the server's clock.
+    *prefix*: the beginning of every key, without braces. No other data may have keys that begin with it.
+    *max_age*: how long a session lives without a write. A session that is given a *max_age* of its own keeps that for
+    later writes and renewals, until it is given another.
+    *max_lifetime*: the longest that a session lives from its creation, however often it is renewed.
     *id_bytes*: random bytes in an id, at least 16.
-    *codec*: how values stand in Redis. Those of references are stored by `JSONCodec`, or by `TextCodec` if it is that.
-    *timeout*: how long an operation may take; by reference, a page of one.
+    *codec*: how values are stored. Values of references are always stored by `JSONCodec`, or by `TextCodec` if *codec*
+    is that.
+    *timeout*: how long an operation may take; an operation by reference, for each page.
 
-    What every method has in common: bad arguments raise `TypeError` or `ValueError` before anything is sent. What
-    fails, fails as a whole. A write by the id of a session that was ended raises `SessionEnded`. When Redis gives no
-    answer in time, `StoreUnavailable` is raised; until then an operation is repeated if Redis did not run it, and,
-    except `pop`, `increment` and a `set` that expects something, also if that is not known: a second run recognises
-    the work of the first, or does the same again.
+    A store serves the event loop that runs: one at a time.
+
+    All methods: bad arguments raise `TypeError` or `ValueError` before anything is sent. What fails, fails as a whole.
+    A write to a session that was ended raises `SessionEnded`. If Redis does not answer until the deadline, or more than
+    10,000 calls wait, `StoreUnavailable` is raised. Until the deadline a call is sent again if Redis did not run it, or
+    if that is not known: a second run recognises the work of the first, or does the same again. `pop`, `increment` and
+    a `set` that expects something are never run twice.
     """
 
     def __init__(
@@ -88,47 +85,46 @@ class SessionStore(Generic[S]):
         encoder = client.get_encoder()  # type: ignore[no-untyped-call]
         if codecs.lookup(encoder.encoding).name != "utf-8":
             raise ValueError("client must have the encoding utf-8, in which keys and values are compared")
-        self._references = _references(references)
-        self._keys = Keys(prefix, id_bytes)
-        age = str(milliseconds(max_age, "max_age"))
-        longest = "0" if max_lifetime is None else str(milliseconds(max_lifetime, "max_lifetime"))
-        self._codec = codec
-        own = codec if isinstance(codec, TextCodec) else JSONCodec()
-        self._codecs: dict[str, Codec] = dict.fromkeys(self._references, own)  # Of the other fields: `codec`.
-        self._encoders = _Cached(self._encoder)
-        self._decoders = _Cached(self._decoder)
+        #: The fields of sessions, for the web layer.
+        self.fields = Fields(references, codec)
+        self._layout = Plain(prefix, id_bytes)
+        #: The operations with their whole replies, for the web layer.
+        self.operations = Operations(
+            client,
+            self._layout,
+            self.fields,
+            max_age=milliseconds(max_age, "max_age"),
+            max_lifetime=0 if max_lifetime is None else milliseconds(max_lifetime, "max_lifetime"),
+            timeout=milliseconds(timeout, "timeout") / 1000,
+            json=not isinstance(codec, TextCodec),
+        )
+        self._engine = self.operations.engine
         self._owned: Redis | None = None
-
-        encoding = "text" if isinstance(codec, TextCodec) else "json"
-        head = [prefix, age, longest, _TOMBSTONE, encoding, str(len(self._references))]
-        for field, reference in self._references.items():
-            strictness = "strict" if reference.strict else "lax"
-            head += [field, str(reference.limit or 0), reference.on_limit, strictness]
-        seconds = milliseconds(timeout, "timeout") / 1000
-        self._calls = Coalescer(Scripts(client, seconds), head, seconds)
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:
         """Return a store with a client of its own, which `aclose` closes: redis://, rediss:// or unix://."""
-        # Every call has a deadline: the client need not watch each packet too.
+        # Every call has a deadline, so the client need not watch each packet too.
         client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
         store = cls(client, **options)
         store._owned = client
         return store
 
     async def load(self) -> None:
-        """Load the scripts, so that the first operation finds them: not needed, but it tells whether Redis is there."""
-        await self.ended(self._keys.mint())
+        """Connect and load the scripts. Optional: it tells early whether Redis is there."""
+        await self.ended(self._layout.mint())
 
     async def aclose(self) -> None:
-        """Take no more calls, wait for those under way, and close the client, if the store made it itself."""
-        self._calls.closed = True
-        await self._calls.drain()
+        """Take no more calls, wait for operations that have begun, and close the connections.
+
+        The client is closed if the store made it.
+        """
+        await self._engine.aclose()
         if self._owned is not None:
             await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
-        self._calls.closed = False  # An application may be started again, in tests say.
+        self._engine.closed = False  # An application may be started again, in tests say.
         try:
             await self.load()
         except BaseException:
@@ -142,39 +138,39 @@ class SessionStore(Generic[S]):
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(prefix={self._keys.prefix!r}, references={[*self._references]!r})"
+        return f"{type(self).__name__}(prefix={self._layout.prefix!r}, references={[*self.fields.references]!r})"
 
     def create_session_id(self) -> str:
         """Return a new random id, URL-safe, for `set`; `create` makes its own."""
-        return self._keys.mint()
+        return self._layout.mint()
 
     def get_session_key(self, session_id: str) -> str:
         """Return the key of a session's hash."""
-        return self._keys.session(session_id)
+        return self._layout.session(session_id)
 
     def get_reference_key(self, field: str, value: str | int) -> str:
         """Return the key of a reference set: SMEMBERS of it are the ids, also of some sessions that have expired."""
-        self._number(field)
-        return self._keys.reference(field, value)
+        self.fields.number(field)
+        return self._layout.reference(field, value)
 
     async def create(self, values: S | None = None, max_age: Duration | None = None) -> str:
         """Make a session with these values and return its id, which is new.
 
-        Raises `LimitExceeded` if a reference refuses it.
+        Raises `LimitExceeded` if a reference refuses it, and `Blocked` if one of its values is blocked.
         """
-        session_id = self._keys.mint()
-        await self._set(session_id, values or {}, max_age, "create", None)
+        session_id, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
+        await self.operations.set(session_id, encoded, renewed(max_age), "create")
         return session_id
 
     async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool | Duration = False) -> S:
         """Return a session with its `id`, or these fields of it; those it does not have are left out.
 
-        With *touch*, renew it in the same round trip; with a time, such as "1m", only if that, or half of its time, has
-        passed since it was last renewed. Returns {} if there is no session.
+        With *touch*, renew it in the same round trip; with a duration, such as "1m", only if that time, or half of its
+        lifetime, has passed since it was last renewed. Returns {} if there is no session.
         """
         names = None if fields is None else field_names(fields, "id")
-        reply = await self._read(session_id, names, _idle(touch))
-        return self._decode(reply[:-2])
+        read = await self.operations.get(session_id, names, () if touch is False else _renewal(touch))
+        return cast("S", self.fields.decode(read.pairs))
 
     async def set(
         self,
@@ -185,21 +181,29 @@ class SessionStore(Generic[S]):
         create: bool = True,
         expect: S | None = None,
     ) -> S:
-        """Write these fields, renew the session, from now on for *max_age* if that is given, and return the values.
+        """Write these fields, renew the session, and return the values. Other fields stay.
 
-        Other fields stay. A session that is not there is made, unless *create* is false: then `SessionNotFound` is
-        raised. *expect* writes only if these fields hold these values now, else raises `Conflict`; None expects
-        that a field holds None or is not there. Values are compared as they are stored: a dict with its keys in
-        order. With *expect* it is never run twice: if the connection breaks, it is not known whether it was written.
-        Raises `LimitExceeded` if a reference refuses the session. What others left under its key is removed.
+        *max_age*: how long the session lives from now on, and after later writes.
+        *create*: whether to make the session if it is not there; if not, `SessionNotFound` is raised.
+        *expect*: write only if these fields hold these values now, else raise `Conflict`. None expects that a field is
+        not there, or holds None. Values are compared as they are stored: a dict with its keys in order. A call that
+        expects something is never run twice: if the connection breaks, it is not known whether it was written.
+
+        Raises `LimitExceeded` if a reference refuses the session, `Blocked` if a value is blocked, and
+        `IdentityChanged` if the write would change the identity of a session that is there.
         """
-        await self._set(session_id, values, max_age, "set" if create else "update", expect)
+        expected = () if expect is None else self.fields.expect(expect)
+        mode: Literal["set", "update"] = "set" if create else "update"
+        await self.operations.set(session_id, self.fields.encode(values), renewed(max_age), mode, expected)
         return values
 
     async def unset(self, session_id: str, fields: Iterable[str], max_age: Duration | None = None) -> None:
-        """Take out these fields and renew the session, as `set` does. Does nothing if there is no session."""
+        """Take out these fields and renew the session, as `set` does. Does nothing if there is no session.
+
+        Raises `IdentityChanged` if the session would lose its identity.
+        """
         try:
-            await self._unset(session_id, fields, lifetime(max_age), repeatable=True)
+            await self.operations.unset(session_id, field_names(fields), renewed(max_age))
         except SessionEnded:
             raise
         except SessionNotFound:
@@ -208,44 +212,44 @@ class SessionStore(Generic[S]):
     async def pop(self, session_id: str, fields: Iterable[str]) -> S:
         """Take out these fields and return what they held, without `id`: {} if there were none of them.
 
-        The TTL stays. Raises `SessionNotFound` if there is no session. Never run twice: if the connection breaks,
-        it is not known whether the fields are still there.
+        The TTL stays. Raises `SessionNotFound` if there is no session, and `IdentityChanged` as `unset` does. Never run
+        twice: if the connection breaks, it is not known whether the fields are still there.
         """
-        reply = await self._unset(session_id, fields, "-1", repeatable=False)
-        return self._decode(reply[:-1])
+        taken = await self.operations.unset(session_id, field_names(fields), "keep", repeatable=False)
+        return cast("S", self.fields.decode(taken.pairs))
 
     async def increment(self, session_id: str, field: str, by: int = 1) -> int:
         """Add to an integer field, 0 if it is not there, and return the sum. The TTL stays.
 
-        It is stored as its digits, which a codec of your own must be able to read. Raises `ValueError` if the field
-        holds something else or the sum does not fit into 64 bits, and
-        `SessionNotFound` if there is no session. Never run twice: if the connection breaks, it is not known whether
-        it was counted.
+        The sum is stored as its digits, which a codec of your own must be able to read. Raises `ValueError` if the
+        field holds something else or the sum does not fit into 64 bits, and `SessionNotFound` if there is no session.
+        Never run twice: if the connection breaks, it is not known whether it was counted.
         """
-        if _field(field) in self._references:
+        if field_name(field) in self.fields.references:
             raise ValueError(f"{field!r} is a reference: it cannot be counted")
         if type(by) is not int or not -(2**63) <= by < 2**63:
             raise ValueError("by must be an integer of 64 bits")
-        args = [field, str(by)]
-        keys = [self._keys.session(session_id)]
-        return cast("int", await self._calls.run("increment", keys, args, repeatable=False))
+        return await self.operations.increment(session_id, field, by)
 
     async def touch(self, session_id: str, max_age: Duration | None = None) -> bool:
         """Renew a session as `set` does, and the reference sets it is in. Returns False if there is no session."""
-        return bool(await self._touch(session_id, lifetime(max_age)))
+        return bool(await self.operations.touch(session_id, renewed(max_age)))
 
-    async def delete(self, session_id: str, *, reason: str = "deleted") -> bool:
+    async def delete(self, session_id: str, *, expect: S | None = None, reason: str = "deleted") -> bool:
         """End a session; for five minutes `ended` tells the *reason*, a short word.
 
-        Returns False if there is no session. So it may also do if the connection broke and it was run twice.
+        *expect*: end it only if these fields hold these values, as in `set`. So `expect={"user_id": 7}` ends no session
+        of another user.
+
+        Returns False if there is no session, or it is not as expected. It may also return False if the connection broke
+        and the call was run twice.
         """
-        args = [_reason(reason)]
-        return bool(await self._calls.run("delete_with_refs", [self._keys.session(session_id)], args))
+        expected = () if expect is None else self.fields.expect(expect)
+        return await self.operations.delete(session_id, _reason(reason), expected)
 
     async def ended(self, session_id: str) -> str | None:
-        """Return why a session was ended, for five minutes after; None if it was not, or is not known any more."""
-        reply = await self._read(session_id, [])
-        return cast("bytes", reply[1]).decode() if reply[0] == b"_ended" else None
+        """Return why a session was ended, for five minutes after; None if it was not, or that is no longer known."""
+        return (await self.operations.get(session_id, [])).ended
 
     async def rotate(
         self,
@@ -257,256 +261,134 @@ class SessionStore(Generic[S]):
     ) -> str:
         """Give a session a new id, as at a login, write these values, and return the id. Data and age stay.
 
-        Without *max_age* its TTL stays, too; with it, the session is renewed, and keeps that for later.
-        The old id has ended, with the reason "rotated". For *grace* it still leads to the session, so that requests
-        that were under way are not signed out; but it cannot be rotated again. Raises `SessionNotFound` if there
-        is no session, and `LimitExceeded` if a reference refuses it.
+        *max_age*: as in `set`; without it the TTL stays too.
+        *grace*: for so long the old id still leads to the session, so that requests in flight are not signed out. It
+        cannot be rotated again by the old id. A rotation that changes the identity gives no grace: whoever knew the
+        old id must not get in.
+
+        The old id has ended, with the reason "rotated". Raises `SessionNotFound` if there is no session,
+        `LimitExceeded` if a reference refuses it, and `Blocked` if a new value is blocked.
         """
-        new = self._keys.mint()
-        patience = "0" if grace is None else str(milliseconds(grace, "grace"))
-        await self._rotate(session_id, new, values or {}, max_age, patience)
+        new, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
+        patience = "none" if grace is None else str(milliseconds(grace, "grace"))
+        age = "keep" if max_age is None else renewed(max_age)
+        await self.operations.rotate(session_id, new, encoded, age, patience)
         return new
 
     async def ttl(self, session_id: str) -> timedelta | None:
         """Return how long a session has left to live; None if there is none."""
-        *_, ttl = await self._read(session_id, [])
-        return timedelta(milliseconds=ttl) if ttl else None
+        read = await self.operations.get(session_id, [])
+        return timedelta(milliseconds=read.ttl) if read.ttl else None
 
     async def ids_by(self, field: str, value: str | int) -> list[str]:
         """Return the ids of the sessions with that value of a reference, in no order."""
         return [session["id"] async for session in self._find(field, value, [])]
 
-    async def count_by(self, field: str, value: str | int) -> int:
-        """Return how many sessions have that value of a reference: all are looked at, page by page."""
-        return len(await self.ids_by(field, value))
+    async def count_by(self, field: str, value: str | int, *, exact: bool = True) -> int:
+        """Return how many sessions have that value of a reference.
+
+        All of them are looked at, page by page. With *exact* false it is one command whatever their number, and also
+        counts some sessions that have expired: an upper bound.
+        """
+        self.fields.number(field)
+        return len(await self.ids_by(field, value)) if exact else await self.operations.count_by(field, value)
 
     def find_by(self, field: str, value: str | int, fields: Iterable[str] | None = None) -> AsyncIterator[S]:
         """Iterate over the sessions with that value of a reference, as `get` returns them, in no order.
 
-        Reads fifty at a time. One that joins or ends meanwhile may be seen or not; none is seen twice.
+        Reads fifty at a time. A session that joins or ends meanwhile may be seen or not; none is seen twice. Sessions
+        that are not readable are left out; at the end a `SessionError` says how many there were.
         """
         return self._find(field, value, None if fields is None else field_names(fields, "id"))
 
     async def delete_by(
-        self, field: str, value: str | int, *, keep: Iterable[str] = (), reason: str = "deleted"
+        self,
+        field: str,
+        value: str | int,
+        *,
+        keep: Iterable[str] = (),
+        reason: str = "deleted",
+        block: Duration | None = None,
     ) -> int:
-        """End every session with that value of a reference, except those to *keep*, and return how many that were.
+        """End every session with that value of a reference, and return how many that were.
 
-        All that have the value when it is called end, none that gets it later: fifty at a time, so that nobody
-        else waits long. When it raises `StoreUnavailable`, some may have ended and some not: call it again. Only if
-        a connection broke may it count too few, or end one that got the value in the moment between two attempts.
+        *keep*: ids of sessions to spare, at most 1,000; the old id of a session that was rotated with grace counts too.
+        *block*: for so long no session may join the value: what would raises `Blocked`. So a login that checked the old
+        password a moment ago cannot slip in behind a password reset. A longer block that is there already stays.
+
+        All that have the value when it is called end, and none that gets it later: fifty at a time, so that others need
+        not wait long. If `StoreUnavailable` is raised, some may have ended and some not: call it again. If a connection
+        broke it may count too few, or end a session that got the value between two attempts.
         """
-        keys = [self._keys.reference(field, value), self._keys.fence(field, value)]
+        token, position = self._layout.mint(), Position()
         spared = [text(session_id, "an id to keep") for session_id in listed(keep, "keep")]
-        head = [self._number(field)]
-        args = [_PAGE, self._keys.mint(), _reason(reason), str(len(spared)), *spared]
-        cursor, ended = b"0", 0
-        while True:
-            cursor, count = await self._calls.run("delete_by_ref", keys, [*head, cursor, *args])
-            ended += int(count)
-            if cursor == b"0":
-                return ended
+        if len(spared) > _MOST_KEPT:
+            raise ValueError(f"keep must not have more than {_MOST_KEPT:,} ids")
+        closed = "open" if block is None else str(milliseconds(block, "block"))
+        ended = 0
+        with self.operations.several():
+            while True:
+                page = await self.operations.delete_by(
+                    field, value, position, token=token, reason=_reason(reason), block=closed, keep=spared
+                )
+                ended, position = ended + page.ended, page.position
+                if position.done:
+                    return ended
 
-    # What the operations are made of, and what the web layer uses, since the cookie has to know the TTL.
+    async def block(self, field: str, value: str | int, duration: Duration, *, reason: str = "blocked") -> int:
+        """End every session with that value of a reference, and let none join it for so long: `Blocked` is raised.
 
-    def _set(
-        self, session_id: str, values: Mapping[str, Any], max_age: Duration | None, mode: str, expect: S | None
-    ) -> Awaitable[int]:
-        """Return the TTL in milliseconds. *mode*: "set", "update" or "create", as the script says."""
-        pairs, sets, counts = self._encode(values)
-        expected: list[str | bytes] = []
-        if expect is not None:
-            for field, value in _items(expect, "expect"):
-                expected += (field, self._expectation(field, value))
-        keys = [self._keys.session(session_id), *sets]
-        args = [lifetime(max_age), *expected, str(len(pairs)), *pairs]
-        shared = (mode, str(len(expected) // 2) if expected else "0", *counts)
-        return self._calls.run("set_with_refs", keys, args, shared=shared, repeatable=not expected)
+        Returns how many sessions were ended. A longer block that is there already stays.
+        """
+        length = timedelta(milliseconds=milliseconds(duration, "duration"))
+        return await self.delete_by(field, value, reason=reason, block=length)
 
-    async def _unset(self, session_id: str, fields: Iterable[str], max_age: str, *, repeatable: bool) -> list[Any]:
-        """Return fields and data in turn, and at last the TTL in milliseconds."""
-        names = field_names(fields)
-        args = [max_age, str(len(names)), *names]
-        keys = [self._keys.session(session_id)]
-        reply: list[Any] = await self._calls.run("unset_with_refs", keys, args, repeatable=repeatable)
-        return reply
+    async def unblock(self, field: str, value: str | int) -> bool:
+        """Let sessions join that value of a reference again. Returns False if it was not blocked."""
+        self.fields.number(field)
+        return await self.operations.unblock(field, value)
 
-    def _touch(self, session_id: str, max_age: str) -> Awaitable[int]:
-        """Return the TTL in milliseconds, 0 if there is no session."""
-        return self._calls.run("touch", [self._keys.session(session_id)], [max_age])
-
-    def _rotate(
-        self, session_id: str, new: str, values: Mapping[str, Any], max_age: Duration | None, grace: str = "0"
-    ) -> Awaitable[int]:
-        """Return the TTL in milliseconds."""
-        pairs, sets, counts = self._encode(values)
-        keys = [self._keys.session(session_id), self._keys.session(new), *sets]
-        args = [new, grace, "-1" if max_age is None else lifetime(max_age), str(len(pairs)), *pairs]
-        return self._calls.run("rotate_with_refs", keys, args, shared=tuple(counts))
-
-    def _read(self, session_id: str, fields: list[str] | None, idle: str = "-1") -> Awaitable[list[Any]]:
-        """Return fields and data in turn, and at last 1 if it was renewed or is due to be, and the TTL in ms."""
-        return self._calls.run("get", (self._keys.session(session_id),), (), shared=(idle, *_wanted(fields)))
+    async def blocked(self, field: str, value: str | int) -> timedelta | None:
+        """Return for how long no session may join that value of a reference; None if it is not blocked."""
+        self.fields.number(field)
+        left = await self.operations.blocked(field, value)
+        return timedelta(milliseconds=left) if left else None
 
     def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
-        keys, head = [self._keys.reference(field, value)], [self._number(field)]
+        self.get_reference_key(field, value)  # Bad arguments are told now, not at the first step.
 
         async def sessions() -> AsyncIterator[S]:
-            cursor, seen = b"0", set[str]()
+            position, seen, unreadable = Position(), set[str](), set[bytes]()
             while True:
-                cursor, *page = await self._calls.run("find_by_ref", keys, [*head, cursor, _PAGE, *_wanted(fields)])
-                for session in map(self._decode, page):
+                page = await self.operations.find_by(field, value, fields, position)
+                for pairs in page.sessions:
+                    try:
+                        session = self.fields.decode(pairs)
+                    except SessionError:
+                        unreadable.add(dict(zip(pairs[::2], pairs[1::2], strict=True))[b"id"])
+                        continue
                     if session["id"] not in seen:  # A set that is rehashed between two pages shows members again.
                         seen.add(session["id"])
-                        yield session
-                if cursor == b"0":
-                    return
+                        yield cast("S", session)
+                position = page.position
+                if position.done:
+                    break
+            if unreadable:
+                raise SessionError(
+                    f"{len(unreadable):,} sessions hold data that is not readable; the others were found"
+                )
 
         return sessions()
 
-    def _number(self, field: str) -> str:
-        """Return which of the references a field is, as the scripts count."""
-        try:
-            return str([*self._references].index(field) + 1)
-        except ValueError:
-            raise ValueError(f"{field!r} is not one of the references of this store") from None
 
-    def _encode(self, values: Mapping[str, Any]) -> tuple[list[str | bytes], list[str], list[str]]:
-        """Return fields and data in turn, the reference sets to be in, and how many these are for each reference."""
-        pairs: list[str | bytes] = []
-        for field, value in _items(values, "values"):
-            pairs += (field, self._encode_value(field, value))
-        sets: list[str] = []
-        counts: list[str] = []
-        for field in self._references:
-            own = self._sets(field, values[field]) if field in values else None
-            sets += own or ()
-            counts.append("-1" if own is None else str(len(own)))
-        return pairs, sets, counts
-
-    def _sets(self, field: str, value: Any) -> list[str]:
-        if not isinstance(value, list):
-            return [] if value is None else [self._keys.reference(field, value)]
-        if any(isinstance(one, int) and abs(one) > 2**53 for one in value):
-            raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
-        return list(dict.fromkeys(self._keys.reference(field, one) for one in value))
-
-    def _as_stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return values as a read will bring them back."""
-        pairs = [data.encode() if isinstance(data, str) else data for data in self._encode(values)[0]]
-        return cast("dict[str, Any]", self._decode(pairs))
-
-    def _encode_value(self, field: str, value: Any) -> str | bytes:
-        encode = self._encoders[field]
-        try:
-            return encode(field, value)
-        except (TypeError, ValueError) as error:
-            # What is wrong is said without the text of the error, which may hold the value.
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            codec = type(self._codecs.get(field, self._codec)).__name__
-        raise kind(f"{codec} cannot store this {type(value).__name__} in the field {field!r}")
-
-    def _encoder(self, field: str) -> Callable[[str, Any], str | bytes]:
-        return self._codecs.get(_field(field), self._codec).encode
-
-    def _expectation(self, field: str, value: Any) -> bytes:
-        try:
-            data = self._encode_value(field, value)
-        except (TypeError, ValueError):
-            if value is not None:
-                raise
-            return b"-"  # This codec stores no None: the field must be absent.
-        return (b"-" if value is None else b"=") + (data.encode() if isinstance(data, str) else data)
-
-    def _decode(self, pairs: list[bytes]) -> S:
-        session: dict[str, Any] = {}
-        decoders, turns = self._decoders, iter(pairs)
-        for name, data in zip(turns, turns, strict=True):
-            field, decode = decoders[name]
-            if decode:
-                try:
-                    session[field] = decode(field, data)
-                except (TypeError, ValueError):
-                    raise SessionError(f"the field {field!r} holds data that is not readable") from None
-        return cast("S", session)
-
-    def _decoder(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
-        """Return what a field is called, and what decodes it: nothing, if it is the library's."""
-        field = name.decode(errors="backslashreplace")
-        decode = None if field.startswith("_") else self._codecs.get(field, self._codec).decode
-        return field, _read_id if field == "id" else decode
+def renewed(max_age: Duration | None) -> MaxAge:
+    """Return what the scripts take for the lifetime that a write gives: "renew" if it is None."""
+    return "renew" if max_age is None else str(milliseconds(max_age, "max_age"))
 
 
-class _Cached(dict[_K, _V]):
-    """What is made from each key, once. Names may hold data of their own: they must not pile up."""
-
-    def __init__(self, make: Callable[[_K], _V]) -> None:
-        self._make = make
-
-    def __missing__(self, key: _K) -> _V:
-        if len(self) >= 1000:
-            self.clear()
-        value = self[key] = self._make(key)
-        return value
-
-
-def _read_id(_: str, data: bytes) -> str:
-    return data.decode()
-
-
-def _references(references: Iterable[str] | Mapping[str, Reference]) -> dict[str, Reference]:
-    if not isinstance(references, Mapping):
-        references = dict.fromkeys(listed(references, "references"), Reference())
-    for field, reference in references.items():
-        if any(mark in _field(field) for mark in ":{}"):
-            raise ValueError("the field of a reference must not hold a colon or a brace: they delimit it in keys")
-        if not isinstance(reference, Reference):
-            raise TypeError("references must be fields, or a mapping of fields to Reference")
-    return dict(references)
-
-
-def listed(values: Iterable[str], name: str) -> list[str]:
-    """Return several texts; raise TypeError with their *name* if it is but one, or something else."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be several str, in a list for one")
-    return list(values)
-
-
-def _items(values: Mapping[str, Any], name: str) -> ItemsView[str, Any]:
-    if type(values) is not dict and not isinstance(values, Mapping):
-        raise TypeError(f"{name} must be a mapping of fields to values, not {type(values).__name__}")
-    return values.items()
-
-
-@functools.lru_cache(maxsize=1024)
-def _field(field: str) -> str:
-    if text(field, "a field") == "id" or field.startswith("_"):
-        raise ValueError(f"the field {field!r} is reserved: 'id' and names that begin with '_' are the library's")
-    return field
-
-
-def field_names(fields: Iterable[str], *readable: str) -> list[str]:
-    """Return the names of some fields; raise TypeError or ValueError if they are reserved, but for those *readable*."""
-    names = listed(fields, "fields")
-    if not names:
-        raise ValueError("fields must not be empty")
-    return [_field(name) for name in names if name not in readable]
-
-
-def _wanted(fields: list[str] | None) -> Sequence[str]:
-    return ("-1",) if fields is None else (str(len(fields)), *fields)
-
-
-def lifetime(max_age: Duration | None) -> str:
-    """Return what the scripts take: 0 for what the session was given before."""
-    return "0" if max_age is None else str(milliseconds(max_age, "max_age"))
-
-
-def _idle(touch: bool | Duration) -> str:  # noqa: FBT001 - as `get` takes it
-    """Return the milliseconds after which a session is renewed: 0 for each time, -1 for never."""
-    if isinstance(touch, bool):
-        return "0" if touch else "-1"
-    return str(milliseconds(touch, "touch"))
+def _renewal(touch: bool | Duration) -> Renewal:  # noqa: FBT001 - as `get` takes it
+    """Return what the scripts take for when a read renews."""
+    return ("always",) if touch is True else ("after", str(milliseconds(touch, "touch")))
 
 
 def _reason(reason: str) -> str:

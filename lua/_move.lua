@@ -1,0 +1,237 @@
+--[[
+  Moving a session between reference sets: first planned as a whole, then done. Needs session, write, renew, end, fence.
+
+  KEYS        none
+  ARGV        none
+
+  Returns nothing: it stands before the scripts that need it.
+]]
+
+-- All members of a set at its limit are looked at, and so many more in one write: a set that is larger, because the
+-- limit is new, shrinks with each session that joins.
+local SURPLUS = 500
+
+clock()
+
+-- Read the sets of each reference that the next session is to be in from KEYS. Their numbers stand in ARGV behind
+-- *counts*: "keep" for a field that is not written. The list is the same for all sessions of a batch.
+local sets = {}
+local function read_sets(counts)
+  for n = 1, references do
+    local count = ARGV[counts + n]
+    if count == "keep" then
+      sets[n] = false
+    elseif count == "1" then
+      key = key + 1
+      sets[n] = { KEYS[key] }
+    else
+      sets[n] = {}
+      for i = 1, tonumber(count) do
+        key = key + 1
+        sets[n][i] = KEYS[key]
+        if i > 1 then sets[n][KEYS[key]] = true end
+      end
+    end
+  end
+end
+
+-- The number of references, from the first on, for which a session is in the one set that it is to be in, and in no
+-- other. Few writes move a session; `plan_move` looks at the rest. Returns an error if it finds one.
+local function settled(session)
+  local held = session.held
+  for n = 1, references do
+    local value, wanted = held[4 + n], sets[n]
+    local set = value and set_of(n, value)
+    if set then
+      if wanted and (wanted[1] ~= set or wanted[2]) then return n - 1 end
+      local member = strict and strict[n] and 1 or redis.pcall("SISMEMBER", set, held[1])
+      if member ~= 1 then return member == 0 and n - 1 or member end
+    elseif value and value ~= "null" or wanted and wanted[1] then
+      return n - 1
+    end
+  end
+  return references
+end
+
+-- Whether a session would get another identity.
+local function changes_identity(session)
+  local after = identity and sets[identity]
+  local before = after and sets_in(session, identity)
+  return after and (before[1] ~= after[1] or before[2] ~= after[2])
+end
+
+-- Make room in a set for one more session: add the sessions to evict to the plan. Returns an error if the reference
+-- refuses. A member that is older than max_lifetime stays in the set, because a store with other options may find it
+-- alive, but does not count. A member that another strict reference has revoked counts: to find out would take too long.
+local function make_room(plan, n, set)
+  local live, dead, limit = {}, {}, limits[n]
+  local members = redis.call("SRANDMEMBER", set, limit + plan.surplus)
+  plan.surplus = math.max(plan.surplus - math.max(#members - limit, 0), 0)
+  spent = spent + 3 * #members
+  for i = 1, #members do
+    local id = members[i]
+    local name = session_key(id)
+    local held = redis.pcall("HMGET", name, "id", "_ended", "_created", state[4 + n])
+    local created = not held.err and tonumber(held[3] or 0)
+    if held.err then wrong_type(held) end
+    if held.err or held[2] or not held[1] or not (set_of(n, held[4] or "") == set or has(sets_of(n, held[4]), set)) then
+      if id ~= plan.id then dead[#dead + 1] = id end
+    elseif id ~= plan.id and not (plan.evicted and plan.evicted[id]) then
+      local expired = max_lifetime > 0 and held[3] and created + max_lifetime <= now
+      if not expired then live[#live + 1] = { id = id, created = created } end
+    end
+  end
+  if #dead > 0 then
+    plan.dead = plan.dead or {}
+    plan.dead[set] = dead
+  end
+  if #live < limit then return end
+  if refuses and refuses[n] then return redis.error_reply("RSSLIMIT " .. state[4 + n]) end
+  plan.evicted = plan.evicted or {}
+  local surplus = #live - limit + 1
+  if surplus > 1 then table.sort(live, function(a, b) return a.created < b.created end) end
+  for i = 2, surplus == 1 and #live or 0 do
+    if live[i].created < live[1].created then live[1] = live[i] end
+  end
+  for i = 1, surplus do plan.evicted[live[i].id] = true end
+end
+
+-- Add a set to the plan that the session joins. Returns an error if it cannot.
+local function plan_join(plan, n, set)
+  local members = redis.pcall("SRANDMEMBER", set, SAMPLE)
+  if members.err then return members end
+  if limits and limits[n] > 0 and redis.call("SCARD", set) >= limits[n] then
+    local refused = make_room(plan, n, set)
+    if refused then return refused end
+  end
+  spent = spent + 6
+  local joins, samples, fences = plan.joins, plan.samples, plan.fences
+  joins[#joins + 1], joins[#joins + 2] = set, members[1] and redis.call("PTTL", set) or -2
+  fences[#fences + 1] = fence_of(set)
+  plan.numbers[#fences] = n
+  if #samples < 100 then samples[#samples + 1], samples[#samples + 2] = set, members end
+end
+
+-- Look at the fences of the sets that the session joins, the first so many, and leaves. A blocked value cannot be
+-- joined. While delete_by_ref works through a set, a session that was in it from the beginning ends as it leaves, or it
+-- would escape. A session that joins is marked, and keeps its mark if only its id changes. Returns an error if the
+-- session cannot join.
+local function pass_fences(plan, session, joined)
+  plan.marks = {}
+  for i = 1, #plan.fences do
+    local fence = plan.fences[i]
+    local found = redis.pcall("HMGET", fence, "round", "reason", "id:" .. session.held[1], "until", "why")
+    if found.err then return found end
+    local round, since, till = tonumber(found[1] or nil), tonumber(found[3] or 0), tonumber(found[4] or 0)
+    if i <= joined and till > now then
+      return redis.error_reply("RSSBLOCKED " .. found[4] .. " " .. found[5] .. " " .. state[4 + plan.numbers[i]])
+    end
+    if round and i > joined and since < round then plan.doomed = found[2] end
+    if round and (i <= joined or plan.stays and plan.stays[fence]) then
+      plan.marks[#plan.marks + 1] = { fence, "id:" .. plan.id, i <= joined and round or since }
+    end
+  end
+end
+
+-- What must happen for a session to be in `sets`, under an id that is a new one in a rotation. Each set is looked at
+-- once, before anything is written. A set that was lost, to an eviction say, is joined again. *from*: so many references
+-- are settled. Returns the plan, or an error. Writes nothing, except that it ends a session that must not escape.
+--   joins     sets and their PTTL: set, pttl, ...
+--   keeps     sets that the session is in already
+--   leaves    sets that the old id leaves
+--   samples   sets that are joined and some of their members: set, members, ...
+--   fences    of the sets that are joined, then of those that are left; numbers: the references of the first
+--   stays     the fences of sets that only the id leaves
+--   marks     what is written into fences
+--   evicted   the ids of sessions to end for a limit
+--   dead      for some sets, the ids that it need not hold
+local function plan_move(session, id, from)
+  local plan = { id = id, joins = {}, keeps = {}, leaves = {}, samples = {}, fences = {}, numbers = {} }
+  local own, joins, keeps, leaves, fences = session.held[1], plan.joins, plan.keeps, plan.leaves, plan.fences
+  plan.surplus = SURPLUS
+  for n = 1, references do
+    local before = session.ttl and sets_in(session, n) or NONE
+    local after = sets[n] or before
+    for i = 1, #after do
+      local set = after[i]
+      spent = spent + 2.2
+      if not has(before, set) then
+        local failed = plan_join(plan, n, set)
+        if failed then return failed end
+      else
+        local known = n <= from or strict and strict[n]
+        local member = known and 1 or redis.pcall("SISMEMBER", set, own)
+        if member == 1 then
+          keeps[#keeps + 1] = set
+        elseif member == 0 then
+          joins[#joins + 1], joins[#joins + 2] = set, redis.call("PTTL", set)
+        else
+          return member
+        end
+      end
+    end
+    for i = 1, n > from and #before or 0 do
+      local set = before[i]
+      local stays = has(after, set)
+      if id ~= own or not stays then
+        leaves[#leaves + 1] = set
+        spent = spent + 2.2
+        if stays then
+          plan.stays = plan.stays or {}
+          plan.stays[fence_of(set)] = true
+        end
+      end
+    end
+  end
+  local joined = #fences
+  for i = 1, #leaves do fences[joined + i] = fence_of(leaves[i]) end
+  if fences[1] and redis.call("EXISTS", unpack(fences)) > 0 then
+    local failed = pass_fences(plan, session, joined)
+    if failed then return failed end
+    if plan.doomed then
+      bury(session, plan.doomed)
+      return redis.error_reply("RSSENDED " .. plan.doomed)
+    end
+  end
+  return plan
+end
+
+-- Enter the sets, before the hash is written: an SADD first, because a server without memory refuses only the first
+-- write of a script. *name*: the key of a hash that is new, or nil. If a later command is refused, for want of a right
+-- say, `undo` takes back a new hash and what the session has joined.
+local function enter(plan, session, name, ttl)
+  local joins, keeps, marks, id = plan.joins, plan.keeps, plan.marks, plan.id
+  undo = function()
+    if name then
+      redis.pcall("UNLINK", name)
+      redis.pcall("PEXPIREAT", name, 0)
+    end
+    for i = 1, #joins, 2 do redis.pcall("SREM", joins[i], id) end
+    for i = 1, id ~= session.held[1] and #keeps or 0 do redis.pcall("SREM", keeps[i], id) end
+  end
+  for i = 1, #joins, 2 do
+    redis.call("SADD", joins[i], id)
+    outlive(joins[i], ttl, joins[i + 1])
+  end
+  for i = 1, id ~= session.held[1] and #keeps or 0 do redis.call("SADD", keeps[i], id) end
+  for i = 1, marks and #marks or 0 do redis.call("HSET", unpack(marks[i])) end
+end
+
+-- Finish a move, after the hash has its TTL: let the sets live as long as the session, leave the others, end who is
+-- evicted, and take dead ids out of the sets that were joined.
+local function settle(plan, session, ttl)
+  local keeps, leaves, own = plan.keeps, plan.leaves, session.held[1]
+  if keeps[1] and horizon(ttl) > horizon(session.ttl - 1000) then
+    for i = 1, #keeps do outlive(keeps[i], ttl, redis.call("PTTL", keeps[i])) end
+  end
+  for i = 1, #leaves do leave(leaves[i], own) end
+  local undo_all = undo
+  for id in pairs(plan.evicted or NONE) do
+    local evicted = look(session_key(id))
+    if evicted and evicted.ttl then bury(evicted, "evicted") end
+    undo = undo_all
+  end
+  for set, dead in pairs(plan.dead or NONE) do spread("SREM", set, dead, 1, #dead) end
+  prune(plan.samples)
+  undo = false
+end

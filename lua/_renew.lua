@@ -1,0 +1,97 @@
+--[[
+  How long sessions and their reference sets live. Needs sets.
+
+  KEYS        none
+  ARGV        none
+
+  Returns nothing: it stands before the scripts that need it.
+]]
+
+-- So many members of a set are looked at when a session joins it or moves its horizon; if one of them is dead, so many
+-- more. So the dead leave faster than they come while they are more than a fifth of the set.
+local SAMPLE, MORE = 2, 8
+
+-- The time until which the sets of a session with this TTL live: at least as long as the session, and rounded up to a
+-- step, so that most renewals need not touch the sets. A step is a power of two, a 64th to a 32nd of the TTL. As the
+-- session grows old its steps only ever halve, so the rounded time never moves towards the session's end.
+local power, step = 0, 1
+local function horizon(ttl)
+  if ttl < power or ttl >= 2 * power then
+    local _, exponent = math.frexp(ttl)
+    power = math.ldexp(1, exponent - 1)
+    step = math.max(power / 32, 1)
+  end
+  local till = now + ttl
+  return till + -till % step
+end
+
+-- Let a set live as long as a session. *before* is its PTTL: -2 for a new set. A set without a TTL, which others made,
+-- keeps none. PEXPIREAT, because PEXPIRE counts from the time of the command, where time runs on in scripts.
+local function outlive(set, ttl, before)
+  local till = horizon(ttl)
+  if before == -2 or (before >= 0 and now + before < till) then redis.call("PEXPIREAT", set, till) end
+end
+
+-- Take dead ids out of sets. *samples* holds sets and some of their members: set, members, ...
+local function prune(samples)
+  local names, n = {}, 0
+  for i = 2, #samples, 2 do
+    local ids = samples[i]
+    for j = 1, #ids do names[n + j] = session_key(ids[j]) end
+    n = n + #ids
+  end
+  spent = spent + n * 0.5
+  if n == 0 or redis.call("EXISTS", unpack(names)) == n then return end
+  for i = 1, #samples, 2 do
+    local set, ids, dead = samples[i], samples[i + 1], {}
+    for round = 1, 2 do
+      for j = 1, #ids do
+        if redis.call("EXISTS", session_key(ids[j])) == 0 then dead[#dead + 1] = ids[j] end
+      end
+      if #dead == 0 or round == 2 then break end
+      ids = redis.call("SRANDMEMBER", set, MORE)
+      spent = spent + 10
+    end
+    if #dead > 0 then redis.call("SREM", set, unpack(dead)) end
+  end
+end
+
+-- The TTL of a session from now on. *given* is its max_age in milliseconds; nil for the one that it has.
+local function lifetime(session, given)
+  if not now then clock() end
+  local age = given or tonumber(session.held[4] or max_age)
+  if max_lifetime == 0 then return age end
+  return math.min(age, (session.held[3] or now) + max_lifetime - now)
+end
+
+-- Give the hash under a name its TTL. The notes come first, when the session was made and which max_age it was given:
+-- written behind a TTL that is over, they would make a hash that never expires.
+local function expire(session, name, given, ttl)
+  local held = session.held
+  if not held[3] then redis.call("HSET", name, "_created", now) end
+  if given and given ~= tonumber(held[4] or 0) then redis.call("HSET", name, "_max_age", given) end
+  redis.call("PEXPIREAT", name, now + ttl)
+end
+
+-- Renew a session and the sets it is in. Returns its new TTL. The horizons are compared with a second to spare, since
+-- the session's PTTL may have been read later than `now`.
+local function renew(session, given)
+  local ttl = lifetime(session, given)
+  if horizon(ttl) > horizon(session.ttl - 1000) then
+    local samples = {}
+    for n = 1, references do
+      for _, set in ipairs(sets_in(session, n)) do
+        spent = spent + 3
+        outlive(set, ttl, redis.call("PTTL", set))
+        local members = #samples < 100 and redis.pcall("SRANDMEMBER", set, SAMPLE)
+        if members and not members.err then
+          samples[#samples + 1] = set
+          samples[#samples + 1] = members
+        end
+      end
+    end
+    prune(samples)
+  end
+  expire(session, session.key, given, ttl)
+  return ttl
+end

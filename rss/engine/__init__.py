@@ -1,0 +1,1 @@
+"""How an operation reaches Redis and comes back."""

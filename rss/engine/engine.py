@@ -1,0 +1,145 @@
+"""Runs operations for many callers, on the event loop that runs."""
+
+import asyncio
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from redis.asyncio import Redis
+
+from rss.engine.coalesce import Call, Operation
+from rss.engine.failures import unavailable
+from rss.engine.lane import Node
+from rss.engine.scripts import Scripts
+from rss.keys import Plain
+
+#: Calls that wait in a lane, at most. More would only make all of them late.
+MAX_PENDING: Final = 10_000
+
+
+class Engine:
+    """Runs the scripts of one store. *timeout*: seconds that a caller waits at most."""
+
+    def __init__(self, client: Redis, scripts: Scripts, layout: Plain, timeout: float) -> None:
+        #: Whether it takes no more calls, except those of operations that have begun.
+        self.closed = False
+        self._client = client
+        self._scripts = scripts
+        self._layout = layout
+        self._timeout = timeout
+        self._node: Node | None = None
+        self._finalizer: weakref.finalize[[asyncio.AbstractEventLoop, Node], Engine] | None = None
+        self._operations: set[asyncio.Future[None]] = set()
+        _ENGINES.add(self)
+
+    def run(
+        self,
+        operation: Operation,
+        keys: Sequence[str],
+        args: Sequence[str | bytes] = (),
+        *,
+        shared: tuple[str, ...] = (),
+        partition: int = 0,
+        begun: bool = False,
+    ) -> asyncio.Future[Any]:
+        """Run an operation for one session; the result is its reply.
+
+        *shared*: the arguments before those of the sessions; only calls that share them become one batch.
+        *begun*: the call is part of an `operation`, so it is taken even while the store closes.
+
+        The call is sent again until its deadline when Redis did not run it, and also when that is not known, if the
+        operation is repeatable. Then `StoreUnavailable` is raised.
+        """
+        if self.closed and not begun:
+            raise RuntimeError("the store is closed")
+        node, loop = self._node, asyncio.get_running_loop()
+        if node is None or node.loop is not loop:
+            node = self._begin(loop)
+        lane = node.main if operation.batched else node.pages
+        size = sum(map(len, args)) if operation.sized else 0
+        answer: asyncio.Future[Any] = loop.create_future()
+        if lane.waiting.count >= MAX_PENDING and not node.makes_room(lane, MAX_PENDING):
+            # In the next turn: a caller that tries again at once must not keep the loop from sending what waits.
+            loop.call_soon(_refuse, answer, context=node.context)
+            return answer
+        lane.put((operation, partition, shared), Call(keys, args, size, loop.time() + self._timeout, answer))
+        return answer
+
+    @contextmanager
+    def operation(self) -> Iterator[None]:
+        """Let `drain` wait for something that consists of several calls."""
+        if self.closed:
+            raise RuntimeError("the store is closed")
+        done = asyncio.get_running_loop().create_future()
+        self._operations.add(done)
+        try:
+            yield
+        finally:
+            self._operations.discard(done)
+            done.cancel()
+
+    async def drain(self) -> None:
+        """Wait until every caller has a reply."""
+        loop = asyncio.get_running_loop()
+        while True:
+            lanes = self._node.lanes if self._node and self._node.loop is loop else ()
+            pending = {call.answer for lane in lanes for call in lane if not call.answer.done()}
+            pending |= {done for done in self._operations if done.get_loop() is loop}
+            if not pending:
+                return
+            await asyncio.wait(pending)
+
+    async def aclose(self) -> None:
+        """Take no more calls, wait for those under way, and close the connections."""
+        self.closed = True
+        await self.drain()
+        node = self._node
+        if node and node.loop is asyncio.get_running_loop():
+            self._forget()
+            await node.aclose()
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> Node:
+        """Serve another event loop than before, as in a test client or at a second `asyncio.run`."""
+        if self._node and self._node.loop.is_running():
+            raise RuntimeError("another event loop that is still running uses this store: make one for each loop")
+        self._forget()
+        make_connection = self._client.connection_pool.make_connection
+        self._node = node = Node(make_connection, self._scripts, self._layout, self._timeout)
+        self._finalizer = weakref.finalize(self, _abandon, loop, node)
+        self._finalizer.atexit = False
+        return node
+
+    def _forget(self) -> None:
+        if self._finalizer:
+            self._finalizer.detach()
+        self._node = self._finalizer = None
+
+    def after_fork(self) -> None:
+        """Begin anew in a child process: the connections are the parent's, so they must not even be closed."""
+        self._forget()
+        self._operations.clear()
+
+
+def _refuse(answer: asyncio.Future[Any]) -> None:
+    if not answer.done():
+        answer.set_exception(unavailable(f"{MAX_PENDING:,} calls wait for Redis: no more are taken", None))
+
+
+def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:
+    """Close the connections of a store that was thrown away, from whichever thread."""
+    with suppress(RuntimeError):  # The event loop is closed, and its connections with it.
+        loop.call_soon_threadsafe(node.close)
+
+
+_ENGINES: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_ENGINES):
+        engine.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,377 @@
+"""The way to one server: what waits for it, the channel it goes through, and what happens when that breaks."""
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any, Final
+
+import redis.exceptions
+from redis.asyncio.connection import AbstractConnection
+
+from rss.engine.channel import Channel, open_channel
+from rss.engine.coalesce import BACKOFF, Batch, Call, Kind, Waiting
+from rss.engine.failures import DEMOTED, code_of, error_for, final_error_for, lost, mistake, unavailable
+from rss.engine.scripts import Scripts
+from rss.keys import Plain
+
+#: Volleys of a lane that may be unanswered: while Redis runs one, Python sends or answers the other.
+VOLLEYS: Final = 2
+#: Calls of a volley, at most: over so many sessions scripts keep Redis busy for a millisecond or two.
+ROOM: Final = 100
+# Seconds of silence after which a channel is doubted, at most; and those that a connection may take to be made.
+_SILENCE: Final = 2.0
+_CONNECTING: Final = 10.0
+# Times of the loop that lie so close together are looked at together.
+_MOMENT: Final = 0.005
+
+
+class Node:
+    """One server, as one event loop sees it.
+
+    Calls go through the lane `main`. Pages of reference sets go through `pages`, one in a volley, so that other calls
+    need not wait for them. What was in flight on a channel that broke goes again through `repair`, one volley at a
+    time: at first all together, then each call alone. So a call that makes Redis hang up takes no other call with it.
+    """
+
+    def __init__(
+        self, make_connection: Callable[[], AbstractConnection], scripts: Scripts, layout: Plain, timeout: float
+    ) -> None:
+        self.scripts = scripts
+        self.layout = layout
+        #: Seconds of silence after which a channel is doubted.
+        self.patience = min(timeout / 3, _SILENCE)
+        self.loop = asyncio.get_running_loop()
+        #: Empty: timers and callbacks must not keep the context of a request.
+        self.context = contextvars.Context()
+        self.main = Lane(self, VOLLEYS, ROOM)
+        self.pages = Lane(self, VOLLEYS, 1)
+        self.repair = Lane(self, 1, ROOM)
+        self._make_connection = make_connection
+        self._timeout = timeout
+        self._timer: asyncio.TimerHandle | None = None
+        self._watched = 0.0  # The loop's time of the last `watch`.
+        self._guard: AsyncGenerator[None] | None = None
+
+    @property
+    def lanes(self) -> tuple["Lane", "Lane", "Lane"]:
+        """All lanes."""
+        return self.main, self.pages, self.repair
+
+    def look_at(self, when: float) -> None:
+        """Call `watch` at that time of the loop, or earlier."""
+        if self._timer is None or self._timer.when() > when + _MOMENT:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(when, self.watch, context=self.context)
+
+    def makes_room(self, lane: "Lane", most: int) -> bool:
+        """Return whether fewer than so many calls of a lane wait, without those that are late or whose caller is gone.
+
+        Looks for these once in a moment: many calls may ask.
+        """
+        if self.loop.time() > self._watched + _MOMENT:
+            self.watch()
+        return lane.waiting.count < most
+
+    def watch(self) -> None:
+        """Answer the calls whose deadline has passed, and look for silent channels, as long as any call waits."""
+        self._timer = None
+        now = self._watched = self.loop.time()
+        when = min(lane.watch(now) for lane in self.lanes)
+        if when < float("inf"):
+            self.look_at(max(when, now + _MOMENT))
+
+    async def open(self, lane: "Lane") -> Channel:
+        """Make a channel."""
+        if self._guard is None:
+            self._guard = self._until_the_loop_ends()
+            await anext(self._guard)
+        return await open_channel(self._make_connection, lane, self._timeout)
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
+        """Close the connections even if nobody closes the store: `asyncio.run` closes generators before the loop."""
+        try:
+            yield
+        finally:
+            self.close()
+            await asyncio.sleep(0)  # A transport is closed a turn after it is told to.
+            await asyncio.sleep(0)
+
+    def close(self) -> None:
+        """Close the connections. Calls without a reply get `StoreUnavailable`."""
+        for lane in self.lanes:
+            lane.close()
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    async def aclose(self) -> None:
+        """Close the connections and wait until they are."""
+        self.close()
+        if self._guard is not None:
+            with contextlib.suppress(RuntimeError):  # It runs already, because the loop ends.
+                await self._guard.aclose()
+
+
+class Lane:
+    """One channel at a time: made when it is needed, made again when it breaks.
+
+    *volleys*: how many may be unanswered. *room*: how many calls a volley may have.
+
+    Without a channel, `_dialling` makes one. With a channel, `_dialling` means that the channel is in doubt: it has
+    been silent for long, so it gets no more, and another one is made. If the channel answers first, it stays. If the
+    server answers on the other one, the channel is given up. So a server that stops for some seconds costs no failure,
+    and a connection that was dropped without a word costs one wait.
+    """
+
+    def __init__(self, node: Node, volleys: int, room: int) -> None:
+        #: The calls that were not sent yet.
+        self.waiting = Waiting()
+        self._node = node
+        self._volleys = volleys
+        self._room = room
+        self._channel: Channel | None = None
+        self._flying: deque[Batch] = deque()  # What was sent through the channel and has no reply.
+        self._demoted = False  # The server is no master: the channel is closed as soon as it owes no reply.
+        self._must_load = False  # The scripts are gone: they are loaded as soon as the channel owes no reply.
+        self._load_error: Exception | None = None
+        self._dialling: asyncio.Task[None] | None = None
+        self._failures = 0  # In a row.
+        self._trouble: Exception | None = None  # The last failure, until a reply comes.
+        self._scheduled = False
+
+    def __iter__(self) -> Iterator[Call]:
+        """Iterate over all calls without a reply, and some whose caller is gone."""
+        yield from self.waiting
+        for batch in self._flying:
+            yield from batch.calls
+
+    # Calls go.
+
+    def put(self, kind: Kind, call: Call) -> None:
+        """Send a call as soon as the event loop has run what is ready."""
+        self.waiting.put(kind, call)
+        if not self._scheduled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._node.loop.call_soon(self._flush, context=self._node.context)
+
+    def _flush(self) -> None:
+        """Send what may be sent."""
+        self._scheduled = False
+        if not self.waiting.count:
+            return
+        channel, now = self._channel, self._node.loop.time()
+        self._node.look_at(now + self._node.patience)
+        if channel is None:
+            self._dial()
+            return
+        try:
+            while self.waiting.count and (room := self._free(channel)):
+                batches = self.waiting.take(room, now)
+                if not batches:  # Redis refused these kinds a moment ago.
+                    self._node.look_at(now + _MOMENT)
+                    return
+                self._send(channel, batches)
+        except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
+            self._give_up(error)
+
+    def _free(self, channel: Channel) -> int:
+        """Return how many calls the next volley may have; 0 if none may be sent now."""
+        volleys, calls = 0, self.waiting.count
+        for batch in self._flying:
+            volleys += batch.last
+            calls += len(batch.calls)
+        waits = volleys and (self._must_load or self._demoted)
+        if volleys == self._volleys or waits or channel.paused or self._dialling or not channel.usable:
+            return 0
+        return min(self._room, -(-calls // self._volleys))
+
+    def _send(self, channel: Channel, batches: list[Batch]) -> None:
+        batches[-1].last = True
+        self._flying.extend(batches)
+        scripts, stems = self._node.scripts, self._node.layout.stems
+        if self._must_load:
+            self._must_load, self._load_error = False, None
+            channel.send(scripts.load, [functools.partial(self._loaded, sha) for sha in scripts.shas.values()])
+        packed = [batch.pack(scripts.shas[batch.queue.kind[0].script], stems(batch.queue.kind[1])) for batch in batches]
+        channel.send(b"".join(packed), [self._answered] * len(batches))
+
+    # Replies come.
+
+    def _answered(self, reply: Any) -> None:
+        """Hand out the replies of the oldest batch."""
+        batch = self._flying[0]
+        if reply.__class__ is list and reply:
+            for call, own in zip(batch.calls, reply, strict=False):
+                answer = call.answer
+                if answer.done():
+                    continue
+                if isinstance(own, Exception):
+                    answer.set_exception(final_error_for(own))
+                else:
+                    answer.set_result(own)
+            if len(reply) < len(batch.calls):  # The script stopped early, because it had done enough.
+                self.waiting.put_back(batch.queue, batch.calls[len(reply) :])
+            self._failures, self._trouble = 0, None
+            if batch.queue.refusals:
+                batch.queue.release()
+        elif not isinstance(reply, Exception) or (str(reply).startswith("Protocol error") and len(batch.calls) > 1):
+            # Nobody knows whose reply it is; or one of the calls makes Redis hang up, and the repetition shows which.
+            raise reply if isinstance(reply, Exception) else redis.exceptions.ConnectionError("Redis sent nonsense")
+        else:
+            self._refused(batch, reply)
+        self._flying.popleft()
+
+    def _refused(self, batch: Batch, error: Exception) -> None:
+        """Redis did not run a script, or the script failed at its first session."""
+        if (code := code_of(error)) == "NOSCRIPT" and self._load_error:
+            error, code, self._load_error = self._load_error, "not loaded", None
+        if error_for(error):
+            failed = batch.calls if code else batch.calls[:1]  # A code is about the server, not about a session.
+            for call in failed:
+                call.fail(final_error_for(error))
+            self.waiting.put_back(batch.queue, batch.calls[len(failed) :])
+            return
+        queue = self.waiting.put_back(batch.queue, batch.calls)
+        queue.hold(error, self._node.loop.time(), at_once=code == "NOSCRIPT")
+        self._must_load = self._must_load or code == "NOSCRIPT"
+        self._demoted = self._demoted or code in DEMOTED
+
+    def _loaded(self, sha: str, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            self._load_error = reply
+        elif reply != sha.encode():
+            raise redis.exceptions.ConnectionError("Redis sent a reply to something else")
+
+    def heard(self, channel: Channel) -> None:
+        """Send more, after the callers that just got a reply have run: they often call again.
+
+        Always, also if no call waits yet: what they call then goes out in the same turn of the event loop.
+        """
+        if channel is self._channel:
+            if self._dialling:
+                self._dialling.cancel()
+            if self._demoted and not self._flying:
+                self.hang_up()
+            self._schedule()
+
+    # Channels come and go.
+
+    def _dial(self) -> None:
+        if self._dialling is None:
+            # Not `create_task`: an eager task would be done before it is known here, and uvloop 0.23 on Python 3.13.0
+            # cannot make one. A context of its own, because one that is entered already cannot be entered again.
+            self._dialling = asyncio.Task(self._connect(), loop=self._node.loop, context=contextvars.Context())
+            self._dialling.add_done_callback(self._dialled, context=self._node.context)
+
+    def _dialled(self, task: asyncio.Task[None]) -> None:
+        self._dialling = None
+        if not task.cancelled() and (error := task.exception()):
+            self._give_up(error)
+        self._schedule()
+
+    async def _connect(self) -> None:
+        """Make a channel: try until there is one, or no call waits any more."""
+        while any(not call.answer.done() for call in self):
+            if self._failures > 1:
+                await asyncio.sleep(BACKOFF.compute(self._failures))
+            try:
+                async with asyncio.timeout(min(self._node.patience * 2 ** min(self._failures, 5), _CONNECTING)):
+                    channel = await self._node.open(self)
+            except (redis.exceptions.RedisError, OSError) as error:  # TimeoutError is an OSError.
+                self._failures += 1
+                self._trouble = error.with_traceback(None)
+                if error_for(error):  # Redis does not let this client in.
+                    self.waiting.fail(functools.partial(final_error_for, error))
+            else:
+                if self._channel:
+                    self._channel.abort(redis.exceptions.TimeoutError("the connection is silent"))
+                    for lane in self._node.lanes:  # What is idle may have been dropped as silently.
+                        lane.hang_up()
+                self._channel = channel
+                return
+
+    def hang_up(self) -> None:
+        """Close the channel if it is idle."""
+        if self._channel and self._channel.idle:
+            self._channel.close()
+            self._channel, self._demoted = None, False
+
+    def lost(self, channel: Channel, error: BaseException | None) -> None:
+        """Send what was in flight again, if it may be repeated: it is not known whether Redis ran it."""
+        if channel is not self._channel:
+            return
+        self._channel, self._demoted, self._must_load, self._load_error = None, False, False, None
+        self._failures += 1
+        self._trouble = lost(error)
+        flying, self._flying = self._flying, deque()
+        for batch in flying:
+            if batch.queue.kind[0].repeatable:
+                self._node.repair.put_again(batch, self._trouble)
+            else:
+                for call in batch.calls:
+                    call.fail(unavailable("the connection broke: it is not known what was done", self._trouble))
+        self._schedule()
+
+    def put_again(self, batch: Batch, trouble: Exception) -> None:
+        """Take calls that were in flight on a channel that broke, perhaps because of one of them."""
+        for call in batch.calls:
+            call.losses += 1
+        losses = batch.calls[0].losses
+        # A call that breaks every channel goes behind the others, and is tried at longer and longer intervals.
+        queue = self.waiting.put_back(batch.queue, batch.calls, behind=losses > 1)
+        if losses > 2:
+            queue.hold(trouble, self._node.loop.time())
+        self._trouble = trouble
+        self._schedule()
+
+    # Time passes.
+
+    def watch(self, now: float) -> float:
+        """Answer the calls whose deadline has passed, and doubt a silent channel. Returns when to look again."""
+        when = self.waiting.expire(now, self._trouble)
+        for batch in self._flying:
+            for call in batch.calls:
+                if call.deadline <= now:
+                    call.expire(self._trouble)
+                elif not call.answer.done():
+                    when = min(when, call.deadline)
+        if self._flying and self._channel:
+            doubt = self._channel.heard_at + self._node.patience
+            if doubt <= now:
+                self._dial()
+                doubt = now + self._node.patience
+            when = min(when, doubt)
+        if self.waiting.count:
+            self._schedule()
+        return when
+
+    def close(self) -> None:
+        """Close the channel. Calls without a reply get `StoreUnavailable`."""
+        with contextlib.suppress(RuntimeError):  # The event loop is closed: no caller waits any more.
+            self._fail(lambda: unavailable("the store was closed", self._trouble))
+            if self._dialling:
+                self._dialling.cancel()
+
+    def _give_up(self, error: BaseException) -> None:
+        """Answer all callers after a mistake of ours, or of redis-py."""
+        self._fail(lambda: mistake(error))
+
+    def _fail(self, error: Callable[[], Exception]) -> None:
+        channel, self._channel = self._channel, None
+        if channel:
+            if channel.idle:
+                channel.close()
+            else:
+                channel.abort()
+        self.waiting.fail(error)
+        while self._flying:
+            for call in self._flying.popleft().calls:
+                call.fail(error())

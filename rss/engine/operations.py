@@ -1,0 +1,232 @@
+"""The operations: what each of them is, and a typed method that sends it and reads the reply.
+
+A method here takes what `rss.fields` has encoded, builds the keys, and returns the reply with names instead of places.
+How an argument is written on the wire is said by the header of the script.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Final, Literal, NamedTuple, cast
+
+from redis.asyncio import Redis
+
+from rss.engine.coalesce import Operation
+from rss.engine.engine import Engine
+from rss.engine.scripts import Scripts, schema
+from rss.fields import Encoded, Fields
+from rss.keys import Plain
+
+_READ: Final = ("sets", "session", "read")
+_MOVE: Final = ("sets", "session", "write", "renew", "end", "fence", "move")
+
+GET: Final = Operation("get", _READ)
+GET_AND_RENEW: Final = Operation("get_and_renew", (*_READ, "renew"))
+SET: Final = Operation("set_with_refs", (*_MOVE, "expect"), sized=True)
+#: The second run would meet what the first one wrote, and call it a conflict.
+SET_EXPECTING: Final = replace(SET, repeatable=False)
+UNSET: Final = Operation("unset_with_refs", _MOVE)
+#: The second run would find the fields gone, and return nothing.
+POP: Final = replace(UNSET, repeatable=False)
+INCREMENT: Final = Operation("increment", ("sets", "session", "write"), repeatable=False)
+TOUCH: Final = Operation("touch", ("sets", "session", "renew"))
+DELETE: Final = Operation("delete_with_refs", ("sets", "session", "expect", "end"))
+ROTATE: Final = Operation("rotate_with_refs", _MOVE, sized=True)
+FIND_BY: Final = Operation("find_by_ref", (*_READ, "page"), batched=False)
+DELETE_BY: Final = Operation(
+    "delete_by_ref", ("sets", "session", "write", "end", "fence", "page"), batched=False, sized=True
+)
+COUNT_BY: Final = Operation("count_by_ref", ())
+BLOCKED: Final = Operation("blocked", ())
+UNBLOCK: Final = Operation("unblock", ())
+
+ALL: Final = (
+    GET, GET_AND_RENEW, SET, UNSET, INCREMENT, TOUCH, DELETE, ROTATE, FIND_BY, DELETE_BY, COUNT_BY, BLOCKED, UNBLOCK,
+)  # fmt: skip
+
+#: Milliseconds that a tombstone lives: longer than any request that was in flight when its session ended.
+TOMBSTONE: Final = 300_000
+#: How many sessions a page has, about: a millisecond or two of Redis.
+_PAGE: Final = "50"
+
+# The fields to read: all of them.
+_ALL: Final = ("all",)
+
+#: How long a session lives from now on: milliseconds, "renew" for as long as before, "keep" to leave its TTL alone.
+MaxAge = str
+#: When a read renews: () for never, ("always",), ("after", milliseconds), or ("check", milliseconds) to be told only.
+Renewal = tuple[str, ...]
+
+
+class Read(NamedTuple):
+    """A session that was read."""
+
+    #: Fields and data in turn; empty if it is not alive.
+    pairs: list[bytes]
+    #: Milliseconds that it has left to live; 0 if it is not alive.
+    ttl: int = 0
+    #: "renewed", or "due" if it was not to be renewed but is due; "alive", "ended" or "absent".
+    state: bytes = b"alive"
+    #: Why it was ended; None if it was not.
+    ended: str | None = None
+
+
+class Taken(NamedTuple):
+    """The fields that were taken out of a session: names and data in turn, and its TTL in milliseconds."""
+
+    pairs: list[bytes]
+    ttl: int
+
+
+class Position(NamedTuple):
+    """How far an operation has come in a reference set. `left` are ids that the last page left out."""
+
+    cursor: bytes = b"0"
+    left: tuple[bytes, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no page after the last one."""
+        return self.cursor == b"0" and not self.left
+
+
+class Found(NamedTuple):
+    """A page of sessions: of each, fields and data in turn."""
+
+    sessions: list[list[bytes]]
+    position: Position
+
+
+class Deleted(NamedTuple):
+    """How many sessions a page has ended."""
+
+    ended: int
+    position: Position
+
+
+class Operations:
+    """The operations of one store."""
+
+    def __init__(
+        self,
+        client: Redis,
+        layout: Plain,
+        fields: Fields,
+        *,
+        max_age: int,
+        max_lifetime: int,
+        timeout: float,
+        json: bool,
+    ) -> None:
+        self.layout = layout
+        self._fields = fields
+        lua = schema(
+            fields.references,
+            max_age=max_age,
+            max_lifetime=max_lifetime,
+            tombstone=TOMBSTONE,
+            json=json,
+            before_value=layout.before_value,
+            ending=layout.ending,
+        )
+        #: The scripts as Redis gets them.
+        self.scripts = Scripts(lua, {operation.script: operation.parts for operation in ALL})
+        #: What runs them.
+        self.engine = Engine(client, self.scripts, layout, timeout)
+
+    async def get(self, session_id: str, fields: Sequence[str] | None, renewal: Renewal = ()) -> Read:
+        """Read all fields of a session, or some of them with its id."""
+        shared = _ALL if fields is None else (str(len(fields)), *fields)
+        operation = GET
+        if renewal:
+            operation, shared = GET_AND_RENEW, shared + renewal
+        reply = await self.engine.run(operation, (self.layout.session(session_id),), shared=shared)
+        state = reply.pop()
+        if state == b"absent":
+            return Read([], state=state)
+        if state == b"ended":
+            return Read([], state=state, ended=reply[0].decode())
+        return Read(reply, reply.pop(), state)
+
+    async def set(
+        self,
+        session_id: str,
+        values: Encoded,
+        max_age: MaxAge,
+        mode: Literal["set", "update", "create"],
+        expected: Sequence[str | bytes] = (),
+    ) -> int:
+        """Write a session and return its TTL in milliseconds."""
+        keys = [self.layout.session(session_id), *self._sets(values)]
+        args = [max_age, *expected, str(len(values.pairs)), *values.pairs]
+        shared = (mode, str(len(expected) // 3), *values.counts)
+        ttl: int = await self.engine.run(SET_EXPECTING if expected else SET, keys, args, shared=shared)
+        return ttl
+
+    async def unset(self, session_id: str, fields: Sequence[str], max_age: MaxAge, *, repeatable: bool = True) -> Taken:
+        """Take fields out of a session."""
+        args = [max_age, str(len(fields)), *fields]
+        reply = await self.engine.run(UNSET if repeatable else POP, (self.layout.session(session_id),), args)
+        return Taken(reply, ttl=reply.pop())
+
+    async def increment(self, session_id: str, field: str, by: int) -> int:
+        """Add to a field and return the sum."""
+        return int(await self.engine.run(INCREMENT, (self.layout.session(session_id),), (field, str(by))))
+
+    async def touch(self, session_id: str, max_age: MaxAge) -> int:
+        """Renew a session and return its TTL in milliseconds, 0 if there is none."""
+        ttl: int = await self.engine.run(TOUCH, (self.layout.session(session_id),), (max_age,))
+        return ttl
+
+    async def delete(self, session_id: str, reason: str, expected: Sequence[str | bytes] = ()) -> bool:
+        """End a session and return whether it was alive, and as expected."""
+        keys, shared = (self.layout.session(session_id),), (str(len(expected) // 3),)
+        return bool(await self.engine.run(DELETE, keys, (reason, *expected), shared=shared))
+
+    async def rotate(self, session_id: str, new: str, values: Encoded, max_age: MaxAge, grace: str = "none") -> int:
+        """Give a session a new id and return its TTL in milliseconds; *grace*: milliseconds, or "none"."""
+        keys = [self.layout.session(session_id), self.layout.session(new), *self._sets(values)]
+        args = [new, grace, max_age, str(len(values.pairs)), *values.pairs]
+        ttl: int = await self.engine.run(ROTATE, keys, args, shared=values.counts)
+        return ttl
+
+    async def find_by(self, field: str, value: object, fields: Sequence[str] | None, at: Position) -> Found:
+        """Read a page of the sessions with a value."""
+        number = self._fields.number(field)
+        wanted = _ALL if fields is None else (str(len(fields)), *fields)
+        args: list[str | bytes] = [*wanted, number, at.cursor, _PAGE, str(len(at.left)), *at.left]
+        cursor, left, *sessions = await self.engine.run(FIND_BY, (self.layout.reference(field, value),), args)
+        return Found(sessions, Position(cursor, tuple(left)))
+
+    async def delete_by(
+        self, field: str, value: object, at: Position, *, token: str, reason: str, block: str, keep: Sequence[str]
+    ) -> Deleted:
+        """End a page of the sessions with a value.
+
+        *token*: the same for all pages of one call. *block*: milliseconds, or "open".
+        """
+        number = self._fields.number(field)
+        keys = (self.layout.reference(field, value), self.layout.fence(field, value))
+        args: list[str | bytes] = [number, at.cursor, _PAGE, str(len(at.left)), *at.left]
+        args += (token, reason, block, str(len(keep)), *keep)
+        cursor, left, ended = await self.engine.run(DELETE_BY, keys, args, begun=True)
+        return Deleted(ended, Position(cursor, tuple(left)))
+
+    async def count_by(self, field: str, value: object) -> int:
+        """Return how many ids the set of a value holds."""
+        return cast("int", await self.engine.run(COUNT_BY, (self.layout.reference(field, value),)))
+
+    async def blocked(self, field: str, value: object) -> int:
+        """Return the milliseconds for which a value is blocked, 0 if it is not."""
+        return cast("int", await self.engine.run(BLOCKED, (self.layout.fence(field, value),)))
+
+    async def unblock(self, field: str, value: object) -> bool:
+        """Let sessions join a value again and return whether it was blocked."""
+        return bool(await self.engine.run(UNBLOCK, (self.layout.fence(field, value),)))
+
+    def several(self) -> AbstractContextManager[None]:
+        """Return a context in which several calls are one operation: a store that closes waits for all of it."""
+        return self.engine.operation()
+
+    def _sets(self, values: Encoded) -> Iterable[str]:
+        return [self.layout.reference(field, value) for field, value in values.references]

@@ -1,0 +1,219 @@
+"""Values to fields of the hash and values of references, and back; and the checks of arguments."""
+
+import functools
+from collections.abc import Callable, ItemsView, Iterable, Mapping
+from typing import Any, Final, NamedTuple, TypeVar
+
+from rss.codec import Codec, JSONCodec, TextCodec
+from rss.errors import SessionError
+from rss.keys import reference_value, text
+from rss.references import Reference
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+# So that one session keeps Redis busy for less than 5 ms.
+_MOST_FIELDS: Final = 1000
+_MOST_VALUES: Final = 128
+_MOST_MEMBERS: Final = 1000
+
+
+class Encoded(NamedTuple):
+    """What a write sends."""
+
+    #: Fields and data in turn.
+    pairs: list[str | bytes]
+    #: The fields of references and the texts of their values.
+    references: list[tuple[str, str]]
+    #: For each reference of the store how many of these there are, "keep" if its field is not written.
+    counts: tuple[str, ...]
+
+
+class Fields:
+    """The fields of the sessions of one store: its references, and the codec of its values."""
+
+    def __init__(self, references: Iterable[str] | Mapping[str, Reference], codec: Codec) -> None:
+        self.references = _references(references)
+        self.identity = next((field for field, kind in self.references.items() if kind.identity), None)
+        self.codec = codec
+        self._own = codec if isinstance(codec, TextCodec) else JSONCodec()  # The scripts read it: for references.
+        self._numbers = {field: str(n) for n, field in enumerate(self.references, 1)}
+        self._encoders = _Cached(self._encoder)
+        self._decoders = _Cached(self._decoder)
+
+    def encode(self, values: Mapping[str, Any]) -> Encoded:
+        """Return what a write of these values sends. Raises TypeError or ValueError, which name the field."""
+        items = _items(values, "values")
+        if len(items) > _MOST_FIELDS:
+            raise ValueError(f"values must not have more than {_MOST_FIELDS:,} fields")
+        pairs: list[str | bytes] = []
+        for field, value in items:
+            pairs += (field, self.encode_value(field, value))
+        if not self.references:
+            return Encoded(pairs, [], ())
+        named: list[tuple[str, str]] = []
+        counts: list[str] = []
+        for field in self.references:
+            if field in values:
+                texts = self._texts(field, values[field])
+                named += [(field, value) for value in texts]
+                counts.append(str(len(texts)))
+            else:
+                counts.append("keep")
+        if len(named) > _MOST_VALUES:
+            raise ValueError(f"a write must not have more than {_MOST_VALUES} reference values")
+        return Encoded(pairs, named, tuple(counts))
+
+    def _texts(self, field: str, value: Any) -> list[str]:
+        """Return the texts that stand for the values of a reference."""
+        if not isinstance(value, list):
+            return [] if value is None else [reference_value(value, field)]
+        reference = self.references[field]
+        if reference.identity:
+            raise ValueError(f"{field!r} is the identity: it has one value, not a list")
+        if any(isinstance(one, int) and abs(one) > 2**53 for one in value):
+            raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
+        texts = list(dict.fromkeys(reference_value(one, field) for one in value))
+        if len(texts) * (reference.limit or 0) > _MOST_MEMBERS:
+            raise ValueError(f"the values of {field!r} times its limit must not be more than {_MOST_MEMBERS:,}")
+        return texts
+
+    def encode_value(self, field: str, value: Any) -> str | bytes:
+        """Return the data of one field."""
+        encode = self._encoders[field]
+        try:
+            data = encode(field, value)
+            if type(data) is bytes or (type(data) is str and data.isascii()):
+                return data
+            return _checked(data)
+        except (TypeError, ValueError) as error:
+            # The text of the error may hold the value, so it is not shown.
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            codec = type(self._codec(field)).__name__
+        raise kind(f"{codec} cannot store this {type(value).__name__} in the field {field!r}")
+
+    def expect(self, values: Mapping[str, Any]) -> list[str | bytes]:
+        """Return what the scripts take for expectations: field, how, data for each. None: absent, or holding None."""
+        expected: list[str | bytes] = []
+        for field, value in _items(values, "expect"):
+            try:
+                how, data = "holds" if value is not None else "lacks_or_holds", self.encode_value(field, value)
+            except (TypeError, ValueError):
+                if value is not None:
+                    raise
+                how, data = "lacks", ""  # This codec stores no None.
+            expected += (field, how, data)
+        if len(expected) > 3 * _MOST_FIELDS:
+            raise ValueError(f"expect must not have more than {_MOST_FIELDS:,} fields")
+        return expected
+
+    def decode(self, pairs: list[bytes]) -> dict[str, Any]:
+        """Return the values of fields and data in turn. Raises SessionError, which names a field that is unreadable."""
+        values: dict[str, Any] = {}
+        decoders, turns = self._decoders, iter(pairs)
+        for name, data in zip(turns, turns, strict=True):
+            field, decode = decoders[name]
+            if decode:
+                try:
+                    values[field] = decode(field, data)
+                except (TypeError, ValueError):
+                    raise SessionError(f"the field {field!r} holds data that is not readable") from None
+        return values
+
+    def as_stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values as a read will bring them back."""
+        return self.decode([data.encode() if isinstance(data, str) else data for data in self.encode(values).pairs])
+
+    def number(self, field: str) -> str:
+        """Return the number of a reference, as the scripts count. Raises ValueError if the field is none."""
+        try:
+            return self._numbers[field]
+        except (KeyError, TypeError):
+            raise ValueError(f"{field!r} is not one of the references of this store") from None
+
+    def _codec(self, field: str) -> Codec:
+        return self._own if field in self.references else self.codec
+
+    def _encoder(self, field: str) -> Callable[[str, Any], str | bytes]:
+        return self._codec(field_name(field)).encode
+
+    def _decoder(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
+        """Return the name of a field and what decodes it: None for the fields of the library."""
+        field = name.decode(errors="backslashreplace")
+        decode = None if field.startswith("_") else self._codec(field).decode
+        return field, _read_id if field == "id" else decode
+
+
+class _Cached(dict[_K, _V]):
+    """What is made from each key, once. The names of fields may be data of their own, so they must not pile up."""
+
+    def __init__(self, make: Callable[[_K], _V]) -> None:
+        self._make = make
+
+    def __missing__(self, key: _K) -> _V:
+        if len(self) >= 1000:
+            self.clear()
+        value = self[key] = self._make(key)
+        return value
+
+
+def listed(values: Iterable[str], name: str) -> list[str]:
+    """Return several texts as a list. Raises TypeError, which says *name*, for a single text and anything else."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be several str, in a list for one")
+    return list(values)
+
+
+def field_name(field: str) -> str:
+    """Return the name of a field. Raises TypeError or ValueError if it is reserved, or no text for Redis."""
+    return _unreserved(field if field.__class__ is str else text(field, "a field"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _unreserved(field: str) -> str:
+    text(field, "a field")
+    if field == "id" or field.startswith("_"):
+        raise ValueError(f"the field {field!r} is reserved: 'id' and names that begin with '_' are the library's")
+    return field
+
+
+def field_names(fields: Iterable[str], *readable: str) -> list[str]:
+    """Return the names of some fields. Raises TypeError or ValueError if one is reserved, except those *readable*."""
+    names = listed(fields, "fields")
+    if not names:
+        raise ValueError("fields must not be empty")
+    if len(names) > _MOST_FIELDS:
+        raise ValueError(f"fields must not be more than {_MOST_FIELDS:,}")
+    return [field_name(name) for name in names if name not in readable]
+
+
+def _items(values: Mapping[str, Any], name: str) -> ItemsView[str, Any]:
+    if type(values) is not dict and not isinstance(values, Mapping):
+        raise TypeError(f"{name} must be a mapping of fields to values, not {type(values).__name__}")
+    return values.items()
+
+
+def _checked(data: object) -> bytes:
+    """Return what a codec made of a value, as bytes. Nothing else but str and bytes may be sent."""
+    if isinstance(data, str):
+        return data.encode()
+    if isinstance(data, bytes):
+        return bytes(data)
+    raise TypeError("a codec must return str or bytes")
+
+
+def _references(references: Iterable[str] | Mapping[str, Reference]) -> dict[str, Reference]:
+    if not isinstance(references, Mapping):
+        references = dict.fromkeys(listed(references, "references"), Reference())
+    for field, reference in references.items():
+        if any(mark in field_name(field) for mark in ":{}"):
+            raise ValueError("the field of a reference must not hold a colon or a brace: they delimit it in keys")
+        if not isinstance(reference, Reference):
+            raise TypeError("references must be fields, or a mapping of fields to Reference")
+    if sum(reference.identity for reference in references.values()) > 1:
+        raise ValueError("at most one reference is the identity")
+    return {field_name(field): reference for field, reference in references.items()}
+
+
+def _read_id(_: str, data: bytes) -> str:
+    return data.decode()
