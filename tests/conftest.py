@@ -2,21 +2,29 @@
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from redis.asyncio import Redis
 
 from rss import SessionStore
-from rss.coalesce import Coalescer
+from rss.engine import lane
 from tests.keyspace import Keyspace
 from tests.secrecy import Secrecy
 from tests.servers import own_server
 
 pytest_plugins = ["rss.pytest_plugin"]
 
-SECRECY = pytest.StashKey[Secrecy]()
+# How much the secrecy fixtures of all workers looked at, by the words of `SECRECY_REPORT`.
+SECRECY = pytest.StashKey[Counter[str]]()
+SECRECY_REPORT = (
+    "Secrecy: {tokens} cookie tokens in {commands} commands of MONITOR, and with "
+    "{others} ids and CSRF secrets in {records} log records: {leaks} seen"
+)
 
 # `--hypothesis-profile=thorough` is for CI: a few minutes.
 settings.register_profile("quick", deadline=None)
@@ -34,13 +42,30 @@ else:
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run the contract of the store on every event loop, the rest on asyncio's own."""
-    return LOOPS if item.path.name == "test_store.py" else {"asyncio": LOOPS["asyncio"]}
+    loops = LOOPS if item.path.name == "test_store.py" else {"asyncio": LOOPS["asyncio"]}
+    return {name: partial(loop_with_limit, new) for name, new in loops.items()}
+
+
+def loop_with_limit(new: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
+    """Make an event loop that stops when the time limit of a test raises in one of its callbacks.
+
+    uvloop runs every handler of a signal in a callback. Without this, the loop would only log the error and wait on.
+    """
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        if isinstance(context.get("exception"), pytest.fail.Exception):
+            loop.stop()
+
+    loop = new()
+    loop.set_exception_handler(handle)
+    return loop
 
 
 def send_singly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch coalescing off: every call is a script of its own, on a connection of its own."""
-    monkeypatch.setattr(Coalescer, "max_batch", 1)
-    monkeypatch.setattr(Coalescer, "max_in_flight", 32)
+    """Switch coalescing off: every call is a script of its own."""
+    monkeypatch.setattr(lane, "ROOM", 1)
+    monkeypatch.setattr(lane, "VOLLEYS", 32)
 
 
 @pytest.fixture(scope="module", name="url")
@@ -53,10 +78,33 @@ def _url() -> Iterator[str]:
 @pytest.fixture(scope="session", name="secrecy")
 def _secrecy(pytestconfig: pytest.Config) -> Iterator[Secrecy]:
     """Knows what must be seen nowhere, and fails at the end if it was, in whichever of the tests that use it."""
-    secrecy = pytestconfig.stash[SECRECY] = Secrecy()
+    secrecy = Secrecy()
     with secrecy.learn():
         yield secrecy
-    assert secrecy.leaks() == []
+    leaks = secrecy.leaks()
+    counts = Counter(
+        tokens=len(secrecy.tokens),
+        commands=len(secrecy.commands),
+        others=len(secrecy.others),
+        records=len(secrecy.logged),
+        leaks=len(leaks),
+    )
+    # pytest-xdist has a dict here in a worker, and sends it to the process that writes the report.
+    output: dict[str, Any] | None = getattr(pytestconfig, "workeroutput", None)
+    if output is None:
+        pytestconfig.stash[SECRECY] = counts
+    else:
+        output["secrecy"] = dict(counts)
+    assert leaks == []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up what the workers of pytest-xdist looked at."""
+    # A worker that crashed has no output.
+    counts = getattr(node, "workeroutput", {}).get("secrecy")
+    if counts:
+        node.config.stash.setdefault(SECRECY, Counter()).update(counts)
 
 
 @pytest.fixture(name="kept_secret")
@@ -76,7 +124,7 @@ def _watched_url(url: str, secrecy: Secrecy) -> Iterator[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was looked for, and where."""
     if SECRECY in config.stash:
-        terminalreporter.write_line(f"Secrecy: {config.stash[SECRECY]}")
+        terminalreporter.write_line(SECRECY_REPORT.format(**config.stash[SECRECY]))
 
 
 @pytest.fixture(name="client")

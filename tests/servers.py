@@ -1,13 +1,18 @@
 """Servers that a test has for itself: to break them, or what lies between them and the store."""
 
 import asyncio
+import hashlib
+import os
+import signal
 import socket
+import ssl
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
+import hiredis
 from redis.asyncio import Redis
 
 from rss.testing import local_server, server_binary
@@ -72,6 +77,155 @@ async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
             yield proxy, f"unix://{path}"
 
 
+class Wire:
+    """A network between a client and a server. It can lose packets without a word, and cut connections."""
+
+    def __init__(self, server: str) -> None:
+        """Begin with letting everything through."""
+        self.url = ""
+        #: Connections that were made so far.
+        self.made = 0
+        self._server = server
+        self._lost = asyncio.Event()
+        self._ends: set[asyncio.StreamWriter] = set()
+
+    async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on what one client and the server say to each other, until one of them ends the connection."""
+        self.made += 1
+        self._ends.add(writer)
+        lost = self._lost
+        there, back = await asyncio.open_unix_connection(self._server)
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while not lost.is_set() and (data := await source.read(1 << 16)) and not lost.is_set():
+                    sink.write(data)
+                    await sink.drain()
+
+        pumps = [asyncio.ensure_future(pump(reader, back)), asyncio.ensure_future(pump(there, writer))]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if lost.is_set():  # Neither side is told.
+                await asyncio.Event().wait()
+        finally:
+            for one in pumps:
+                one.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            back.close()
+            self._ends.discard(writer)
+
+    def silence(self) -> None:
+        """Let nothing through any more on the connections that there are, and read nothing from them."""
+        self._lost.set()
+        self._lost = asyncio.Event()
+        for writer in self._ends:
+            if not writer.transport.is_closing():
+                writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def cut(self) -> None:
+        """Break the connections that there are."""
+        for writer in self._ends:
+            writer.transport.abort()
+
+
+@asynccontextmanager
+async def wired(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wire]:
+    """Put a network before a server on a unix socket, and yield it; it has the URL to reach the server by."""
+    wire = Wire(url.removeprefix("unix://"))
+    async with _serving(wire.relay, tls) as port:
+        wire.url = f"redis{'s' if tls else ''}://127.0.0.1:{port}"
+        yield wire
+
+
+class Fake:
+    """A server that answers each script as a test wants. It knows the commands that a client needs to connect."""
+
+    def __init__(self, script: Callable[[list[bytes]], bytes | None]) -> None:
+        """*script*: takes an EVALSHA, and returns what is sent; None for hanging up."""
+        self.script = script
+        self.url = ""
+        #: Connections that were made so far, and the names of all commands.
+        self.made = 0
+        self.commands: list[str] = []
+        #: What is sent before and after the digest that SCRIPT LOAD returns.
+        self.before = self.after = b""
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one client."""
+        self.made += 1
+        parser = hiredis.Reader(notEnoughData=None)
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                parser.feed(data)
+                while command := parser.gets():
+                    reply = self._reply(command)
+                    if reply is None:
+                        return
+                    writer.write(reply)
+
+    def _reply(self, command: list[bytes]) -> bytes | None:
+        name = command[0].decode().upper()
+        self.commands.append(name)
+        if name == "EVALSHA":
+            return self.script(command)
+        if name == "SCRIPT":
+            digest = hashlib.sha1(command[2], usedforsecurity=False).hexdigest().encode()
+            return self.before + b"$40\r\n" + digest + b"\r\n" + self.after
+        return b"+OK\r\n"
+
+
+@asynccontextmanager
+async def fake(script: Callable[[list[bytes]], bytes | None]) -> AsyncIterator[Fake]:
+    """Run a server that answers each EVALSHA as *script* does."""
+    server = Fake(script)
+    async with _serving(server.answer) as port:
+        server.url = f"redis://127.0.0.1:{port}?protocol=2"
+        yield server
+
+
+@asynccontextmanager
+async def _serving(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """Serve connections to a port, and yield that; end what is served at the end."""
+    running: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def run() -> None:
+            try:
+                await serve(reader, writer)
+            except asyncio.CancelledError:
+                writer.transport.abort()
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+
+        task = asyncio.get_running_loop().create_task(run())
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
+    try:
+        yield int(server.sockets[0].getsockname()[1])
+    finally:
+        server.close()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def stopped(client: Redis) -> AsyncIterator[None]:
+    """Let the process of a server stand still, as on a machine that is overloaded."""
+    pid = int((await client.info("server"))["process_id"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def free_port() -> int:
     """Return a port of the loopback that nobody listens on."""
     with socket.socket() as probe:
@@ -96,6 +250,12 @@ def sentinel(folder: Path, master: int) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait()
+
+
+async def connections(admin: Redis) -> list[dict[str, str]]:
+    """Return the connections of a server, as CLIENT LIST describes them, without that of the administrator."""
+    mine = str(await admin.client_id())
+    return [client for client in await admin.client_list() if client["id"] != mine]
 
 
 async def until(client: Redis, section: str, name: str, value: object) -> None:

@@ -1,8 +1,11 @@
 """Bad arguments raise a clear error before anything is sent."""
 
 import enum
-from collections.abc import Awaitable, Callable
+import inspect
+import re
+from collections.abc import Callable
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,101 +16,343 @@ from redis.asyncio.cluster import RedisCluster
 from rss import Reference, SessionStore, TextCodec
 from tests.keyspace import Keyspace
 
-Call = Callable[[SessionStore], Awaitable[object]]
+Call = Callable[[SessionStore, Any], object]
+#: A bad argument, the error that it raises, and what that says.
+Case = tuple[object, type[Exception], str]
+Row = tuple[Call, object, type[Exception], str]
 
-
-async def _first(store: SessionStore, *args: Any) -> object:
-    return [session async for session in store.find_by(*args)]
-
-
-BAD: dict[str, tuple[Call, type[Exception], str]] = {
-    # ids
-    "empty id": (lambda s: s.get(""), ValueError, "session_id must not be empty"),
-    "id of bytes": (lambda s: s.get(b"a"), TypeError, "session_id must be a str, not bytes"),  # type: ignore[arg-type]
-    "no id": (lambda s: s.set(None, {}), TypeError, "session_id must be a str, not NoneType"),  # type: ignore[arg-type]
-    "id with a surrogate": (lambda s: s.touch("\ud800"), ValueError, "session_id must be valid Unicode"),
-    "one id to keep": (lambda s: s.delete_by("user_id", 1, keep="a"), TypeError, "keep must be several str"),
-    "an int to keep": (lambda s: s.delete_by("user_id", 1, keep=[1]), TypeError, "an id to keep must be a str"),  # type: ignore[list-item]
-    # fields
-    "reserved field": (lambda s: s.set("a", {"_created": 1}), ValueError, "'_created' is reserved"),
-    "field id": (lambda s: s.create({"id": "x"}), ValueError, "'id' is reserved"),
-    "empty field": (lambda s: s.set("a", {"": 1}), ValueError, "a field must not be empty"),
-    "field that is an int": (lambda s: s.set("a", {1: 1}), TypeError, "a field must be a str"),  # type: ignore[dict-item]
-    "reserved field to read": (lambda s: s.get("a", ["_ended"]), ValueError, "'_ended' is reserved"),
-    "reserved field to expect": (lambda s: s.set("a", {}, expect={"_x": 1}), ValueError, "'_x' is reserved"),
-    "no fields to get": (lambda s: s.get("a", []), ValueError, "fields must not be empty"),
-    "no fields to unset": (lambda s: s.unset("a", []), ValueError, "fields must not be empty"),
-    "no fields to pop": (lambda s: s.pop("a", ()), ValueError, "fields must not be empty"),
-    "no fields to find": (lambda s: _first(s, "user_id", 1, []), ValueError, "fields must not be empty"),
-    "one field to get": (lambda s: s.get("a", "name"), TypeError, "fields must be several str"),
-    "one field to unset": (lambda s: s.unset("a", "name"), TypeError, "fields must be several str"),
-    "id to unset": (lambda s: s.unset("a", ["id"]), ValueError, "'id' is reserved"),
-    "fields of a mapping": (lambda s: s.pop("a", {"name": 1}), TypeError, "fields must be several str"),
-    "fields of an int": (lambda s: s.pop("a", 1), TypeError, "fields must be several str"),  # type: ignore[arg-type]
-    "reference to increment": (lambda s: s.increment("a", "user_id"), ValueError, "'user_id' is a reference"),
-    "increment by a float": (lambda s: s.increment("a", "n", 1.0), ValueError, "by must be an integer"),  # type: ignore[arg-type]
-    "increment by too much": (lambda s: s.increment("a", "n", 2**63), ValueError, "by must be an integer"),
-    # values
-    "values of a list": (lambda s: s.set("a", ["x"]), TypeError, "values must be a mapping"),  # type: ignore[arg-type]
-    "expect a list": (lambda s: s.set("a", {}, expect=["x"]), TypeError, "expect must be a mapping"),  # type: ignore[arg-type]
-    "bytes": (lambda s: s.set("a", {"x": b"1"}), TypeError, "cannot store this bytes in the field 'x'"),
-    "set": (lambda s: s.set("a", {"x": {1}}), TypeError, "cannot store this set in the field 'x'"),
-    "tuple": (lambda s: s.set("a", {"x": (1,)}), TypeError, "cannot store this tuple in the field 'x'"),
-    "nested tuple": (lambda s: s.set("a", {"x": [(1,)]}), TypeError, "cannot store this list in the field 'x'"),
-    "key that is an int": (lambda s: s.set("a", {"x": {1: 1}}), TypeError, "cannot store this dict in the field 'x'"),
-    "NaN": (lambda s: s.set("a", {"x": float("nan")}), ValueError, "cannot store this float in the field 'x'"),
-    "nested infinity": (lambda s: s.set("a", {"x": [float("inf")]}), ValueError, "this list in the field 'x'"),
-    "timedelta": (lambda s: s.set("a", {"x": timedelta(1)}), TypeError, "this timedelta in the field 'x'"),
-    "surrogate": (lambda s: s.set("a", {"x": "\ud800"}), ValueError, "cannot store this str in the field 'x'"),
-    "nested surrogate": (lambda s: s.set("a", {"x": ["\ud800"]}), ValueError, "this list in the field 'x'"),
-    "huge int": (lambda s: s.set("a", {"x": 10**5000}), ValueError, "cannot store this int in the field 'x'"),
-    "bytes to expect": (lambda s: s.set("a", {}, expect={"x": b"1"}), TypeError, "this bytes in the field 'x'"),
-    # reference values
-    "reference of a float": (lambda s: s.set("a", {"user_id": 1.5}), TypeError, "must be a str or an int, not float"),
-    "reference of a bool": (lambda s: s.set("a", {"user_id": True}), TypeError, "must be a str or an int, not bool"),
-    "reference of a dict": (lambda s: s.set("a", {"user_id": {}}), TypeError, "must be a str or an int, not dict"),
-    "reference of a nested list": (lambda s: s.create({"user_id": [[1]]}), TypeError, "a str or an int, not list"),
-    "reference of a list with None": (lambda s: s.create({"user_id": [None]}), TypeError, "not NoneType"),
-    "empty reference": (lambda s: s.set("a", {"user_id": ""}), ValueError, "a value of 'user_id' must not be empty"),
-    "long reference": (lambda s: s.set("a", {"user_id": "ü" * 257}), ValueError, "longer than 512 bytes"),
-    "large int in a list": (lambda s: s.set("a", {"user_id": [2**53 + 1]}), ValueError, "must not be beyond 2"),
-    "find by no reference": (lambda s: s.ids_by("name", "x"), ValueError, "'name' is not one of the references"),
-    "find by None": (lambda s: s.count_by("user_id", None), TypeError, "not NoneType"),  # type: ignore[arg-type]
-    "find by a bool": (lambda s: _first(s, "user_id", True), TypeError, "not bool"),
-    "delete by an empty value": (lambda s: s.delete_by("user_id", ""), ValueError, "must not be empty"),
-    "delete by no reference": (lambda s: s.delete_by("name", "x"), ValueError, "'name' is not one of the references"),
-    # durations and reasons
-    "max_age without a unit": (lambda s: s.set("a", {}, "90"), ValueError, "max_age must be a number and a unit"),
-    "max_age of months": (lambda s: s.create({}, "2 months"), ValueError, "max_age must be a number and a unit"),
-    "max_age of zero": (lambda s: s.touch("a", 0), ValueError, "max_age must be between"),
-    "negative max_age": (lambda s: s.unset("a", ["x"], -1), ValueError, "max_age must be between"),
-    "max_age of NaN": (lambda s: s.touch("a", float("nan")), ValueError, "max_age must be between"),
-    "max_age of ages": (lambda s: s.touch("a", 10**400), ValueError, "max_age must be between"),
-    "max_age of a bool": (lambda s: s.touch("a", True), ValueError, "max_age must be a timedelta"),
-    "max_age of a list": (lambda s: s.touch("a", []), ValueError, "max_age must be a timedelta"),  # type: ignore[arg-type]
-    "grace of nothing": (lambda s: s.rotate("a", grace=0), ValueError, "grace must be between"),
-    "empty reason": (lambda s: s.delete("a", reason=""), ValueError, "reason must be a short word"),
-    "reason of words": (lambda s: s.delete_by("ip", "x", reason="a b"), ValueError, "reason must be a short word"),
-    "reason of a number": (lambda s: s.delete("a", reason=1), ValueError, "reason must be a short word"),  # type: ignore[arg-type]
+IDS: dict[str, Case] = {
+    "empty": ("", ValueError, "session_id must not be empty"),
+    "bytes": (b"a", TypeError, "session_id must be a str, not bytes"),
+    "None": (None, TypeError, "session_id must be a str, not NoneType"),
+    "an int": (1, TypeError, "session_id must be a str, not int"),
+    "a surrogate": ("\ud800", ValueError, "session_id must be valid Unicode"),
+}
+FIELD: dict[str, Case] = {
+    "reserved": ("_created", ValueError, "'_created' is reserved"),
+    "the id": ("id", ValueError, "'id' is reserved"),
+    "empty": ("", ValueError, "a field must not be empty"),
+    "an int": (1, TypeError, "a field must be a str, not int"),
+    "None": (None, TypeError, "a field must be a str, not NoneType"),
+    "a list": (["n"], TypeError, "a field must be a str, not list"),
+    "a surrogate": ("\ud800", ValueError, "a field must be valid Unicode"),
+}
+SOME_FIELDS: dict[str, Case] = {
+    **{f"one that is {case}": ([bad], error, text) for case, (bad, error, text) in FIELD.items() if case != "the id"},
+    "none": ([], ValueError, "fields must not be empty"),
+    "an iterator without items": (iter(()), ValueError, "fields must not be empty"),
+    "a single one": ("name", TypeError, "fields must be several str, in a list for one"),
+    "bytes": (b"name", TypeError, "fields must be several str"),
+    "a mapping": ({"name": 1}, TypeError, "fields must be several str"),
+    "an int": (1, TypeError, "fields must be several str"),
+    "too many": ([f"f{n}" for n in range(1001)], ValueError, "fields must not be more than 1,000"),
+}
+FIELDS: dict[str, Case] = {
+    **SOME_FIELDS,
+    "the id": (["x", "id"], ValueError, "'id' is reserved"),
+    "None": (None, TypeError, "fields must be several str"),
+}
+DATA: dict[str, Case] = {
+    "a list": (["x"], TypeError, "must be a mapping of fields to values, not list"),
+    "a list without items": ([], TypeError, "must be a mapping of fields to values, not list"),
+    "a text": ("x", TypeError, "must be a mapping of fields to values, not str"),
+    "a text without letters": ("", TypeError, "must be a mapping of fields to values, not str"),
+    "False": (False, TypeError, "must be a mapping of fields to values, not bool"),
+    "a reserved field": ({"_created": 1}, ValueError, "'_created' is reserved"),
+    "the field id": ({"id": "x"}, ValueError, "'id' is reserved"),
+    "an empty field": ({"": 1}, ValueError, "a field must not be empty"),
+    "a field that is an int": ({1: 1}, TypeError, "a field must be a str"),
+    "a field that is a tuple": ({("x",): 1}, TypeError, "a field must be a str"),
+    "a field with a surrogate": ({"\ud800": 1}, ValueError, "a field must be valid Unicode"),
+    "too many fields": ({f"f{n}": 1 for n in range(1001)}, ValueError, "must not have more than 1,000 fields"),
+    "bytes": ({"x": b"1"}, TypeError, "JSONCodec cannot store this bytes in the field 'x'"),
+    "a set": ({"x": {1}}, TypeError, "cannot store this set in the field 'x'"),
+    "a tuple": ({"x": (1,)}, TypeError, "cannot store this tuple in the field 'x'"),
+    "a nested tuple": ({"x": [(1,)]}, TypeError, "cannot store this list in the field 'x'"),
+    "a key that is an int": ({"x": {1: 1}}, TypeError, "cannot store this dict in the field 'x'"),
+    "NaN": ({"x": float("nan")}, ValueError, "cannot store this float in the field 'x'"),
+    "nested infinity": ({"x": [float("inf")]}, ValueError, "cannot store this list in the field 'x'"),
+    "a timedelta": ({"x": timedelta(1)}, TypeError, "cannot store this timedelta in the field 'x'"),
+    "a surrogate": ({"x": "\ud800"}, ValueError, "cannot store this str in the field 'x'"),
+    "a nested surrogate": ({"x": ["\ud800"]}, ValueError, "cannot store this list in the field 'x'"),
+    "a huge int": ({"x": 10**5000}, ValueError, "cannot store this int in the field 'x'"),
+}
+VALUES: dict[str, Case] = {
+    **DATA,
+    "a reference of a float": ({"user_id": 1.5}, TypeError, "'user_id' must be a str or an int, not float"),
+    "a reference of a bool": ({"user_id": True}, TypeError, "'user_id' must be a str or an int, not bool"),
+    "a reference of a dict": ({"user_id": {}}, TypeError, "'user_id' must be a str or an int, not dict"),
+    "a reference of a nested list": ({"ip": [[1]]}, TypeError, "'ip' must be a str or an int, not list"),
+    "a reference of a list with None": ({"ip": [None]}, TypeError, "'ip' must be a str or an int, not NoneType"),
+    "a reference of a list with a bool": ({"ip": [1, True]}, TypeError, "'ip' must be a str or an int, not bool"),
+    "an empty reference": ({"user_id": ""}, ValueError, "a value of 'user_id' must not be empty"),
+    "an empty reference in a list": ({"ip": ["x", ""]}, ValueError, "a value of 'ip' must not be empty"),
+    "a long reference": ({"user_id": "ü" * 257}, ValueError, "'user_id' must not be longer than 512 bytes"),
+    "a large int in a list": ({"ip": [2**53 + 1]}, ValueError, "must not be beyond 2"),
+    "a small int in a list": ({"ip": [-(2**53) - 1]}, ValueError, "must not be beyond 2"),
+    "a list for the identity": ({"account": [1]}, ValueError, "'account' is the identity: it has one value"),
+    "many reference values": ({"ip": [*range(129)]}, ValueError, "must not have more than 128 reference values"),
+    "many reference values in two lists": (
+        {"ip": [*range(64)], "tags": [*range(64)], "account": 1},
+        ValueError,
+        "must not have more than 128 reference values",
+    ),
+    "many values with a limit": ({"user_id": [*range(11)]}, ValueError, "'user_id' times its limit .* than 1,000"),
+}
+EXPECT: dict[str, Case] = {case: row for case, row in DATA.items() if case != "None"}
+VALUE: dict[str, Case] = {
+    "None": (None, TypeError, "a value of the reference 'user_id' must be a str or an int, not NoneType"),
+    "a bool": (True, TypeError, "a value of the reference 'user_id' must be a str or an int, not bool"),
+    "a float": (1.0, TypeError, "a value of the reference 'user_id' must be a str or an int, not float"),
+    "a list": ([1], TypeError, "a value of the reference 'user_id' must be a str or an int, not list"),
+    "bytes": (b"1", TypeError, "a value of the reference 'user_id' must be a str or an int, not bytes"),
+    "empty": ("", ValueError, "a value of 'user_id' must not be empty"),
+    "long": ("x" * 513, ValueError, "a value of the reference 'user_id' must not be longer than 512 bytes"),
+    "a huge int": (10**600, ValueError, "a value of the reference 'user_id' must not be longer than 512 bytes"),
+    "a surrogate": ("\ud800", ValueError, "a value of 'user_id' must be valid Unicode"),
+}
+REFERENCE: dict[str, Case] = {
+    "another field": ("name", ValueError, "'name' is not one of the references of this store"),
+    "a fence": ("_fence:user_id", ValueError, "is not one of the references of this store"),
+    "None": (None, ValueError, "None is not one of the references of this store"),
+    "bytes": (b"user_id", ValueError, "is not one of the references of this store"),
+    "a list": (["user_id"], ValueError, "is not one of the references of this store"),
+}
+REASON: dict[str, Case] = {
+    "empty": ("", ValueError, "reason must be a short word"),
+    "of words": ("a b", ValueError, "reason must be a short word"),
+    "of lines": ("a\n", ValueError, "reason must be a short word"),
+    "of letters that are not ASCII": ("gelöscht", ValueError, "reason must be a short word"),
+    "long": ("x" * 33, ValueError, "reason must be a short word"),
+    "an int": (1, ValueError, "reason must be a short word"),
+    "None": (None, ValueError, "reason must be a short word"),
+    "bytes": (b"x", ValueError, "reason must be a short word"),
+}
+KEEP: dict[str, Case] = {
+    "a single one": ("a", TypeError, "keep must be several str, in a list for one"),
+    "bytes": (b"a", TypeError, "keep must be several str"),
+    "None": (None, TypeError, "keep must be several str"),
+    "an int in a list": ([1], TypeError, "an id to keep must be a str, not int"),
+    "None in a list": (["a", None], TypeError, "an id to keep must be a str, not NoneType"),
+    "empty in a list": (["a", ""], ValueError, "an id to keep must not be empty"),
+    "a surrogate": (["\ud800"], ValueError, "an id to keep must be valid Unicode"),
+    "too many": ([str(n) for n in range(1001)], ValueError, "keep must not have more than 1,000 ids"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-async def test_a_bad_argument_is_refused(keyspace: Keyspace, case: str) -> None:
+def _durations(name: str, *others: object) -> dict[str, Case]:
+    """Return what is no duration; *others*: what else is none here."""
+    unclear = f"{name} must be a number and a unit"
+    beyond = f"{name} must be between a millisecond and 100 years"
+    neither = f"{name} must be a timedelta, a number of seconds or a text with a unit"
+    return {
+        "without a unit": ("90", ValueError, unclear),
+        "of months": ("2 months", ValueError, unclear),
+        "of words": ("soon", ValueError, unclear),
+        "zero": (0, ValueError, beyond),
+        "of no time": (timedelta(0), ValueError, beyond),
+        "negative": (-1, ValueError, beyond),
+        "NaN": (float("nan"), ValueError, beyond),
+        "infinite": (float("inf"), ValueError, beyond),
+        "of ages": (10**400, ValueError, beyond),
+        "a list": ([], ValueError, neither),
+        "bytes": (b"1s", ValueError, neither),
+        **{str(other): (other, ValueError, neither) for other in others},
+    }
+
+
+MAX_AGE = _durations("max_age", True)
+
+
+def _rows(argument: str, cases: dict[str, Case], call: Call) -> dict[str, Row]:
+    """Return rows that give one argument of a method these values."""
+    return {f"{argument}: {case}": (call, *row) for case, row in cases.items()}
+
+
+#: For each method of a store rows by name: "argument: what is bad about it".
+BAD: dict[str, dict[str, Row]] = {
+    "from_url": {
+        "url: another scheme": (lambda s, x: s.from_url(x), "ftp://x", ValueError, "Redis URL must specify one of"),
+        "url: None": (lambda s, x: s.from_url(x), None, ValueError, "Redis URL must specify one of"),
+        "options: one of them": (
+            lambda s, x: s.from_url("redis://", max_age=x),
+            "soon",
+            ValueError,
+            "max_age must be a number and a unit",
+        ),
+    },
+    "get_session_key": _rows("session_id", IDS, lambda s, x: s.get_session_key(x)),
+    "get_reference_key": {
+        **_rows("field", REFERENCE, lambda s, x: s.get_reference_key(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.get_reference_key("user_id", x)),
+    },
+    "create": {
+        **_rows("values", VALUES, lambda s, x: s.create(x)),
+        **_rows("max_age", MAX_AGE, lambda s, x: s.create({}, x)),
+    },
+    "get": {
+        **_rows("session_id", IDS, lambda s, x: s.get(x)),
+        **_rows("fields", SOME_FIELDS, lambda s, x: s.get("a", x)),
+        **_rows("touch", _durations("touch", None), lambda s, x: s.get("a", touch=x)),
+    },
+    "set": {
+        **_rows("session_id", IDS, lambda s, x: s.set(x, {})),
+        **_rows("values", VALUES, lambda s, x: s.set("a", x)),
+        "values: None": (lambda s, x: s.set("a", x), None, TypeError, "values must be a mapping"),
+        **_rows("max_age", MAX_AGE, lambda s, x: s.set("a", {}, x)),
+        **_rows("expect", EXPECT, lambda s, x: s.set("a", {}, expect=x)),
+    },
+    "unset": {
+        **_rows("session_id", IDS, lambda s, x: s.unset(x, ["x"])),
+        **_rows("fields", FIELDS, lambda s, x: s.unset("a", x)),
+        **_rows("max_age", MAX_AGE, lambda s, x: s.unset("a", ["x"], x)),
+    },
+    "pop": {
+        **_rows("session_id", IDS, lambda s, x: s.pop(x, ["x"])),
+        **_rows("fields", FIELDS, lambda s, x: s.pop("a", x)),
+    },
+    "increment": {
+        **_rows("session_id", IDS, lambda s, x: s.increment(x, "n")),
+        **_rows("field", FIELD, lambda s, x: s.increment("a", x)),
+        "field: a reference": (lambda s, x: s.increment("a", x), "user_id", ValueError, "'user_id' is a reference"),
+        **_rows(
+            "by",
+            {
+                str(bad): (bad, ValueError, "by must be an integer of 64 bits")
+                for bad in (1.0, True, None, "1", 2**63, -(2**63) - 1)
+            },
+            lambda s, x: s.increment("a", "n", x),
+        ),
+    },
+    "touch": {
+        **_rows("session_id", IDS, lambda s, x: s.touch(x)),
+        **_rows("max_age", MAX_AGE, lambda s, x: s.touch("a", x)),
+    },
+    "delete": {
+        **_rows("session_id", IDS, lambda s, x: s.delete(x)),
+        **_rows("expect", EXPECT, lambda s, x: s.delete("a", expect=x)),
+        **_rows("reason", REASON, lambda s, x: s.delete("a", reason=x)),
+    },
+    "ended": _rows("session_id", IDS, lambda s, x: s.ended(x)),
+    "rotate": {
+        **_rows("session_id", IDS, lambda s, x: s.rotate(x)),
+        **_rows("values", VALUES, lambda s, x: s.rotate("a", x)),
+        **_rows("max_age", MAX_AGE, lambda s, x: s.rotate("a", {}, x)),
+        **_rows("grace", _durations("grace", True, False), lambda s, x: s.rotate("a", grace=x)),
+    },
+    "ttl": _rows("session_id", IDS, lambda s, x: s.ttl(x)),
+    "ids_by": {
+        **_rows("field", REFERENCE, lambda s, x: s.ids_by(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.ids_by("user_id", x)),
+    },
+    "count_by": {
+        **_rows("field", REFERENCE, lambda s, x: s.count_by(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.count_by("user_id", x)),
+        **_rows("field, not exact", REFERENCE, lambda s, x: s.count_by(x, 1, exact=False)),
+        **_rows("value, not exact", VALUE, lambda s, x: s.count_by("user_id", x, exact=False)),
+    },
+    # It is no coroutine: it refuses when it is called, not when the first session is asked for.
+    "find_by": {
+        **_rows("field", REFERENCE, lambda s, x: s.find_by(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.find_by("user_id", x)),
+        **_rows("fields", SOME_FIELDS, lambda s, x: s.find_by("user_id", 1, x)),
+    },
+    "delete_by": {
+        **_rows("field", REFERENCE, lambda s, x: s.delete_by(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.delete_by("user_id", x)),
+        **_rows("keep", KEEP, lambda s, x: s.delete_by("user_id", 1, keep=x)),
+        **_rows("reason", REASON, lambda s, x: s.delete_by("user_id", 1, reason=x)),
+        **_rows("block", _durations("block", True, False), lambda s, x: s.delete_by("user_id", 1, block=x)),
+    },
+    "block": {
+        **_rows("field", REFERENCE, lambda s, x: s.block(x, 1, "1h")),
+        **_rows("value", VALUE, lambda s, x: s.block("user_id", x, "1h")),
+        **_rows("duration", _durations("(block|duration)", None, True), lambda s, x: s.block("user_id", 1, x)),
+        **_rows("reason", REASON, lambda s, x: s.block("user_id", 1, "1h", reason=x)),
+    },
+    "unblock": {
+        **_rows("field", REFERENCE, lambda s, x: s.unblock(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.unblock("user_id", x)),
+    },
+    "blocked": {
+        **_rows("field", REFERENCE, lambda s, x: s.blocked(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.blocked("user_id", x)),
+    },
+}
+ROWS = [(method, name) for method, rows in BAD.items() for name in rows]
+
+
+def _bad_store(client: Redis, prefix: str) -> SessionStore:
+    references = {
+        "user_id": Reference(limit=100),
+        "ip": Reference(),
+        "tags": Reference(),
+        "account": Reference(identity=True),
+    }
+    return SessionStore(client, references=references, prefix=prefix, timeout=0.001)
+
+
+async def _refusal(store: SessionStore, method: str, name: str) -> Exception | None:
+    """Return what a call with a bad argument raises."""
+    call, argument, _, _ = BAD[method][name]
+    try:
+        result = call(store, argument)
+        if inspect.isawaitable(result):
+            await result
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        return error
+    return None
+
+
+@pytest.mark.parametrize(("method", "name"), ROWS, ids=lambda text: text.replace(" ", "-"))
+async def test_a_bad_argument_is_refused(method: str, name: str) -> None:
     """Nothing is sent: there is no server where this store looks for one."""
-    call, error, text = BAD[case]
+    _, _, kind, text = BAD[method][name]
     async with Redis(unix_socket_path="/nowhere/redis.sock") as client:
-        store = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix, timeout=0.001)
-        with pytest.raises(error, match=text) as raised:
-            await call(store)
-        assert type(raised.value) is error
-        assert raised.value.__cause__ is None
+        error = await _refusal(_bad_store(client, "rss"), method, name)
+    assert error is not None
+    assert type(error) is kind, repr(error)
+    assert re.search(text, str(error)), str(error)
+    assert error.__cause__ is None
 
 
-def test_reading_by_reference_refuses_at_once(store: SessionStore) -> None:
-    """Not only when the first session is asked for."""
-    with pytest.raises(ValueError, match="not one of the references"):
-        store.find_by("name", "x")
+async def test_nothing_is_sent(url: str) -> None:
+    """A server that is there gets no script from any of these calls, and no data of it changes."""
+    async with Redis.from_url(url, decode_responses=True) as client:
+        await client.flushall()
+        keyspace = Keyspace(client, "bad")
+        store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix)
+        await store.set("a", {"user_id": 1, "x": 1})
+        await store.aclose()
+        before, scripts = await keyspace.dump(), (await client.info("commandstats"))["cmdstat_evalsha"]["calls"]
+        store = _bad_store(client, keyspace.prefix)
+        answered = [row for row in ROWS if await _refusal(store, *row) is None]
+        await store.aclose()
+        assert answered == []
+        assert await keyspace.dump() == before
+        assert (await client.info("commandstats"))["cmdstat_evalsha"]["calls"] == scripts
+
+
+def test_every_argument_has_rows() -> None:
+    """Each public method that takes any, and each of its arguments, except for flags, which may be anything."""
+    for method, function in vars(SessionStore).items():
+        if method.startswith("_") or not (callable(function) or isinstance(function, classmethod)):
+            continue
+        arguments = set(inspect.signature(getattr(SessionStore, method)).parameters) - {"self"}
+        told = {name.partition(":")[0].partition(",")[0] for name in BAD.get(method, ())}
+        assert told == arguments - {"create", "exact"}, method
+
+
+@pytest.mark.parametrize("values", [range(1000), range(1, 1001)])
+async def test_a_mapping_need_be_no_dict(store: SessionStore, values: range) -> None:
+    """And what several are may come from any iterable, once."""
+    fields = {f"f{n}": n for n in values}
+    await store.set("a", MappingProxyType(fields), expect=MappingProxyType({"f1": None}))  # type: ignore[arg-type]
+    assert await store.get("a", (name for name in fields)) == {"id": "a", **fields}
+    await store.unset("a", iter(fields))
+    await store.set("a", {"user_id": 1})
+    assert await store.delete_by("user_id", 1, keep=(name for name in "abc")) == 0
+    assert await store.get("a") == {"id": "a", "user_id": 1}
 
 
 STORES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -124,6 +369,13 @@ STORES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_age": ({"max_age": "soon"}, ValueError, "max_age must be a number and a unit"),
     "max_lifetime": ({"max_lifetime": 0}, ValueError, "max_lifetime must be between"),
     "timeout": ({"timeout": None}, ValueError, "timeout must be a timedelta"),
+    "two identities": (
+        {"references": {"a": Reference(identity=True), "b": Reference(identity=True)}},
+        ValueError,
+        "at most one reference is the identity",
+    ),
+    "reference with a surrogate": ({"references": ["\ud800"]}, ValueError, "a field must be valid Unicode"),
+    "references of None": ({"references": None}, TypeError, "references must be several str"),
     "few id_bytes": ({"id_bytes": 15}, ValueError, "id_bytes must be an integer from 16"),
     "id_bytes of a bool": ({"id_bytes": True}, ValueError, "id_bytes must be an integer from 16"),
 }
@@ -169,6 +421,22 @@ async def test_text_codec_stores_str_and_int_only(client: Redis, keyspace: Keysp
         with pytest.raises(TypeError, match=f"TextCodec cannot store this .* in the field '{field}'"):
             await store.set("a", {field: value})
     assert await keyspace.dump() == {}
+
+
+async def test_a_field_may_be_an_enumeration(client: Redis, keyspace: Keyspace) -> None:
+    """A member of an enumeration of str names the field that is its value, in whichever argument."""
+
+    class Field(str, enum.Enum):  # noqa: UP042 - str() of this one is not its value
+        USER = "user_id"
+        NAME = "name"
+
+    store = SessionStore(client, references=[Field.USER], prefix=keyspace.prefix)
+    await store.set("a", {Field.USER: 1, Field.NAME: "x"}, expect={Field.NAME: None})
+    assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": "1", "name": "x"}, "user_id:{1}": {"a"}}
+    assert await store.get("a", [Field.NAME]) == {"id": "a", "name": "x"}
+    assert await store.ids_by("user_id", 1) == await store.ids_by(Field.USER, 1) == ["a"]
+    assert await store.block(Field.USER, 1, "1h") == 1
+    assert await store.blocked("user_id", 1)
 
 
 async def test_enumerations_are_what_they_stand_for(store: SessionStore, keyspace: Keyspace) -> None:

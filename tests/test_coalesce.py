@@ -23,9 +23,10 @@ from rss import (
     SessionStore,
     StoreUnavailable,
 )
+from rss.engine import coalesce, lane
 from rss.testing import RedisServer
 from tests.keyspace import Keyspace
-from tests.servers import proxied
+from tests.servers import connections, proxied
 
 
 @pytest.fixture(name="admin")
@@ -193,16 +194,18 @@ def test_a_batch_does_what_its_calls_do_one_after_another(
             keyspace = Keyspace(client, f"batch-{secrets.token_hex(8)}")
             references = {"user_id": Reference(limit=limit, on_limit="refuse", strict=strict), "ip": Reference()}
             store = SessionStore(client, references=references, prefix=keyspace.prefix)
-            store._calls.max_in_flight = 1
             outcomes: list[object] = []
             for name, calls in batches:
                 todo = [_outcome(_call(store, name, arguments)) for arguments in sorted(calls, key=_shape)]
                 outcomes += await asyncio.gather(*todo) if together else [await call for call in todo]
+            await store.aclose()
             dump = await keyspace.dump()
             await keyspace.clear()
             return outcomes, dump
 
-    with asyncio.Runner() as loop:
+    # Of two volleys, the first has calls of each kind, so calls of one kind would not all come before those of another.
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as loop:
+        patch.setattr(lane, "VOLLEYS", 1)
         assert loop.run(run(together=True)) == loop.run(run(together=False))
 
 
@@ -277,12 +280,10 @@ async def test_ten_thousand_cancellations_among_a_hundred_thousand_calls(url: st
                     answered += 1
         assert cancelled + answered == 100_000
         assert cancelled > 5000
+        assert len(await connections(admin)) == 1
         await store.aclose()
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert not client.connection_pool._in_use_connections
-        assert len(client.connection_pool._available_connections) <= 2
-        assert not store._calls._queues
-        assert store._calls._timer is None
+        assert await connections(admin) == []
 
 
 async def test_a_caller_that_is_cancelled_is_not_sent(shop: SessionStore) -> None:
@@ -314,7 +315,7 @@ async def test_every_caller_has_the_own_deadline(shop: SessionStore, url: str, a
         late, first, second, third, same = await asyncio.gather(*(told(delay) for delay in (0.3, 0, 0.1, 0.2, 0.1)))
         assert 0.39 < first < second <= same < third < late
         assert late - second > 0.1
-        await store._calls.drain()
+        await store.operations.engine.drain()
         assert loop.time() - begun < 2.5
         await admin.client_unpause()
         assert await store.get("1", ["n"]) == {"id": "1", "n": 1}
@@ -324,9 +325,9 @@ async def test_every_caller_has_the_own_deadline(shop: SessionStore, url: str, a
 async def test_when_the_connection_breaks_every_caller_is_told(shop: SessionStore, url: str, name: str) -> None:
     """A batch of what must not be repeated is not; each caller learns that it is not known what was done."""
     async with proxied(url) as (proxy, address), SessionStore.from_url(address) as store:
-        proxy.scripts, proxy.swallow = 0, 2
+        proxy.scripts, proxy.swallow = 0, 1  # One connection carries all of them.
         results = await asyncio.gather(*(CALLS[name](store, n) for n in range(100)), return_exceptions=True)
-        assert proxy.scripts == 2
+        assert proxy.scripts == 1
         for result in results:
             assert isinstance(result, StoreUnavailable)
             assert "not known what was done" in str(result)
@@ -361,26 +362,25 @@ async def test_a_full_server_refuses_every_call_of_a_batch(shop: SessionStore, a
 async def test_a_mistake_of_ours_reaches_every_caller(shop: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is raised where nothing should be: nobody waits for ever, and the next call works."""
 
-    async def fail(*_: object) -> None:
+    def fail(*_: object) -> bytes:
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(shop._calls._scripts, "run", fail)
+        broken.setattr(coalesce, "pack", fail)
         results = await asyncio.gather(*(shop.get(str(n)) for n in range(300)), return_exceptions=True)
-    assert {type(result) for result in results} == {ZeroDivisionError}
+    assert {str(result) for result in results} == {"a mistake in redis-session-sets: ZeroDivisionError"}
+    assert {type(result.__cause__) for result in results if isinstance(result, SessionError)} == {ZeroDivisionError}
     assert await shop.get("1", ["n"]) == {"id": "1", "n": 1}
 
 
 async def test_a_caller_outlives_the_end_of_all_other_tasks(shop: SessionStore, admin: Redis) -> None:
-    """As at the end of an event loop: it gets an error, and does not hang."""
+    """As at the end of an event loop: no task has to live for it to get its answer."""
     await admin.client_pause(300)
     calls = [asyncio.ensure_future(shop.increment("1", "n")) for _ in range(3)]
     await asyncio.sleep(0.05)
     for task in asyncio.all_tasks() - {asyncio.current_task(), *calls}:
         task.cancel()
-    for call in calls:
-        with pytest.raises(StoreUnavailable, match="cancelled"):
-            await call
+    assert await asyncio.gather(*calls) == [2, 3, 4]
     await admin.client_unpause()
     assert await shop.get("2", ["n"]) == {"id": "2", "n": 2}
 
@@ -415,27 +415,22 @@ async def test_aclose_ends_also_under_traffic(url: str, shop: SessionStore) -> N
     assert await shop.get("1", ["n"]) == {"id": "1", "n": 1}
 
 
-@pytest.mark.parametrize(
-    "pool",
-    [
-        pytest.param(lambda url: BlockingConnectionPool.from_url(url, max_connections=1, timeout=5), id="the only one"),
-        pytest.param(lambda url: BlockingConnectionPool.from_url(url, max_connections=2, timeout=5), id="one of two"),
-        pytest.param(lambda url: ConnectionPool.from_url(url, max_connections=2), id="one of two, at once"),
-    ],
-)
-async def test_a_busy_store_leaves_connections_to_others(
-    shop: SessionStore, url: str, pool: Callable[[str], ConnectionPool]
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("pool", [BlockingConnectionPool, ConnectionPool])
+async def test_a_busy_store_takes_no_connections_of_others(
+    shop: SessionStore, url: str, pool: type[ConnectionPool], limit: int
 ) -> None:
-    """The client may have few, and serve another store and other purposes: all get their turn."""
+    """The client may have few, and serve another store and other purposes: they lose none to a store."""
     del shop
-    async with Redis.from_pool(pool(url)) as client:
+    async with Redis.from_pool(pool.from_url(url, max_connections=limit)) as client:
         busy, other = SessionStore(client), SessionStore(client, references=["user_id"])
         served: list[object] = []
         visitors = [asyncio.ensure_future(_visit(busy, served)) for _ in range(50)]
         for _ in range(20):
-            assert await client.ping()
-            if isinstance(client.connection_pool, BlockingConnectionPool):  # Else the third would be one too many.
+            async with client.pipeline() as held:
+                await held.watch("x")  # All connections of the pool but *limit* - 1 are taken.
                 assert await other.get("2", ["n"]) == {"id": "2", "n": 2}
+            assert await client.ping()
         assert len(served) > 20
         for visitor in visitors:
             visitor.cancel()
@@ -445,11 +440,11 @@ async def test_a_busy_store_leaves_connections_to_others(
 
 
 async def test_a_crowded_limit_makes_small_batches(url: str, admin: Redis) -> None:
-    """To look at all sessions of a user takes time: that is not done a hundred times in one script."""
+    """To look at all sessions of a user takes time: a script ends when it has taken two milliseconds, about."""
     async with Redis.from_url(url) as client:
         store = SessionStore(client, references={"user_id": Reference(limit=100)}, prefix="crowd")
         await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(100)))
-        assert await _scripts_run(admin, *(store.create({"user_id": 1}) for _ in range(100))) >= 34
+        assert await _scripts_run(admin, *(store.create({"user_id": 1}) for _ in range(100))) >= 10
         assert await store.count_by("user_id", 1) == 100
 
 
@@ -466,7 +461,7 @@ async def test_an_error_that_nobody_asks_for_is_no_complaint(
             task.cancel()
         await asyncio.wait(tasks)
         del tasks
-    await shop._calls.drain()
+    await shop.operations.engine.drain()
     gc.collect()
     assert not caplog.records
 

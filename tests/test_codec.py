@@ -1,5 +1,6 @@
 """What stands in the hash."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rss import Conflict, JSONCodec, SessionStore, TextCodec
+from rss import Conflict, JSONCodec, SessionError, SessionStore, TextCodec
 from tests.keyspace import Keyspace
 
 JSON = st.recursive(
@@ -108,6 +109,132 @@ async def test_a_codec_of_the_users(client: Any, keyspace: Keyspace) -> None:
     await store.set("a", {"user_id": "2", "none": None}, expect={"x": [1], "none": None})
     await store.set("a", {"x": 2}, expect={"none": None})
     assert set(await keyspace.dump()) == {"{a}", "user_id:{2}"}
+
+
+class Text(str):
+    """A str of the user's, which shows itself as something else."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "wrong"
+
+
+class Data(bytes):
+    """Bytes of the user's."""
+
+
+class Returning:
+    """A codec that stores some fields as it should not."""
+
+    def __init__(self, data: object) -> None:
+        self.data = data
+
+    def encode(self, field: str, value: Any, /) -> Any:
+        return self.data if field == "odd" else str(value)
+
+    def decode(self, _: str, data: bytes, /) -> Any:
+        return data.decode()
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (1, TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (1.5, TypeError),
+        (bytearray(b"x"), TypeError),
+        (memoryview(b"x"), TypeError),
+        (["x"], TypeError),
+        ("\ud800", ValueError),
+        ("ü\udfff", ValueError),
+    ],
+)
+async def test_a_codec_that_returns_what_cannot_be_stored(
+    client: Any, keyspace: Keyspace, data: object, kind: type[Exception]
+) -> None:
+    """The call raises an error that names the codec and the field; the calls beside it are not disturbed."""
+    store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, codec=Returning(data))
+    await store.set("a", {"x": 1})
+    odd: dict[str, Any] = {"odd": "SECRET", "x": 2}
+    results = await asyncio.gather(
+        *(store.set(f"b{n}", {"user_id": 1, "x": n}) for n in range(5)),
+        store.set("a", odd),
+        store.set("a", {"x": 2}, expect={"odd": "SECRET"}),
+        store.delete("a", expect={"odd": "SECRET"}),
+        store.create(odd),
+        store.rotate("a", odd),
+        *(store.set(f"c{n}", {"user_id": 1, "x": n}) for n in range(5)),
+        return_exceptions=True,
+    )
+    errors = results[5:10]
+    for error in errors:
+        assert type(error) is kind
+        assert str(error) == "Returning cannot store this str in the field 'odd'"
+    assert not [result for result in results if isinstance(result, BaseException) and result not in errors]
+    names = [f"{letter}{n}" for letter in "bc" for n in range(5)]
+    assert await keyspace.dump() == {
+        "{a}": {"id": "a", "x": "1"},
+        **{f"{{{name}}}": {"id": name, "user_id": "1", "x": name[1]} for name in names},
+        "user_id:{1}": set(names),
+    }
+
+
+@pytest.mark.parametrize("data", [Text("right"), Data(b"right")])
+async def test_a_codec_that_returns_a_subclass(client: Any, keyspace: Keyspace, data: object) -> None:
+    """Of str or bytes: what it holds is stored."""
+    store = SessionStore(client, prefix=keyspace.prefix, codec=Returning(data))
+    await store.set("a", {"odd": 1})
+    assert await keyspace.dump() == {"{a}": {"id": "a", "odd": "right"}}
+    await store.set("a", {"x": 1}, expect={"odd": 1})
+    assert await store.get("a") == {"id": "a", "odd": "right", "x": "1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(TypeError("SECRET"), TypeError), (ValueError("SECRET"), ValueError), (UnicodeError("SECRET"), ValueError)],
+)
+async def test_a_codec_that_raises(client: Any, keyspace: Keyspace, error: Exception, kind: type[Exception]) -> None:
+    """TypeError and ValueError are said with the field, without what the codec says, which may be the value."""
+
+    class Raising:
+        def encode(self, *_: object) -> Any:
+            raise error
+
+        def decode(self, *_: object) -> Any:
+            raise error
+
+    store = SessionStore(client, prefix=keyspace.prefix, codec=Raising())
+    with pytest.raises(kind) as raised:
+        await store.set("a", {"x": 1})
+    assert type(raised.value) is kind
+    assert str(raised.value) == "Raising cannot store this int in the field 'x'"
+    assert raised.value.__cause__ is None
+    assert raised.value.__context__ is None
+    await keyspace.client.hset(store.get_session_key("a"), mapping={"id": "a", "x": "SECRET"})
+    await keyspace.client.pexpire(store.get_session_key("a"), 60_000)
+    with pytest.raises(SessionError, match="^the field 'x' holds data that is not readable$") as unreadable:
+        await store.get("a")
+    assert unreadable.value.__cause__ is None
+    assert unreadable.value.__suppress_context__
+
+
+async def test_an_error_of_a_codec_that_is_a_mistake(client: Any, keyspace: Keyspace) -> None:
+    """Another error than those it may raise comes to the caller as it is, and to no other."""
+
+    class Mistaken(Returning):
+        def encode(self, field: str, value: Any, /) -> Any:
+            return {"x": str(value)}[field]
+
+    store = SessionStore(client, prefix=keyspace.prefix, codec=Mistaken(None))
+    values: list[dict[str, Any]] = [{"x": 1}, {"odd": 1}, {"x": 1}]
+    results = await asyncio.gather(
+        *(store.set(name, value) for name, value in zip("abc", values, strict=True)), return_exceptions=True
+    )
+    assert results[::2] == values[::2]
+    assert isinstance(results[1], KeyError)
+    assert set(await keyspace.dump()) == {"{a}", "{c}"}
 
 
 async def test_text_codec_can_expect_that_a_field_is_absent(client: Any, keyspace: Keyspace) -> None:

@@ -2,12 +2,18 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from rss import SessionEnded, SessionStore
+from rss import Blocked, SessionEnded, SessionStore
+from rss.engine import operations
+from rss.engine.coalesce import Operation
 from tests.keyspace import Keyspace
 
 SESSIONS = 1000  # Twenty pages.
@@ -24,15 +30,15 @@ def _between_pages(
     store: SessionStore, monkeypatch: pytest.MonkeyPatch, others: Callable[[], Awaitable[object]]
 ) -> None:
     """Let others do something after each page of this store."""
-    run = store._calls.run
+    run = store.operations.engine.run
 
-    async def run_and_let_others(name: str, *args: Any, **options: Any) -> Any:
-        reply = await run(name, *args, **options)
-        if name == "delete_by_ref":
+    async def run_and_let_others(operation: Operation, *args: Any, **options: Any) -> Any:
+        reply = await run(operation, *args, **options)
+        if operation is operations.DELETE_BY:
             await others()
         return reply
 
-    monkeypatch.setattr(store._calls, "run", run_and_let_others)
+    monkeypatch.setattr(store.operations.engine, "run", run_and_let_others)
 
 
 async def test_all_end_that_were_there_and_none_that_came(
@@ -162,3 +168,173 @@ async def test_what_is_left_behind_passes(store: SessionStore, keyspace: Keyspac
     session_id = await store.rotate(session_id)
     assert await store.ids_by("user_id", 1) == [session_id]
     assert await store.delete_by("user_id", 1) == 1
+
+
+async def test_a_fence_stays_small_when_calls_recur(store: SessionStore, keyspace: Keyspace) -> None:
+    """However many sessions joined and ended, and however many calls there were: it remembers the last one."""
+    for _ in range(10):
+        await _crowd(store, 100)
+        assert await store.delete_by("user_id", 1) == 100
+        assert len(await keyspace.client.hgetall(f"{keyspace.prefix}:_fence:user_id:{{1}}")) == 1
+
+
+async def test_keep_follows_grace(store: SessionStore) -> None:
+    """A request that still has the old id of a session that was just rotated keeps it, also over many pages."""
+    for number in (3, 300):
+        ids = await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(number)))
+        kept = await store.rotate(ids[0], grace="1m")
+        assert await store.delete_by("user_id", 1, keep=[ids[0]]) == number - 1
+        assert await store.ids_by("user_id", 1) == [kept]
+        await store.delete(kept)
+
+
+async def test_nothing_joins_a_blocked_value_while_it_runs(
+    store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while it runs nor after it; sessions that are kept stay, may be written to and get new ids."""
+    ids = await _crowd(store, 300)
+    others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
+    await others.set("anonymous", {"ip": "y"})
+    kept = ids[0]
+
+    async def come() -> None:
+        nonlocal kept
+        for join in (
+            others.create({"user_id": 1}),
+            others.set("anonymous", {"user_id": [2, 1]}),
+            others.rotate("anonymous", {"user_id": 1}),
+        ):
+            with pytest.raises(Blocked, match="password") as raised:
+                await join
+            assert raised.value.field == "user_id"
+        await others.set(kept, {"user_id": 1, "theme": "dark"})
+        kept = await others.rotate(kept, {"user_id": 1})
+        await others.create({"user_id": 2})
+
+    _between_pages(store, monkeypatch, come)
+    assert await store.delete_by("user_id", 1, keep=[kept], reason="password", block="1h") == 299
+    await come()
+    assert await others.ids_by("user_id", 1) == [kept]
+    assert await others.unblock("user_id", 1)
+    await others.set("anonymous", {"user_id": 1})
+    assert sorted(await others.ids_by("user_id", 1)) == sorted(["anonymous", kept])
+
+
+async def test_a_block_that_is_lifted_while_it_runs(
+    store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions may join again at once, and what joins is spared; the next page does not block the value again."""
+    await _crowd(store, 300)
+    others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
+    came: list[str] = []
+
+    async def lift() -> None:
+        await others.unblock("user_id", 1)
+        came.append(await others.create({"user_id": 1}))
+
+    _between_pages(store, monkeypatch, lift)
+    await store.delete_by("user_id", 1, block="1h")
+    assert await others.blocked("user_id", 1) is None
+    assert sorted(await others.ids_by("user_id", 1)) == sorted(came)
+
+
+class Others:
+    """What others do while user 1 is signed out: it knows which sessions must end, and which must stay."""
+
+    def __init__(self, store: SessionStore, keyspace: Keyspace, ids: list[str], kept: set[str]) -> None:
+        """Take all sessions of the user, and those that are kept."""
+        self.store = store
+        self.keyspace = keyspace
+        self.ids = list(ids)
+        self.safe = set(kept)
+        self.doomed = set(ids) - kept
+
+    def came(self, session_id: str) -> None:
+        """Note a session that must stay."""
+        self.ids.append(session_id)
+        self.safe.add(session_id)
+
+    def gone(self, session_id: str) -> None:
+        """Note that a session is gone."""
+        self.safe.discard(session_id)
+        self.doomed.discard(session_id)
+
+    async def step(self, how: str, n: int) -> None:
+        """Do one thing. A session that must end is ended as it would slip away."""
+        session_id = self.ids[n % len(self.ids)]
+        if how == "join":
+            self.came(await self.store.create({"user_id": 1, "ip": "x"}))
+        elif how == "log in":
+            self.came(await self.store.rotate(await self.store.create({"ip": "x"}), {"user_id": 1}))
+        elif how == "delete":
+            await self.store.delete(session_id)
+            self.gone(session_id)
+        elif how == "expire":
+            await self.keyspace.expire(f"{{{session_id}}}")
+            self.gone(session_id)
+        elif session_id in self.doomed:
+            with pytest.raises(SessionEnded, match="deleted"):
+                await self.move(how, session_id)
+        elif session_id in self.safe:
+            await self.move(how, session_id)
+
+    async def move(self, how: str, session_id: str) -> None:
+        """Take a session out of the set, for good or not."""
+        if how == "rotate":
+            self.came(await self.store.rotate(session_id))
+            self.gone(session_id)
+        elif how == "unset":
+            await self.store.unset(session_id, ["user_id"])
+        else:
+            await self.store.set(session_id, {"user_id": 2})
+            if how == "return":
+                await self.store.set(session_id, {"user_id": 1})
+
+
+STEPS = st.tuples(
+    st.sampled_from(["join", "log in", "delete", "expire", "rotate", "unset", "leave", "return"]), st.integers(0, 9)
+)
+
+
+@given(
+    steps=st.lists(STEPS, max_size=30),
+    sessions=st.integers(2, 8),
+    keep=st.sets(st.integers(0, 7), max_size=3),
+    at_once=st.integers(1, 3),
+)
+def test_whatever_others_do_between_pages(
+    url: str, steps: list[tuple[str, int]], sessions: int, keep: set[int], at_once: int
+) -> None:
+    """All that were there end, unless they are kept; none that came ends; and the fence forgets both."""
+
+    async def run() -> None:
+        async with (
+            Redis.from_url(url, decode_responses=True) as admin,
+            SessionStore.from_url(url, references=["user_id", "ip"]) as store,
+            SessionStore.from_url(url, references=["user_id", "ip"]) as another,
+        ):
+            await admin.flushall()
+            with suppress(ResponseError):  # So that small sets have pages too; before Redis 7.2 they have.
+                await admin.config_set("set-max-listpack-entries", 0)
+            ids = [await store.create({"user_id": 1, "ip": "x"}) for _ in range(sessions)]
+            kept = {session_id for n, session_id in enumerate(ids) if n in keep}
+            others, left = Others(another, Keyspace(admin, "rss"), ids, kept), list(steps)
+
+            async def between() -> None:
+                for _ in range(at_once):
+                    if left:
+                        await others.step(*left.pop())
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(operations, "_PAGE", "1")
+                _between_pages(store, patch, between)
+                await store.delete_by("user_id", 1, keep=kept)
+
+            assert {session_id for session_id in others.ids if await another.get(session_id)} == others.safe
+            users = {session_id: (await another.get(session_id)).get("user_id") for session_id in others.safe}
+            assert sorted(await another.ids_by("user_id", 1)) == sorted(i for i, user in users.items() if user == 1)
+            fence = await admin.hgetall("rss:_fence:user_id:{1}")
+            assert [*fence.values()] == ["done"]
+            await others.keyspace.dump()  # Every key has a TTL.
+
+    asyncio.run(run())

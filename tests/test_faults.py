@@ -14,9 +14,9 @@ import redis.exceptions
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.sentinel import Sentinel
 
-from rss import Reference, SessionEnded, SessionError, SessionNotFound, SessionStore, StoreUnavailable, scripts
+from rss import Reference, SessionEnded, SessionError, SessionNotFound, SessionStore, StoreUnavailable
 from tests.keyspace import Keyspace
-from tests.servers import Proxy, free_port, own_server, proxied, sentinel, until
+from tests.servers import Proxy, connections, free_port, own_server, proxied, sentinel, until
 
 Call = Callable[[SessionStore], Awaitable[object]]
 
@@ -59,7 +59,7 @@ async def test_many_callers_load_once(shop: SessionStore, own: Keyspace) -> None
     assert all(session["id"] == "a" for session in found)
     stats = await own.client.info("commandstats")
     assert stats["cmdstat_script|load" if "cmdstat_script|load" in stats else "cmdstat_script"]["calls"] == len(
-        scripts.SCRIPTS
+        shop.operations.scripts.sources
     )
 
 
@@ -223,17 +223,14 @@ async def test_connections_killed_all_the_time(shop: SessionStore, own: Keyspace
     killing.cancel()
 
 
-async def test_an_idle_connection_that_was_reset(url: str, shop: SessionStore) -> None:
+async def test_an_idle_connection_that_was_reset(shop: SessionStore, own: Keyspace) -> None:
     """It costs the caller nothing, not even for what must not be repeated."""
-    assert shop._owned
-    async with Redis.from_url(url) as admin:
-        for n in range(10):
-            assert await shop.increment("a", "m") == n + 1
-            await shop._calls.drain()
-            (idle,) = shop._owned.connection_pool._available_connections
-            await admin.client_kill_filter(_type="normal", skipme=True)
-            while idle._reader and not idle._reader.at_eof():
-                await asyncio.sleep(0)
+    for n in range(10):
+        assert await shop.increment("a", "m") == n + 1
+        await own.client.client_kill_filter(_type="normal", skipme=True)
+        while await connections(own.client):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)  # What the server has closed has to be heard of.
 
 
 async def test_redis_is_not_there() -> None:
@@ -258,7 +255,7 @@ async def test_redis_comes_back(tmp_path: Path) -> None:
         store = SessionStore(client, timeout=20)
         with own_server(*arguments):
             await store.set("a", {"n": 1})
-            await client.connection_pool.disconnect()
+        await asyncio.sleep(0.01)  # What the server has closed has to be heard of.
         counting = asyncio.create_task(store.increment("a", "n"))
         await asyncio.sleep(0.1)
         with own_server(*arguments):
@@ -471,16 +468,19 @@ async def test_data_that_cannot_be_read(shop: SessionStore, own: Keyspace) -> No
     assert await shop.get("a", ["ip"]) == {"id": "a", "ip": "x"}
 
 
-async def test_a_user_without_rights_sees_an_error_of_redis(shop: SessionStore, own: Keyspace, url: str) -> None:
-    """What only an operator can mend stays what it is."""
+async def test_a_user_without_rights_is_told_the_command(shop: SessionStore, own: Keyspace, url: str) -> None:
+    """What only an operator can mend is said at once, and nothing is written."""
     await own.client.acl_setuser(
         "poor", enabled=True, passwords=["+pw"], keys=["rss:*"], commands=["+@all", "-hset"], reset=True
     )
     async with Redis(unix_socket_path=url.removeprefix("unix://"), username="poor", password="pw") as client:
         store = SessionStore(client)
         assert await store.get("a") != {}
-        with pytest.raises(redis.exceptions.ResponseError, match="hset|can't run this command"):
+        with pytest.raises(SessionError, match="no permission for .*(hset|of the scripts)") as raised:
             await store.set("a", {"n": 2})
+        assert type(raised.value) is SessionError
+        assert isinstance(raised.value.__cause__, redis.exceptions.ResponseError)
+        await store.aclose()
     assert await shop.get("a", ["n"]) == {"id": "a", "n": 1}
 
 
@@ -489,38 +489,38 @@ async def test_a_user_without_rights_sees_an_error_of_redis(shop: SessionStore, 
 
 @pytest.mark.parametrize("pool", [ConnectionPool, BlockingConnectionPool])
 async def test_more_callers_than_connections(url: str, shop: SessionStore, pool: type[ConnectionPool]) -> None:
-    """They queue, whatever pool the client has, also when others use it too."""
+    """They need none of them, whatever pool the client has, also when others use all of it."""
     del shop
-    async with Redis(connection_pool=pool.from_url(url, max_connections=3)) as client:
+    async with Redis(connection_pool=pool.from_url(url, max_connections=1)) as client:
         store = SessionStore(client, timeout=20)
         taken = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         found = await asyncio.gather(*(store.get("a", ["n"]) for _ in range(300)))
         assert found == [{"id": "a", "n": 1}] * 300
         await client.connection_pool.release(taken)
+        assert await client.ping()
+        await store.aclose()
         await client.connection_pool.disconnect()
 
 
 async def test_a_client_is_left_as_it_is(url: str, shop: SessionStore) -> None:
     """It is neither configured nor closed; a client of the store's own is."""
-    del shop
-    async with Redis.from_url(url) as client:
+    await shop.load()
+    async with Redis.from_url(url, decode_responses=True) as client:
         kwargs = dict(client.connection_pool.connection_kwargs)
         retry = client.get_retry()
         async with SessionStore(client) as store:
             await store.get("a")
         assert client.connection_pool.connection_kwargs == kwargs
         assert client.get_retry() is retry
-        clients = {entry["id"] for entry in await client.client_list()}
-        assert str(await client.client_id()) in clients
-        assert client.connection_pool.get_connection_count()[0][0] == 1
+        assert await client.ping()
 
-    async with SessionStore.from_url(url) as own:
-        await own.get("a")
-        owned = own._owned
-        assert owned is not None
-        await own._calls.drain()
-        assert owned.connection_pool._available_connections[0].is_connected
-    assert not owned.connection_pool._available_connections[0].is_connected
+        before = len(await connections(client))
+        async with SessionStore.from_url(url) as own:
+            await own.get("a")
+            assert own._owned
+            assert await own._owned.ping()
+            assert len(await connections(client)) == before + 2
+        assert len(await connections(client)) == before
 
 
 async def test_a_client_with_one_connection(url: str, shop: SessionStore) -> None:
@@ -532,7 +532,7 @@ async def test_a_client_with_one_connection(url: str, shop: SessionStore) -> Non
 
 
 async def test_callers_that_are_cancelled_disturb_nobody(url: str, shop: SessionStore) -> None:
-    """No other gets a wrong answer, and every connection comes back to the pool."""
+    """No other gets a wrong answer, and no connection of the client is touched."""
     ids = [await shop.create({"n": n}) for n in range(50)]
     chance = random.Random(1)
     async with Redis(connection_pool=BlockingConnectionPool.from_url(url, max_connections=8)) as client:
@@ -551,7 +551,7 @@ async def test_callers_that_are_cancelled_disturb_nobody(url: str, shop: Session
         assert 1500 <= answered < 2000
         await store.aclose()
         assert not client.connection_pool._in_use_connections
-        await client.connection_pool.disconnect()
+        assert not client.connection_pool._available_connections
 
 
 async def test_a_caller_that_is_cancelled_while_loading(shop: SessionStore, own: Keyspace) -> None:

@@ -1,77 +1,489 @@
 """The files in lua/: each says what goes in and what comes out, and is small enough to read."""
 
+import json as json_module
 import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Final
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from rss import SessionStore, scripts
+from rss import Reference, SessionStore
+from rss.engine import operations, scripts
+from rss.keys import Plain
 from rss.testing import RedisServer
+from tests import lint_lua
+from tests.keyspace import Keyspace
 
-FILES = sorted((Path(__file__).parents[1] / "lua").glob("*.lua"))
-NAMES = {"get", "set_with_refs", "unset_with_refs", "increment", "touch", "delete_with_refs", "rotate_with_refs"}
-HEADER = re.compile(r"--\[\[\n  [A-Z].*?\n\n  KEYS  .*\n  ARGV  .*Returns .*?\n\]\]\n", re.DOTALL)
+LUA: Final = Path(__file__).parents[1] / "lua"
+FILES: Final = sorted(LUA.glob("*.lua"))
+OPERATIONS: Final = {operation.script: operation for operation in operations.ALL}
+
+HEADER: Final = re.compile(r"--\[\[\n  [A-Z].*?\n\n  KEYS  .*\n  ARGV  .*\n\n  Returns .*?\n\]\]\n", re.DOTALL)
+ARGUMENT: Final = re.compile(r"    (\w+) {2,}")
+#: A function at the top of a file, in one line or in several.
+FUNCTION: Final = re.compile(
+    r"^local (?:function )?(\w+)(?:\(| = [^\n]*\bfunction\b)(?:[^\n]* end$|.*?^end$)", re.MULTILINE | re.DOTALL
+)
+CODE: Final = re.compile(r"\bRSS[A-Z]+\b")
 
 
-def _code(file: Path) -> list[str]:
-    body = HEADER.sub("", file.read_text())
-    return [line for line in body.splitlines() if line.strip() and not line.strip().startswith("--")]
+@dataclass(frozen=True)
+class Header:
+    """What the header of a script says."""
+
+    #: The parts that it needs.
+    needs: list[str]
+    #: What is in KEYS, for each session if there are several.
+    keys: list[str]
+    #: The arguments that all sessions share, and those of each session.
+    shared: list[str]
+    own: list[str]
+    #: The errors that are returned.
+    codes: set[str]
 
 
-def test_there_is_a_script_for_each_operation() -> None:
-    """They are named as the methods are."""
-    assert set(scripts.SCRIPTS) == NAMES | {"find_by_ref", "delete_by_ref"}
-    assert {file.stem for file in FILES} == set(scripts.SCRIPTS) | {"_store", "_session", "_lifetime", "_refs"}
+def header(name: str) -> Header:
+    """Read the header of a file."""
+    match = HEADER.match((LUA / f"{name}.lua").read_text())
+    assert match, f"lua/{name}.lua has no header"
+    about, rest = match[0].split("\n  KEYS ", 1)
+    keys, rest = rest.split("\n  ARGV ", 1)
+    arguments, returns = rest.split("\n  Returns ", 1)
+    needs = re.search(r"\bNeeds ([\w, ]+)\.", about)
+    # The arguments behind the words "for each session" are those of each of them.
+    shared, _, own = arguments.partition("for each session\n")
+    return Header(
+        needs=needs[1].split(", ") if needs else [],
+        keys=re.split(r"; (?:then )?", " ".join(keys.split()).removeprefix("for each session: ")),
+        shared=[match[1] for match in map(ARGUMENT.match, shared.splitlines()) if match],
+        own=[match[1] for match in map(ARGUMENT.match, own.splitlines()) if match],
+        codes=set(CODE.findall(returns)),
+    )
+
+
+def body(name: str) -> str:
+    """Return the lines of a file that are code."""
+    code = HEADER.sub("", (LUA / f"{name}.lua").read_text())
+    return "\n".join(line for line in code.splitlines() if line.strip() and not line.strip().startswith("--"))
+
+
+# ---------------------------------------------------------------------- the files
+
+
+def test_there_is_a_file_for_each_operation_and_each_part() -> None:
+    """Each operation is a script, each part begins with an underscore, and there is no other file."""
+    assert {file.stem for file in FILES} == {"_store", *(f"_{part}" for part in scripts.PARTS), *OPERATIONS}
+    assert len(OPERATIONS) == len(operations.ALL)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_a_script_has_a_header_and_fits_on_a_screen(file: Path) -> None:
-    """The header comes first and says what the KEYS and ARGV are and what is returned; at most 80 lines of code."""
+def test_a_file_has_a_header_and_fits_on_a_screen(file: Path) -> None:
+    """The header comes first. A script has at most 80 lines of code, and so has a function of a part."""
     assert HEADER.match(file.read_text())
-    assert len(_code(file)) <= 80
+    code = body(file.stem)
+    longest = FUNCTION.finditer(code) if file.stem.startswith("_") else [re.match(r".*", code, re.DOTALL)]
+    assert all(len(match[0].splitlines()) <= 80 for match in longest if match)
     assert "#!" not in file.read_text()
     assert "setresp" not in file.read_text()
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem in scripts.SCRIPTS], ids=lambda file: file.name)
-def test_a_header_tells_of_every_error(file: Path) -> None:
-    """Every code that a script returns itself is in its header, and KEYS and ARGV are read in no other way."""
-    header, body = file.read_text().split("]]\n", 1)
-    for code in re.findall(r"RSS[A-Z]+", body):
-        assert code in header
-    if "refusal(" in body:
-        assert "RSSNOTFOUND" in header
-        assert "RSSENDED" in header
-    if "plan_move(" in body and "unset" not in file.stem:
-        assert "RSSLIMIT" in header
-    assert "KEYS" not in body
-    assert "ARGV" not in body
-    assert re.search(r"\nreturn each\(\w+\)\n$", body)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_script_ends_by_running_its_batch(name: str) -> None:
+    """The last line runs a function for each session: so an error of one does not cost the replies of others."""
+    assert re.search(r"\nreturn each\(\w+\)$", body(name))
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem in scripts.SCRIPTS], ids=lambda file: file.name)
-def test_a_header_names_the_arguments_in_the_order_they_are_read(file: Path) -> None:
-    """As many keys and arguments are read, in one go at the start, as the header lists."""
-    header, body = file.read_text().split("]]\n", 1)
-    arguments = re.findall(r"^    (\w+) {2,}", header.split("  ARGV", 1)[1].split("  Returns", 1)[0], re.MULTILINE)
-    reads = re.findall(r"\b(arg|number|args|read_counts)\(", body)
-    # `args(number())` is one list, `args(count)` one whose number was read before. `expectations` is an argument.
-    lists = len(re.findall(r"\bargs\((?!2 \* expectations)", body))
-    counts = len(re.findall(r"args\((?:\d \* )?number\(\)\)", body)) + len(re.findall(r"args\(count\)", body))
-    assert lists == counts
-    assert len(reads) - counts == len(arguments)
+def _closure(needs: list[str]) -> set[str]:
+    """Return these parts, and those that they need."""
+    return set(needs).union(*(_closure(header(f"_{part}").needs) for part in needs))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_header_names_the_parts(name: str) -> None:
+    """What a script needs, and what that needs, are the parts that the table of operations lists."""
+    assert _closure(header(name).needs) == set(OPERATIONS[name].parts)
+
+
+@pytest.mark.parametrize("part", scripts.PARTS)
+def test_a_part_stands_behind_those_that_it_needs(part: str) -> None:
+    """A local function of Lua is only known below its definition."""
+    before = scripts.PARTS[: scripts.PARTS.index(part)]
+    assert set(header(f"_{part}").needs) <= set(before)
+
+
+@pytest.mark.parametrize("part", scripts.PARTS)
+def test_the_arguments_of_a_part_are_in_the_headers_that_need_it(part: str) -> None:
+    """A part that reads arguments reads them from those of the script."""
+    mine = header(f"_{part}")
+    for name, operation in OPERATIONS.items():
+        if part in operation.parts:
+            assert {*mine.shared, *mine.own} <= {*header(name).shared, *header(name).own}
+
+
+# ---------------------------------------------------------------------- errors
+
+#: What a script never returns, although a part that it needs can.
+NEVER: Final = {
+    "unset_with_refs": {"RSSLIMIT", "RSSBLOCKED"},  # It joins no set that it was not in.
+}
+
+
+def _functions(name: str) -> dict[str, str]:
+    """Return the functions that a script can call, and what they do; the script itself is under its name."""
+    files = ["_store", *(f"_{part}" for part in scripts.PARTS if part in OPERATIONS[name].parts)]
+    shared = {match[1]: match[0] for file in files for match in FUNCTION.finditer(body(file))}
+    return {**shared, name: body(name)}
+
+
+def _reachable(name: str) -> Iterator[str]:
+    """Iterate over the code that a script can run, of functions that are called somewhere in it."""
+    functions = _functions(name)
+    todo, seen = [name], set[str]()
+    while todo:
+        code = functions[todo.pop()]
+        yield code
+        for word in set(re.findall(r"\w+", code)) & functions.keys() - seen:
+            seen.add(word)
+            todo.append(word)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_header_tells_of_every_error(name: str) -> None:
+    """Each code that a script can return, itself or by a part, is in its header, and no other."""
+    assert header(name).codes == set(CODE.findall("".join(_reachable(name)))) - NEVER.get(name, set())
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a script: what stands on the wire for each name in its header, and what comes of it."""
+
+    #: For each session its keys, by a word of the header.
+    keys: list[dict[str, list[str]]]
+    shared: dict[str, list[str]] = field(default_factory=dict)
+    own: list[dict[str, list[str]]] = field(default_factory=list)
+    replies: list[Any] = field(default_factory=list)
+    #: The keys that are left, without prefix; "..." for those that stay as they were.
+    left: dict[str, Any] = field(default_factory=dict)
+    #: Greatest TTLs.
+    ttls: dict[str, int] = field(default_factory=dict)
+
+
+A: Final = {"its hash": ["{a}"]}
+B: Final = {"its hash": ["{b}"]}
+SEED: Final[dict[str, Any]] = {
+    "{a}": {"id": "a", "user_id": "1", "ip": "x", "n": "1"},
+    "{b}": {"id": "b", "user_id": "1", "ip": "x", "n": "2"},
+    "user_id:{1}": {"a", "b"},
+    "ip:{x}": {"a", "b"},
+}
+TTL: Final = object()
+
+CASES: Final[Mapping[str, Case]] = {
+    "get": Case(
+        keys=[A, B],
+        shared={"fields": ["1", "n"]},
+        replies=[["id", "a", "n", "1", TTL, "alive"], ["id", "b", "n", "2", TTL, "alive"]],
+        left=SEED,
+    ),
+    "get_and_renew": Case(
+        keys=[A, B],
+        shared={"fields": ["1", "n"], "due": ["after", "60000"]},
+        replies=[["id", "a", "n", "1", TTL, "alive"], ["id", "b", "n", "2", TTL, "alive"]],
+        left=SEED,
+    ),
+    "set_with_refs": Case(
+        keys=[{**A, "the reference sets": ["user_id:{7}"]}, {**B, "the reference sets": ["user_id:{8}"]}],
+        shared={"mode": ["update"], "expectations": ["1"], "sets": ["1", "keep"]},
+        own=[
+            {"max_age": ["60000"], "expected": ["n", "holds", "1"], "values": ["4", "user_id", "7", "n", "5"]},
+            {"max_age": ["70000"], "expected": ["n", "holds", "2"], "values": ["4", "user_id", "8", "n", "6"]},
+        ],
+        replies=[60000, 70000],
+        left={
+            "{a}": {"id": "a", "user_id": "7", "ip": "x", "n": "5"},
+            "{b}": {"id": "b", "user_id": "8", "ip": "x", "n": "6"},
+            "user_id:{7}": {"a"},
+            "user_id:{8}": {"b"},
+            "ip:{x}": {"a", "b"},
+        },
+        ttls={"{a}": 60000, "{b}": 70000},
+    ),
+    "unset_with_refs": Case(
+        keys=[A, B],
+        own=[{"max_age": ["60000"], "fields": ["2", "n", "ip"]}, {"max_age": ["keep"], "fields": ["1", "user_id"]}],
+        replies=[["n", "1", "ip", "x", 60000], ["user_id", "1", TTL]],
+        left={
+            "{a}": {"id": "a", "user_id": "1"},
+            "{b}": {"id": "b", "ip": "x", "n": "2"},
+            "user_id:{1}": {"a"},
+            "ip:{x}": {"b"},
+        },
+        ttls={"{a}": 60000},
+    ),
+    "increment": Case(
+        keys=[A, B],
+        own=[{"field": ["n"], "by": ["5"]}, {"field": ["m"], "by": ["-3"]}],
+        replies=[6, -3],
+        left={**SEED, "{a}": {**SEED["{a}"], "n": "6"}, "{b}": {**SEED["{b}"], "m": "-3"}},
+    ),
+    "touch": Case(
+        keys=[A, B],
+        own=[{"max_age": ["60000"]}, {"max_age": ["70000"]}],
+        replies=[60000, 70000],
+        left=SEED,
+        ttls={"{a}": 60000, "{b}": 70000},
+    ),
+    "delete_with_refs": Case(
+        keys=[A, B],
+        shared={"expectations": ["1"]},
+        own=[
+            {"reason": ["bye"], "expected": ["n", "holds", "1"]},
+            {"reason": ["bye"], "expected": ["n", "holds", "1"]},
+        ],
+        replies=[1, 0],
+        left={"{a}": {"_ended": "bye"}, "{b}": SEED["{b}"], "user_id:{1}": {"b"}, "ip:{x}": {"b"}},
+    ),
+    "rotate_with_refs": Case(
+        keys=[
+            {**A, "its new hash": ["{c}"], "the reference sets": ["ip:{y}"]},
+            {**B, "its new hash": ["{d}"], "the reference sets": ["ip:{z}"]},
+        ],
+        shared={"sets": ["keep", "1"]},
+        own=[
+            {"id": ["c"], "grace": ["400000"], "max_age": ["60000"], "values": ["4", "ip", "y", "n", "5"]},
+            {"id": ["d"], "grace": ["none"], "max_age": ["70000"], "values": ["2", "ip", "z"]},
+        ],
+        replies=[60000, 70000],
+        left={
+            "{a}": {"_ended": "rotated", "_next": "c", "_until": TTL},
+            "{b}": {"_ended": "rotated"},
+            "{c}": {"id": "c", "user_id": "1", "ip": "y", "n": "5"},
+            "{d}": {"id": "d", "user_id": "1", "ip": "z", "n": "2"},
+            "user_id:{1}": {"c", "d"},
+            "ip:{y}": {"c"},
+            "ip:{z}": {"d"},
+        },
+        ttls={"{a}": 400000, "{b}": 300000, "{c}": 60000, "{d}": 70000},
+    ),
+    "find_by_ref": Case(
+        keys=[{"the reference set": ["ip:{x}"]}],
+        shared={
+            "fields": ["1", "n"],
+            "reference": ["2"],
+            "cursor": ["0"],
+            "page": ["50"],
+            "left": ["1", "b"],
+        },
+        replies=["0", [], ["id", "b", "n", "2"]],
+        left=SEED,
+    ),
+    "delete_by_ref": Case(
+        keys=[{"the reference set": ["ip:{x}"], "its fence": ["_fence:ip:{x}"]}],
+        shared={
+            "reference": ["2"],
+            "cursor": ["0"],
+            "page": ["1"],
+            "left": ["2", "a", "b"],
+            "token": ["a-call"],
+            "reason": ["bye"],
+            "block": ["400000"],
+            "keep": ["1", "b"],
+        },
+        replies=["0", [], 1],
+        left={
+            "{a}": {"_ended": "bye"},
+            "{b}": SEED["{b}"],
+            "user_id:{1}": {"b"},
+            "ip:{x}": {"b"},
+            "_fence:ip:{x}": {"until": TTL, "why": "bye", "call:a-call": "done"},
+        },
+        ttls={"_fence:ip:{x}": 400000},
+    ),
+    "count_by_ref": Case(
+        keys=[{"reference sets": ["ip:{x}"]}, {"reference sets": ["ip:{y}"]}], replies=[2, 0], left=SEED
+    ),
+    "blocked": Case(
+        keys=[{"the fences": ["_fence:ip:{x}"]}, {"the fences": ["_fence:ip:{y}"]}], replies=[0, 0], left=SEED
+    ),
+    "unblock": Case(
+        keys=[{"the fences": ["_fence:ip:{x}"]}, {"the fences": ["_fence:ip:{y}"]}], replies=[0, 0], left=SEED
+    ),
+}
+
+
+def _wire(said: Header, case: Case, prefix: str) -> tuple[list[str], list[str]]:
+    """Build KEYS and ARGV in the order in which a header names them."""
+    keys, own = [], []
+    for session in case.keys:
+        for words in said.keys:
+            (word,) = [word for word in session if words.startswith(word)]
+            keys += [f"{prefix}:{key}" for key in session[word]]
+        assert len(said.keys) == len(session)
+    for arguments in case.own:
+        assert arguments.keys() == set(said.own)
+        own += [value for name in said.own for value in arguments[name]]
+    assert case.shared.keys() == set(said.shared)
+    shared = [value for name in said.shared for value in case.shared[name]]
+    return keys, [f"{prefix}:{{", f"{prefix}:", *shared, *own]
+
+
+def _same(found: object, expected: object) -> bool:
+    """Return whether that was to be; `TTL` stands for any time."""
+    if expected is TTL:
+        return isinstance(found, int) or str(found).isdigit()
+    if isinstance(expected, list):
+        return isinstance(found, list) and len(found) == len(expected) and all(map(_same, found, expected))
+    if isinstance(expected, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == expected.keys()
+            and all(_same(found[k], expected[k]) for k in found)
+        )
+    return found == expected
+
+
+async def _try(name: str, said: Header, keyspace: Keyspace) -> None:
+    """Run a script with what its header says, and look at what comes of it."""
+    case = CASES[name]
+    store = SessionStore(keyspace.client, references=["user_id", "ip"], prefix=keyspace.prefix)
+    await keyspace.clear()
+    for session_id, n in (("a", 1), ("b", 2)):
+        await store.set(session_id, {"user_id": 1, "ip": "x", "n": n})
+    await store.aclose()
+    keys, argv = _wire(said, case, keyspace.prefix)
+    replies = await keyspace.client.eval(store.operations.scripts.sources[name], len(keys), *keys, *argv)
+    batched = OPERATIONS[name].batched
+    assert _same(replies if batched else replies[0], case.replies)
+    assert _same(await keyspace.dump(), case.left)
+    for key, ttl in case.ttls.items():
+        assert ttl - 10_000 < await keyspace.ttl(key) <= ttl
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_a_script_takes_what_its_header_says(name: str, keyspace: Keyspace) -> None:
+    """KEYS and ARGV, built from nothing but the header, do what the script is for."""
+    await _try(name, header(name), keyspace)
+
+
+def _swaps(name: str) -> Iterator[Header]:
+    """Iterate over headers that name two neighbours the wrong way round, or one by another name."""
+    right = header(name)
+    for place in ("keys", "shared", "own"):
+        names: list[str] = getattr(right, place)
+        for n in range(len(names) - 1):
+            yield replace(right, **{place: [*names[:n], names[n + 1], names[n], *names[n + 2 :]]})  # type: ignore[arg-type]
+        for n in range(len(names)):
+            yield replace(right, **{place: [*names[:n], "another", *names[n + 1 :]]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_a_wrong_header_is_noticed(name: str, keyspace: Keyspace) -> None:
+    """Names that are swapped, and a name that no script knows, fail the test above."""
+    for wrong in _swaps(name):
+        with pytest.raises((AssertionError, ResponseError, ValueError)):
+            await _try(name, wrong, keyspace)
+
+
+# ---------------------------------------------------------------------- the grammar of keys, and the schema
+
+
+async def test_no_script_knows_the_grammar_of_keys(
+    client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another layout of keys, all operations do the same: the scripts build keys from what they are given."""
+
+    class Odd(Plain):
+        before_value = "=<"
+        ending = ">"
+
+        def stems(self, partition: int) -> tuple[str, str]:
+            del partition
+            return f"{self.prefix}:session<", f"{self.prefix}:sets/"
+
+        def session(self, session_id: str) -> str:
+            return f"{self.prefix}:session<{session_id}>"
+
+        def reference(self, field: str, value: object) -> str:
+            return f"{self.prefix}:sets/{field}=<{value}>"
+
+    monkeypatch.setattr("rss.store.Plain", Odd)
+    references = {"user_id": Reference(limit=2), "ip": Reference(strict=True)}
+    store = SessionStore(client, references=references, prefix=keyspace.prefix)
+    a = await store.create({"user_id": 1, "ip": ["x", "y"]})
+    b = await store.rotate(a, {"user_id": 2}, grace="1m")
+    assert (await store.get(a))["id"] == b
+    await store.set("c", {"user_id": 2, "ip": "x"})
+    await store.pop("c", ["user_id"])
+    await store.set("c", {"user_id": 2})
+    await store.set("d", {"user_id": 2})
+    assert sorted(await store.ids_by("user_id", 2)) == ["c", "d"]
+    await store.touch("c", "29 days")
+    assert await store.block("user_id", 2, "1m") == 2
+    assert await store.blocked("user_id", 2)
+    assert set(await keyspace.dump()) == {*(f"session<{i}>" for i in (a, b, "c", "d")), "sets/_fence:user_id=<2>"}
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+FIELDS = TEXTS.filter(lambda name: not re.search("[:{}]", name) and name != "id" and not name.startswith("_"))
+
+
+@given(fields=st.lists(FIELDS, max_size=4, unique=True), json=st.booleans(), data=st.data(), ending=TEXTS)
+def test_a_schema_is_read_as_it_was_written(
+    redis_server: RedisServer, fields: list[str], *, json: bool, data: st.DataObject, ending: str
+) -> None:
+    """Whatever the fields are called, Lua reads the same names, limits and flags, and nothing of them is code."""
+    kinds = {
+        name: Reference(
+            limit=data.draw(st.none() | st.integers(1, 1000)),
+            on_limit=data.draw(st.sampled_from(["evict", "refuse"])),
+            strict=data.draw(st.booleans()),
+            identity=n == 1,
+        )
+        for n, name in enumerate(fields)
+    }
+    schema = scripts.schema(
+        kinds, max_age=2**41, max_lifetime=0, tombstone=7, json=json, before_value=":{", ending=ending
+    )
+    names = "max_age, max_lifetime, tombstone, json, before_value, ending, state, references, identity"
+    with BlockingRedis.from_url(redis_server.url, decode_responses=True) as client:
+        found = client.eval(f"{schema} return cjson.encode({{ {names}, strict, limits, refuses }})", 0)
+        (raw,) = client.eval(f"{schema} return {{ table.concat(state) .. before_value .. ending }}", 0)
+    state = ["id", "_ended", "_created", "_max_age", *fields]
+    lists: list[list[Any]] = [
+        [kind.strict for kind in kinds.values()],
+        [kind.limit or 0 for kind in kinds.values()],
+        [bool(kind.limit) and kind.on_limit == "refuse" for kind in kinds.values()],
+    ]
+    assert raw == "".join([*state, ":{", ending])
+    assert isinstance(found, str)
+    assert json_module.loads(found) == [
+        *(2**41, 0, 7, json, ":{", ending, state, len(fields), 2 if len(fields) > 1 else False),
+        *(any(flags) and flags for flags in lists),
+    ]
 
 
 @given(now=st.integers(10**12, 2**41), ttl=st.integers(1, 10**11), data=st.data())
 def test_a_horizon_stays_out_of_reach(redis_server: RedisServer, now: int, ttl: int, data: st.DataObject) -> None:
     """Until when the sets of a session live at least is not before its end, and never later as it grows old."""
-    source = (Path(__file__).parents[1] / "lua" / "_lifetime.lua").read_text()
-    horizon = source[source.index("local power, step") : source.index("-- Let a set live")]
-    lines = [f"local now = {now}", horizon, "local then_ = horizon(tonumber(ARGV[1]))", "now = now + tonumber(ARGV[2])"]
+    match = re.search(r"^local power, step .*?^end$", (LUA / "_renew.lua").read_text(), re.MULTILINE | re.DOTALL)
+    assert match
+    lines = [
+        f"local now = {now}",
+        match[0],
+        "local then_ = horizon(tonumber(ARGV[1]))",
+        "now = now + tonumber(ARGV[2])",
+    ]
     lines.append('return { string.format("%.0f", then_), string.format("%.0f", horizon(ARGV[1] - ARGV[2])) }')
     age = data.draw(st.integers(0, ttl - 1))
     with BlockingRedis.from_url(redis_server.url) as client:
@@ -79,8 +491,51 @@ def test_a_horizon_stays_out_of_reach(redis_server: RedisServer, now: int, ttl: 
     assert now + ttl <= later <= first <= now + ttl + max(ttl // 32, 1)
 
 
-async def test_loading_is_one_round_trip(client: Redis) -> None:
-    """All scripts are there after it."""
+# ---------------------------------------------------------------------- loading and lint
+
+
+async def test_loading_loads_all_scripts(client: Redis) -> None:
+    """After the first call all are there, whichever it needed."""
     await client.script_flush()
-    await SessionStore(client).load()
-    assert all(await client.script_exists(*scripts._SHAS.values()))
+    async with SessionStore(client) as store:
+        assert all(await client.script_exists(*store.operations.scripts.shas.values()))
+
+
+FAULTS: Final[dict[str, tuple[str, Callable[[str], str], str]]] = {
+    "a global in a part": ("_end", lambda s: s + "forgotten = 1\n", "setting non-standard global variable 'forgotten'"),
+    "what the sandbox lacks": ("get", lambda s: s.replace("key = key + 1", "key = key + 1; print(key)"), "'print'"),
+    "an unused variable of a script": ("touch", lambda s: "local idle = 1\n" + s, "unused variable 'idle'"),
+    "an unused function of a part": ("_sets", lambda s: s + "local function idle() end\n", "unused function 'idle'"),
+    "a syntax error": ("_write", lambda s: s + "end\n", "(E011)"),
+}
+
+
+@pytest.mark.skipif(not shutil.which("luacheck"), reason="luacheck is not installed")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_lint_finds_a_fault(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """It names the file and the line."""
+    name, plant, text = FAULTS[fault]
+    read, source = scripts.read, plant(scripts.read(name))
+    before = read(name).splitlines()
+    line = next(n for n, (a, b) in enumerate(zip([*before, ""], source.splitlines(), strict=False), 1) if a != b)
+    known = lint_lua.findings()
+    monkeypatch.setattr(scripts, "read", lambda other: source if other == name else read(other))
+    new = [finding for finding in lint_lua.findings() if finding not in known]
+    assert any(finding.startswith(f"lua/{name}.lua:{line}:") and text in finding for finding in new)
+
+
+@pytest.mark.skipif(not shutil.which("luacheck"), reason="luacheck is not installed")
+def test_the_lint_finds_a_part_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script is not longer than it must be."""
+    longer = [replace(one, parts=(*one.parts, "expect")) if one.script == "touch" else one for one in operations.ALL]
+    monkeypatch.setattr(operations, "ALL", longer)
+    assert "lua/touch.lua: uses nothing of the part expect, which is one of its parts" in lint_lua.findings()
+
+
+def test_the_lint_says_that_luacheck_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not fail there."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert lint_lua.main() == 0
+    assert "luacheck is not installed" in capsys.readouterr().out

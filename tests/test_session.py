@@ -749,7 +749,7 @@ async def test_replace_takes_out_before_it_writes(sessions: Sessions, monkeypatc
     async def lost() -> int:
         raise StoreUnavailable("the connection broke")
 
-    monkeypatch.setattr(sessions.store, "_set", lambda *_: lost())
+    monkeypatch.setattr(sessions.store.operations, "set", lambda *_: lost())
     with pytest.raises(StoreUnavailable):
         await session.replace({"user_id": 1, "role": "admin"}, {"user_id": 2})
     assert await sessions.store.get(id_of(token)) == {"id": id_of(token), "user_id": 1}

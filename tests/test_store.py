@@ -4,8 +4,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
-from rss import Conflict, SessionEnded, SessionNotFound, SessionStore
+from rss import Blocked, Conflict, SessionEnded, SessionError, SessionNotFound, SessionStore
+from rss.engine.operations import Found, Position
 from tests.conftest import send_singly
 from tests.keyspace import SLACK, Keyspace
 
@@ -184,6 +186,28 @@ async def test_a_session_keeps_the_time_it_was_given(store: SessionStore, keyspa
     assert 27 * DAY < await keyspace.ttl(f"{{{new}}}") <= 28 * DAY
 
 
+async def test_a_time_that_is_also_the_default_is_the_sessions_own(client: Redis, keyspace: Keyspace) -> None:
+    """It was given, so it stays when the default changes with the next version of an application."""
+    given = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_age="1h")
+    later = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_age="1m")
+    await given.set("set", {"user_id": 1}, "1h")
+    created = await given.create({"user_id": 1}, timedelta(hours=1))
+    await given.set("touched", {})
+    await given.touch("touched", 3600)
+    await given.set("unset", {"x": 1})
+    await given.unset("unset", ["x"], "60 minutes")
+    rotated = await given.rotate(await given.create(), max_age="1h")
+    await given.set("default", {})
+    for session_id in ("set", created, "touched", "unset", rotated):
+        await keyspace.shorten(60_000)
+        await later.touch(session_id)
+        assert HOUR - 30_000 < await keyspace.ttl(f"{{{session_id}}}") <= HOUR
+    await later.touch("default")
+    assert 0 < await keyspace.ttl("{default}") <= 60_000
+    for one in (given, later):
+        await one.aclose()
+
+
 async def test_create_mints_an_id(store: SessionStore, keyspace: Keyspace) -> None:
     """The id is new, random and URL-safe."""
     session_id = await store.create({"user_id": 1}, "1 day")
@@ -281,7 +305,30 @@ async def test_increment_counts(store: SessionStore, keyspace: Keyspace) -> None
     assert set(await keyspace.dump()) == {"{a}"}
 
 
-@pytest.mark.parametrize("value", ["alice", 2**63 - 1, [1]])
+@pytest.mark.parametrize(
+    ("held", "by", "total"),
+    [
+        (2**53, 1, 2**53 + 1),
+        (-(2**53), -1, -(2**53) - 1),
+        (2**53 - 1, 1, 2**53),
+        (2**53 + 1, -2, 2**53 - 1),
+        (2**63 - 2, 1, 2**63 - 1),
+        (1 - 2**63, -1, -(2**63)),
+        (0, -(2**63), -(2**63)),
+        (0, 2**63 - 1, 2**63 - 1),
+        (-(2**63), 2**63 - 1, -1),
+        (1234567890123456789, 0, 1234567890123456789),
+        (1, -1, 0),
+    ],
+)
+async def test_increment_is_exact(store: SessionStore, held: int, by: int, total: int) -> None:
+    """The sum is the integer that is stored, over all of 64 bits."""
+    await store.set("a", {"n": held})
+    assert await store.increment("a", "n", by) == total
+    assert await store.get("a") == {"id": "a", "n": total}
+
+
+@pytest.mark.parametrize("value", ["alice", 2**63 - 1, 2**63, [1], 1.5, None, True, ""])
 async def test_increment_needs_an_integer(store: SessionStore, keyspace: Keyspace, value: object) -> None:
     """Anything else, and a sum beyond 64 bits, is a ValueError; the field stays."""
     await store.set("a", {"n": value})
@@ -334,6 +381,61 @@ async def test_delete_of_no_session(store: SessionStore, keyspace: Keyspace) -> 
     await store.delete("a", reason="first")
     assert not await store.delete("a", reason="second")
     assert await store.ended("a") == "first"
+
+
+@pytest.mark.parametrize(
+    ("expect", "meets"),
+    [
+        ({"n": 1}, True),
+        ({"user_id": 1, "n": 1, "l": [1, {"a": "ü"}]}, True),
+        ({"missing": None}, True),
+        ({"nothing": None}, True),
+        ({}, True),
+        ({"n": "1"}, False),
+        ({"user_id": 2}, False),
+        ({"user_id": "1"}, False),
+        ({"n": 1, "user_id": 2}, False),
+        ({"user_id": None}, False),
+        ({"missing": 1}, False),
+        ({"unreadable": None}, False),
+        ({"unreadable": "x"}, False),
+    ],
+)
+async def test_delete_expects(store: SessionStore, keyspace: Keyspace, expect: dict[str, Any], *, meets: bool) -> None:
+    """It ends the session only if the fields hold what is expected, as in `set`; data need not be readable."""
+    await store.set("a", {"n": 1, "user_id": 1, "nothing": None, "l": [1, {"a": "ü"}], "unreadable": "?"})
+    before = await keyspace.dump()
+    await keyspace.client.hset(store.get_session_key("a"), "unreadable", b"\xff")
+    assert await store.delete("a", expect=expect, reason="bye") is meets
+    if meets:
+        assert await keyspace.dump() == {"{a}": {"_ended": "bye"}}
+    else:
+        await keyspace.client.hset(store.get_session_key("a"), "unreadable", "?")
+        assert await keyspace.dump() == before
+
+
+async def test_delete_expects_of_no_session(store: SessionStore, keyspace: Keyspace) -> None:
+    """There is none to end, whatever is expected; one that was ended keeps its reason."""
+    for expect in ({}, {"n": None}, {"n": 1}):
+        assert not await store.delete("a", expect=expect)
+    assert await keyspace.dump() == {}
+    await store.set("a", {"n": 1})
+    await store.delete("a", reason="first")
+    for expect in ({}, {"n": None}, {"n": 1}):
+        assert not await store.delete("a", expect=expect, reason="second")
+    assert await keyspace.dump() == {"{a}": {"_ended": "first"}}
+
+
+async def test_delete_expects_by_an_old_id(store: SessionStore, keyspace: Keyspace) -> None:
+    """While an old id leads to a session, what it holds now is compared."""
+    await store.set("a", {"user_id": 1})
+    new = await store.rotate("a", grace="1m")
+    await store.set(new, {"user_id": 2})
+    assert not await store.delete("a", expect={"user_id": 1})
+    assert await store.get(new) == {"id": new, "user_id": 2}
+    assert await store.delete("a", expect={"user_id": 2})
+    assert await store.ended(new) == "deleted"
+    assert (await keyspace.dump())[f"{{{new}}}"] == {"_ended": "deleted"}
 
 
 async def test_a_late_write_is_refused(store: SessionStore, keyspace: Keyspace) -> None:
@@ -496,6 +598,133 @@ async def test_delete_by_ends_all_sessions_with_a_value(store: SessionStore, key
     }
     assert await store.delete_by("user_id", 1, keep=["c"]) == 0
     assert await store.delete_by("user_id", 9) == 0
+
+
+async def test_count_by_may_count_too_many(store: SessionStore, keyspace: Keyspace) -> None:
+    """Not exact, it is the size of the set, with the ids of sessions that have expired; nothing is looked at."""
+    await store.set("a", {"user_id": 1})
+    await store.set("b", {"user_id": [1, 2]})
+    await store.set("c", {"user_id": 1})
+    await keyspace.expire("{b}")
+    before = await keyspace.dump()
+    assert await store.count_by("user_id", 1, exact=False) == 3
+    assert await store.count_by("user_id", "2", exact=False) == 1
+    assert await store.count_by("user_id", 3, exact=False) == 0
+    assert await keyspace.dump() == before
+    assert await store.count_by("user_id", 1) == 2
+    assert await store.count_by("user_id", 1, exact=False) == 2
+
+
+@pytest.mark.parametrize("others", [2, 120], ids=["one page", "several pages"])
+async def test_keep_follows_grace(store: SessionStore, keyspace: Keyspace, others: int) -> None:
+    """The old id of a session that was rotated with grace keeps it, and so does one that was rotated twice."""
+    for session_id in ("a", "b", "c", "d", "gone"):
+        await store.set(session_id, {"user_id": 1})
+    a = await store.rotate("a", grace="1m")
+    b = await store.rotate(await store.rotate("b", grace="1m"), grace="1m")
+    c = await store.rotate("c")  # Without grace the old id leads nowhere.
+    d = await store.rotate("d", {"user_id": 2}, grace="1m")
+    await store.delete("gone")
+    for _ in range(others):
+        await store.create({"user_id": 1})
+    assert await store.delete_by("user_id", 1, keep=["a", "b", "c", "d", "gone", "unknown"]) == others + 1
+    assert sorted(await store.ids_by("user_id", 1)) == sorted([a, b])
+    assert await store.ended(c) == "deleted"
+    assert await store.ids_by("user_id", 2) == [d]
+    assert (await keyspace.dump())["user_id:{1}"] == {a, b}
+
+
+async def test_block_and_unblock(store: SessionStore, keyspace: Keyspace) -> None:
+    """A value that is blocked ends its sessions and takes no other until it is unblocked."""
+    await store.set("a", {"user_id": 1})
+    assert await store.blocked("user_id", 1) is None
+    assert await store.block("user_id", 1, timedelta(hours=1), reason="stolen") == 1
+    left = await store.blocked("user_id", "1")
+    assert left is not None
+    assert timedelta(minutes=59) < left <= timedelta(hours=1)
+    with pytest.raises(Blocked) as raised:
+        await store.set("b", {"user_id": 1})
+    assert raised.value.reason == "stolen"
+    assert await store.unblock("user_id", 1)
+    assert not await store.unblock("user_id", 1)
+    await store.set("b", {"user_id": 1})
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "stolen"},
+        "{b}": {"id": "b", "user_id": "1"},
+        "user_id:{1}": {"b"},
+    }
+
+
+async def test_find_by_yields_what_is_readable(store: SessionStore, keyspace: Keyspace) -> None:
+    """A session that holds data that is not readable is left out; at the end an error says how many there were."""
+    for session_id in "abcde":
+        await store.set(session_id, {"user_id": 1, "x": session_id})
+    for session_id in "bd":
+        await keyspace.client.hset(store.get_session_key(session_id), "x", b"\xff")
+    found = []
+    with pytest.raises(SessionError, match="^2 sessions hold data that is not readable"):  # noqa: PT012
+        async for session in store.find_by("user_id", 1):
+            found.append(session["x"])  # noqa: PERF401 - what came before the error counts
+    assert sorted(found) == ["a", "c", "e"]
+    assert sorted(await store.ids_by("user_id", 1)) == [*"abcde"]
+    assert await store.count_by("user_id", 1) == 5
+    some = [session["id"] async for session in store.find_by("user_id", 1, ["user_id"])]
+    assert sorted(some) == [*"abcde"]
+    with pytest.raises(SessionError, match="the field 'x' holds data that is not readable"):
+        await store.get("b")
+    assert await store.delete_by("user_id", 1) == 5
+
+
+async def test_what_is_left_out_is_counted_over_all_pages(store: SessionStore, keyspace: Keyspace) -> None:
+    """Each session once."""
+    for n in range(120):
+        await store.set(f"s{n}", {"user_id": 1, "x": n})
+    for n in range(0, 120, 2):
+        await keyspace.client.hset(store.get_session_key(f"s{n}"), "x", b"\xff")
+    found = []
+    with pytest.raises(SessionError, match="^60 sessions hold data"):  # noqa: PT012
+        async for session in store.find_by("user_id", 1, ["x"]):
+            found.append(session["x"])  # noqa: PERF401 - what came before the error counts
+    assert sorted(found) == [*range(1, 120, 2)]
+
+
+async def test_a_session_on_two_pages_is_seen_once(
+    store: SessionStore, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set that Redis rehashes between two pages shows some of its members again."""
+    for session_id in "abc":
+        await store.set(session_id, {"user_id": 1, "x": session_id})
+    await keyspace.client.hset(store.get_session_key("b"), "x", b"\xff")
+    find_by, pages = store.operations.find_by, 0
+
+    async def again(*args: Any) -> Found:
+        nonlocal pages
+        pages += 1
+        page = await find_by(*args)
+        return page if pages == 2 else Found(page.sessions, Position(b"1"))
+
+    monkeypatch.setattr(store.operations, "find_by", again)
+    found = []
+    with pytest.raises(SessionError, match="hold data that is not readable"):  # noqa: PT012
+        async for session in store.find_by("user_id", 1):
+            found.append(session["id"])  # noqa: PERF401 - what came before the error counts
+    assert sorted(found) == ["a", "c"]
+    assert pages == 2
+
+
+async def test_as_much_as_a_call_may_have(store: SessionStore, keyspace: Keyspace) -> None:
+    """A thousand fields, 128 values of references and a thousand ids to keep are taken."""
+    fields = {f"f{n}": n for n in range(998)}
+    values: dict[str, Any] = {**fields, "user_id": [*range(64)], "ip": [*range(64)]}
+    await store.set("a", values, expect={f"f{n}": None for n in range(1000)})
+    assert await store.get("a") == {"id": "a", **values}
+    assert await store.get("a", [*values]) == {"id": "a", **values}
+    assert await store.pop("a", [*fields, "user_id", "ip"]) == values
+    await store.set("a", {**fields, "user_id": 1}, expect={"id_": None})
+    await store.unset("a", [*fields, "x", "y"])
+    assert await store.delete_by("user_id", 1, keep=["a", *(f"k{n}" for n in range(999))]) == 0
+    assert await store.delete("a", expect={f"f{n}": None for n in range(1000)})
+    assert await keyspace.dump() == {"{a}": {"_ended": "deleted"}}
 
 
 async def test_key_names(store: SessionStore, keyspace: Keyspace) -> None:

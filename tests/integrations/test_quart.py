@@ -55,7 +55,7 @@ async def test_an_application_factory(redis_url: str, keyspace: Keyspace) -> Non
 
     for _ in range(2):  # Each application has a store of its own.
         app = factory()
-        assert app.extensions["rss"].idle == "-1"
+        assert app.extensions["rss"].idle is None
         for _ in range(2):  # And may be started again.
             async with app.test_app() as test_app:
                 client = test_app.test_client()

@@ -1,12 +1,22 @@
 """Never run, only type-checked: an error that is not raised is an unused ignore."""
 
 from collections.abc import AsyncIterator
-from datetime import timedelta
-from typing import Any, TypedDict, assert_type
+from datetime import datetime, timedelta
+from typing import Any, Protocol, TypedDict, assert_type
 
 from redis.asyncio import Redis
 
-from rss import Codec, JSONCodec, Reference, SessionStore, TextCodec
+from rss import (
+    Blocked,
+    Codec,
+    IdentityChanged,
+    JSONCodec,
+    LimitExceeded,
+    Reference,
+    SessionError,
+    SessionStore,
+    TextCodec,
+)
 
 
 class Login(TypedDict, total=False):
@@ -27,10 +37,29 @@ async def with_a_schema(client: Redis) -> None:
     assert_type(store.find_by("user_id", 1), AsyncIterator[Login])
     assert_type(await store.ttl("a"), timedelta | None)
     assert_type((await store.get("a")).get("cart"), list[str] | None)
+    assert_type(await store.delete("a", expect={"user_id": 1}, reason="bye"), bool)
+    assert_type(await store.delete_by("user_id", 1, keep=["a"], reason="password", block="30s"), int)
+    assert_type(await store.block("user_id", "1", timedelta(hours=1), reason="stolen"), int)
+    assert_type(await store.unblock("user_id", 1), bool)
+    assert_type(await store.blocked("user_id", 1), timedelta | None)
+    assert_type(await store.count_by("user_id", 1, exact=False), int)
+    assert_type(await store.increment("a", "visits", by=2), int)
+    assert_type(await store.ids_by("user_id", 1), list[str])
+    async for session in store.find_by("user_id", 1, ["cart"]):
+        assert_type(session, Login)
 
     await store.create({"user_id": "1"})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await store.set("a", {"user": 1})  # type: ignore[typeddict-unknown-key]  # pyright: ignore[reportArgumentType]
     await store.set("a", {}, expect={"cart": 1})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await store.delete("a", expect={"user": 1})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await store.delete("a", {"user_id": 1})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await store.delete_by("user_id", 1, block=None)
+    await store.block("user_id", 1, None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await store.block("user_id", 1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await store.block("user_id", 1.5, "1h")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await store.unblock("user_id", None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await store.blocked("user_id", [1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await store.count_by("user_id", 1, False)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     (await store.get("a"))["user"]  # type: ignore[typeddict-item]  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -45,6 +74,37 @@ async def without(client: Redis) -> None:
     SessionStore.from_url("redis://", reference=["user_id"])  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
-def codecs() -> list[Codec]:
+def references() -> dict[str, Reference]:
+    """What may be said of a reference."""
+    Reference(identity=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Reference(on_limit="ignore")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    return {"user_id": Reference(identity=True, limit=5), "ip": Reference(strict=True, on_limit="refuse")}
+
+
+async def errors(store: SessionStore) -> None:
+    """What they tell beside their text."""
+    try:
+        await store.create({"user_id": 1})
+    except Blocked as error:
+        assert_type(error.until, datetime)
+        assert_type(error.reason, str)
+        assert_type(error.field, str)
+        refused: LimitExceeded = error
+        assert_type(refused.field, str)
+    except IdentityChanged as error:
+        changed: SessionError = error
+        print(changed.field)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Wrong(Protocol):
+    """No codec: it may return what cannot be stored."""
+
+    def encode(self, field: str, value: Any, /) -> str | None: ...
+
+    def decode(self, field: str, data: bytes, /) -> Any: ...
+
+
+def codecs(client: Redis, wrong: Wrong) -> list[Codec]:
     """What ships is what the protocol asks for."""
+    SessionStore(client, codec=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     return [JSONCodec(), TextCodec()]

@@ -1,0 +1,71 @@
+"""Values to what is sent, and back."""
+
+from typing import Any
+
+import pytest
+
+from rss import JSONCodec, Reference, SessionError, TextCodec
+from rss.fields import Encoded, Fields, field_name
+
+
+def test_what_a_write_sends() -> None:
+    """Fields with their data; the texts of reference values, each once; and how many each reference has."""
+    fields = Fields(["user_id", "ip", "tags"], JSONCodec())
+    assert fields.encode({"x": True, "tags": [1, "1", "a"], "user_id": 7}) == Encoded(
+        pairs=["x", "true", "tags", '[1,"1","a"]', "user_id", "7"],
+        references=[("user_id", "7"), ("tags", "1"), ("tags", "a")],
+        counts=("1", "keep", "2"),
+    )
+    assert fields.encode({"ip": None}) == Encoded(["ip", "null"], [], ("keep", "0", "keep"))
+    assert fields.encode({}) == Encoded([], [], ("keep", "keep", "keep"))
+    assert Fields([], JSONCodec()).encode({"user_id": 7}) == Encoded(["user_id", "7"], [], ())
+
+
+def test_what_is_expected() -> None:
+    """None is met by an absent field, and by None if the codec stores it."""
+    values: dict[str, Any] = {"x": "a", "y": None}
+    assert Fields([], JSONCodec()).expect(values) == ["x", "holds", "a", "y", "lacks_or_holds", "null"]
+    assert Fields([], TextCodec()).expect(values) == ["x", "holds", b"a", "y", "lacks", ""]
+    assert Fields([], JSONCodec()).expect({}) == []
+
+
+def test_what_a_read_brings_back() -> None:
+    """Without the fields of the library, except for the id."""
+    fields = Fields(["user_id"], TextCodec())
+    data = [b"id", b"[1]", b"_created", b"1", b"user_id", b"1", b"n", b"2", b"_max_age", b"3"]
+    assert fields.decode(data) == {"id": "[1]", "user_id": "1", "n": "2"}
+    assert fields.as_stored({"user_id": 1, "n": 2}) == {"user_id": "1", "n": "2"}
+    assert Fields([], JSONCodec()).as_stored({"n": [1], "s": "ü"}) == {"n": [1], "s": "ü"}
+    assert fields.decode([]) == {}
+
+
+def test_a_name_that_others_wrote_is_shown() -> None:
+    """Also if it is no text: it does not keep the rest from being read."""
+    assert Fields([], JSONCodec()).decode([b"\xff", b"1", b"x", b"2"]) == {"\\xff": 1, "x": 2}
+    with pytest.raises(SessionError, match="^the field 'x' holds data that is not readable$"):
+        Fields([], JSONCodec()).decode([b"x", b"\xff"])
+
+
+def test_names_do_not_pile_up() -> None:
+    """Names of fields may be data of their own: what is remembered of them is bounded."""
+    fields = Fields(["user_id"], JSONCodec())
+    for n in range(3000):
+        assert fields.as_stored({f"f{n}": n}) == {f"f{n}": n}
+    assert len(fields._encoders) <= 1000
+    assert len(fields._decoders) <= 1000
+    assert fields.as_stored({"f0": 1, "user_id": 1}) == {"f0": 1, "user_id": 1}
+
+
+def test_the_identity_and_the_numbers_of_references() -> None:
+    """The numbers are those of the scripts, which count from 1."""
+    fields = Fields({"ip": Reference(), "user_id": Reference(identity=True)}, JSONCodec())
+    assert fields.identity == "user_id"
+    assert [fields.number(field) for field in ("ip", "user_id")] == ["1", "2"]
+    assert Fields(["ip"], JSONCodec()).identity is None
+
+
+@pytest.mark.parametrize("name", ["x", "ids", "a b", "ü", "x_", "a:b", "{x}", "\n", "😀"])
+def test_any_text_is_the_name_of_a_field(name: str) -> None:
+    """Except "id" and what begins with an underscore."""
+    assert field_name(name) == name
+    assert Fields([], JSONCodec()).as_stored({name: 1}) == {name: 1}

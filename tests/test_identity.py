@@ -1,0 +1,303 @@
+"""The identity of a session: it stays under one id, and changes only with a new one."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from rss import (
+    Conflict,
+    IdentityChanged,
+    LimitExceeded,
+    Reference,
+    SessionEnded,
+    SessionError,
+    SessionNotFound,
+    SessionStore,
+    TextCodec,
+)
+from tests.keyspace import Keyspace
+
+Write = Callable[[SessionStore, str], Awaitable[object]]
+
+
+@pytest.fixture(name="store")
+def _store(client: Redis, keyspace: Keyspace) -> SessionStore:
+    """A store whose sessions belong to a user, or to nobody."""
+    references = {"user_id": Reference(identity=True), "ip": Reference()}
+    return SessionStore(client, references=references, prefix=keyspace.prefix)
+
+
+#: A session, and writes that would change its identity.
+CHANGES: dict[str, tuple[dict[str, Any], Write]] = {
+    "set another": ({"user_id": 1}, lambda s, i: s.set(i, {"user_id": 2})),
+    "set one": ({}, lambda s, i: s.set(i, {"user_id": 1})),
+    "set one where it is None": ({"user_id": None}, lambda s, i: s.set(i, {"user_id": 1})),
+    "set None": ({"user_id": 1}, lambda s, i: s.set(i, {"user_id": None})),
+    "set with other fields": ({"user_id": 1}, lambda s, i: s.set(i, {"ip": "y", "x": 2, "user_id": 2})),
+    "set with max_age": ({"user_id": 1}, lambda s, i: s.set(i, {"user_id": 2}, "1h")),
+    "set without create": ({"user_id": 1}, lambda s, i: s.set(i, {"user_id": 2}, create=False)),
+    "set that expects the old one": ({"user_id": 1}, lambda s, i: s.set(i, {"user_id": 2}, expect={"user_id": 1})),
+    "set that expects None": ({}, lambda s, i: s.set(i, {"user_id": 2}, expect={"user_id": None})),
+    "unset": ({"user_id": 1}, lambda s, i: s.unset(i, ["user_id"])),
+    "unset with other fields": ({"user_id": 1}, lambda s, i: s.unset(i, ["x", "user_id", "ip"], "1h")),
+    "pop": ({"user_id": 1}, lambda s, i: s.pop(i, ["user_id"])),
+    "pop with other fields": ({"user_id": 1}, lambda s, i: s.pop(i, ["x", "user_id"])),
+    "text that looks alike": ({"user_id": "1"}, lambda s, i: s.set(i, {"user_id": "01"})),
+    "text with an escape": ({"user_id": 'a"b'}, lambda s, i: s.set(i, {"user_id": "a\\b"})),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+async def test_a_write_that_would_change_the_identity(store: SessionStore, keyspace: Keyspace, case: str) -> None:
+    """It raises IdentityChanged, a SessionError, and writes nothing; the same by an old id that still leads there."""
+    values, write = CHANGES[case]
+    await store.set("a", {"ip": "x", "x": 1, **values}, "2h")
+    new = await store.rotate("a", grace="1m")
+    before, ttl = await keyspace.dump(), await keyspace.ttl(f"{{{new}}}")
+    for session_id in (new, "a"):
+        with pytest.raises(IdentityChanged, match="a session keeps its identity") as raised:
+            await write(store, session_id)
+        assert isinstance(raised.value, SessionError)
+        assert not isinstance(raised.value, SessionNotFound | Conflict | LimitExceeded)
+        assert await keyspace.dump() == before
+        assert ttl - 60_000 < await keyspace.ttl(f"{{{new}}}") <= ttl
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"user_id": 1}, {"user_id": 1}),
+        ({"user_id": 1}, {"user_id": "1"}),
+        ({"user_id": "1"}, {"user_id": 1}),
+        ({"user_id": 'a"b'}, {"user_id": 'a"b'}),
+        ({"user_id": "[1]"}, {"user_id": "[1]"}),
+        ({"user_id": "null"}, {"user_id": "null"}),
+        ({"user_id": 2**63}, {"user_id": str(2**63)}),
+        ({"user_id": None}, {"user_id": None}),
+        ({}, {"user_id": None}),
+        ({}, {}),
+        ({"user_id": 1}, {"ip": "y"}),
+    ],
+)
+async def test_a_write_that_keeps_the_identity(
+    store: SessionStore, keyspace: Keyspace, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """1 and "1" are the same identity; None and no value are the same: nobody."""
+    await store.set("a", {"ip": "x", **before})
+    await store.set("a", {"x": 1, **after})
+    assert await store.get("a") == {"id": "a", "ip": "x", **before, "x": 1, **after}
+    value = (before | after).get("user_id")
+    dump = await keyspace.dump()
+    assert {name for name in dump if name.startswith("user_id")} == ({f"user_id:{{{value}}}"} if value else set())
+    assert dump[f"ip:{{{after.get('ip', 'x')}}}"] == {"a"}
+
+
+@pytest.mark.parametrize("values", [{"user_id": None, "x": 1}, {"x": 1}])
+async def test_nobody_may_be_taken_out(store: SessionStore, keyspace: Keyspace, values: dict[str, Any]) -> None:
+    """A session that belongs to nobody still does without the field."""
+    await store.set("a", values)
+    assert await store.pop("a", ["user_id"]) == {field: None for field in values if field == "user_id"}
+    await store.set("a", {"user_id": None})
+    await store.unset("a", ["user_id", "x"])
+    assert await keyspace.dump() == {"{a}": {"id": "a"}}
+
+
+async def test_a_new_session_may_have_any_identity(store: SessionStore, keyspace: Keyspace) -> None:
+    """It has none before; nor has one whose id another session had that expired."""
+    created = await store.create({"user_id": 1})
+    await store.set("a", {"user_id": 1})
+    await store.set("b", {"user_id": 2}, expect={"user_id": None})
+    await keyspace.expire("{a}")
+    await store.set("a", {"user_id": 3})
+    assert await store.ids_by("user_id", 1) == [created]
+    assert await keyspace.dump() == {
+        f"{{{created}}}": {"id": created, "user_id": "1"},
+        "{a}": {"id": "a", "user_id": "3"},
+        "{b}": {"id": "b", "user_id": "2"},
+        "user_id:{1}": {created},
+        "user_id:{2}": {"b"},
+        "user_id:{3}": {"a"},
+    }
+
+
+async def test_other_references_change_freely(store: SessionStore, keyspace: Keyspace) -> None:
+    """Only one reference is the identity."""
+    await store.set("a", {"user_id": 1, "ip": "x"})
+    await store.set("a", {"ip": ["y", "z"]})
+    await store.set("a", {"user_id": "1", "ip": "y"})
+    assert await store.pop("a", ["ip"]) == {"ip": "y"}
+    assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": '"1"'}, "user_id:{1}": {"a"}}
+
+
+async def test_a_conflict_comes_before_the_identity(store: SessionStore, keyspace: Keyspace) -> None:
+    """A write that expects something else is told so, whatever it would write."""
+    await store.set("a", {"user_id": 1})
+    before = await keyspace.dump()
+    with pytest.raises(Conflict):
+        await store.set("a", {"user_id": 2}, expect={"user_id": 3})
+    assert await keyspace.dump() == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({}, {"user_id": 1}), ({"user_id": 1}, {"user_id": 2}), ({"user_id": 1}, {"user_id": None})],
+    ids=["sign in", "change", "sign out"],
+)
+async def test_rotate_changes_the_identity(
+    store: SessionStore, keyspace: Keyspace, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Under a new id; and the old id does not lead there, even if grace was asked for."""
+    await store.set("a", {"ip": "x", **before})
+    new = await store.rotate("a", after, grace="1h")
+    value = after["user_id"]
+    users = {f"user_id:{{{value}}}": {new}} if value else {}
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "rotated"},
+        f"{{{new}}}": {"id": new, "ip": "x", "user_id": str(value) if value else "null"},
+        "ip:{x}": {new},
+        **users,
+    }
+    assert await keyspace.ttl("{a}") <= 300_000
+    assert await store.get("a") == {}
+    with pytest.raises(SessionEnded, match="rotated"):
+        await store.set("a", {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"user_id": 1}, {}),
+        ({"user_id": 1}, {"user_id": 1}),
+        ({"user_id": 1}, {"user_id": "1"}),
+        ({}, {}),
+        ({}, {"user_id": None}),
+        ({"user_id": None}, {"user_id": None}),
+        ({"user_id": 1}, {"ip": "y"}),
+    ],
+)
+async def test_rotate_that_keeps_the_identity_gives_grace(
+    store: SessionStore, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """The old id leads to the session for as long as it was told."""
+    await store.set("a", before)
+    new = await store.rotate("a", after, grace="1h")
+    assert await store.get("a") == {"id": new, **before, **after}
+
+
+async def test_no_chain_of_grace_leads_past_a_login(store: SessionStore) -> None:
+    """Whoever planted an id, or knew one that was rotated with grace before the login, does not get in."""
+    await store.set("planted", {"cart": [1]})
+    before = await store.rotate("planted", grace="1h")
+    assert (await store.get("planted"))["id"] == before
+    after = await store.rotate(before, {"user_id": 7}, grace="1h")
+    assert await store.get(after) == {"id": after, "cart": [1], "user_id": 7}
+    for old in ("planted", before):
+        assert await store.get(old) == {}
+        assert not await store.touch(old)
+        assert not await store.delete(old)
+        for write in (store.set(old, {"x": 1}), store.increment(old, "n"), store.rotate(old, {"user_id": 8})):
+            with pytest.raises(SessionEnded, match="rotated"):
+                await write
+    assert await store.get(after) == {"id": after, "cart": [1], "user_id": 7}
+
+
+async def test_two_logins_of_one_session(store: SessionStore, keyspace: Keyspace) -> None:
+    """One gets the session, the other is told that it was rotated; no session belongs to the wrong user."""
+    await store.set("a", {"cart": [1]})
+    results = await asyncio.gather(
+        store.rotate("a", {"user_id": 1}), store.rotate("a", {"user_id": 2}), return_exceptions=True
+    )
+    assert [type(result) for result in results] in ([str, SessionEnded], [SessionEnded, str])
+    (new,) = [result for result in results if isinstance(result, str)]
+    user = results.index(new) + 1
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "rotated"},
+        f"{{{new}}}": {"id": new, "cart": "[1]", "user_id": str(user)},
+        f"user_id:{{{user}}}": {new},
+    }
+
+
+async def test_a_write_beside_a_login(store: SessionStore) -> None:
+    """A request that read the session before the login cannot write the old identity into it, nor another."""
+    await store.set("a", {"user_id": None})
+    new = await store.rotate("a", {"user_id": 1})
+    with pytest.raises(SessionEnded):
+        await store.set("a", {"user_id": None})
+    with pytest.raises(IdentityChanged):
+        await store.set(new, {"user_id": None})
+    assert await store.get(new) == {"id": new, "user_id": 1}
+
+
+async def test_an_identity_may_be_limited_and_strict(client: Redis, keyspace: Keyspace) -> None:
+    """A limit and strictness hold for it as for any reference."""
+    reference = Reference(identity=True, limit=1, strict=True)
+    store = SessionStore(client, references={"user_id": reference}, prefix=keyspace.prefix)
+    await store.set("a", {"user_id": 1})
+    await store.set("b", {})
+    c = await store.rotate("b", {"user_id": 1})
+    assert await store.ended("a") == "evicted"
+    with pytest.raises(IdentityChanged):
+        await store.set(c, {"user_id": 2})
+    await keyspace.client.delete(store.get_reference_key("user_id", 1))
+    with pytest.raises(SessionEnded, match="revoked"):
+        await store.set(c, {"user_id": 2})
+
+
+async def test_an_identity_that_is_text(client: Redis, keyspace: Keyspace) -> None:
+    """With TextCodec 1 and "1" are stored alike."""
+    references = {"user_id": Reference(identity=True)}
+    store = SessionStore(client, references=references, prefix=keyspace.prefix, codec=TextCodec())
+    await store.set("a", {"user_id": 1})
+    await store.set("a", {"user_id": "1"})
+    for write in (store.set("a", {"user_id": "2"}), store.pop("a", ["user_id"])):
+        with pytest.raises(IdentityChanged):
+            await write
+    new = await store.rotate("a", {"user_id": 2})
+    assert await keyspace.dump() == {
+        "{a}": {"_ended": "rotated"},
+        f"{{{new}}}": {"id": new, "user_id": "2"},
+        "user_id:{2}": {new},
+    }
+
+
+@pytest.mark.parametrize("value", [[1], [1, 2], []])
+async def test_an_identity_is_no_list(store: SessionStore, keyspace: Keyspace, value: list[int]) -> None:
+    """A session belongs to one user: a list is refused before anything is sent."""
+    await store.set("a", {"user_id": 1})
+    before = await keyspace.dump()
+    for write in (
+        store.create({"user_id": value}),
+        store.set("a", {"user_id": value}),
+        store.set("b", {"user_id": value}),
+        store.rotate("a", {"user_id": value}),
+    ):
+        with pytest.raises(ValueError, match="'user_id' is the identity: it has one value, not a list"):
+            await write
+    assert await keyspace.dump() == before
+
+
+async def test_there_is_one_identity(client: Redis) -> None:
+    """A store refuses to be made with two."""
+    identity = Reference(identity=True)
+    with pytest.raises(ValueError, match="at most one reference is the identity"):
+        SessionStore(client, references={"user_id": identity, "tenant": identity})
+
+
+async def test_the_identity_may_be_any_of_the_references(client: Redis, keyspace: Keyspace) -> None:
+    """It need not be the first."""
+    references = {"ip": Reference(), "tags": Reference(), "user_id": Reference(identity=True)}
+    store = SessionStore(client, references=references, prefix=keyspace.prefix)
+    await store.set("a", {"user_id": 1, "ip": "x", "tags": ["t"]})
+    await store.set("a", {"ip": "y", "tags": []})
+    before = await keyspace.dump()
+    for write in (
+        store.set("a", {"ip": "z", "user_id": 2}),
+        store.set("a", {"tags": ["u"], "ip": "z", "user_id": 2}),
+        store.unset("a", ["ip", "tags", "user_id"]),
+    ):
+        with pytest.raises(IdentityChanged):
+            await write
+        assert await keyspace.dump() == before
