@@ -6,11 +6,10 @@ VENV ?= .venv
 IN := $(VENV)/bin
 SOURCES := rss tests benchmarks
 
-# What the scripts may use of Lua and Redis, and what those whose names begin with `_` give to the others.
-LUA_STD := redis KEYS ARGV cjson ipairs pairs pcall tonumber type unpack math string table error
-LUA_SHARED := $(shell sed -n 's/^local function \([a-z_]*\).*/\1/p' lua/_*.lua) prefix default_age max_lifetime tombstone encoding refs now
+# Most tests wait: for a server, a deadline, a browser. The tests of a file share a server and stay together.
+WORKERS := -n 4 --dist loadfile
 
-.PHONY: all demo serve test bench bench-quick lint format dist clean
+.PHONY: all demo serve test coverage lowest bench bench-quick lint format dist clean
 .PRECIOUS: $(VENV)/.%
 
 all: lint test
@@ -23,7 +22,18 @@ serve: $(VENV)/.serve
 	$(IN)/python -m rss.demo $(ARGS)
 
 test: $(VENV)/.test
-	$(IN)/python -m pytest $(ARGS)
+	$(IN)/python -m pytest $(WORKERS) $(ARGS)
+
+# The same, and which lines and branches of rss/ it runs: it fails unless that is all of them.
+coverage: $(VENV)/.test
+	$(IN)/coverage erase
+	$(IN)/coverage run -m pytest $(WORKERS) $(ARGS)
+	$(IN)/coverage combine --quiet
+	$(IN)/coverage report
+
+# The tests that need no framework, with the lowest versions of all dependencies that pyproject.toml allows.
+lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest $(WORKERS) --ignore=tests/integrations $(ARGS)
 
 # Speed beside other libraries: minutes, or a look at it in one.
 bench: $(VENV)/.bench
@@ -37,10 +47,7 @@ lint: $(VENV)/.lint
 	$(IN)/ruff check $(SOURCES)
 	$(IN)/mypy
 	$(IN)/pyright --pythonpath $(IN)/python
-	@if command -v luacheck >/dev/null; then \
-	  luacheck --no-color -q --std none --max-line-length 120 --no-unused --read-globals $(LUA_STD) $(LUA_SHARED) -- lua/_*.lua && \
-	  luacheck --no-color -q --std none --max-line-length 120 --read-globals $(LUA_STD) $(LUA_SHARED) -- lua/[!_]*.lua; \
-	else echo "luacheck is not installed: the Lua files were not checked"; fi
+	$(IN)/python -m tests.lint_lua
 
 format: $(VENV)/.lint
 	$(IN)/ruff format $(SOURCES)
@@ -57,10 +64,16 @@ $(VENV)/.%: pyproject.toml | $(VENV)
 	$(IN)/python -m pip install --quiet --disable-pip-version-check --group $* --editable .
 	@touch $@
 
+$(VENV)-lowest/.installed: pyproject.toml tests/lowest.py | $(VENV)-lowest
+	$(VENV)-lowest/bin/python tests/lowest.py >$(VENV)-lowest/requirements.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --group tools --editable . --requirement $(VENV)-lowest/requirements.txt
+	@touch $@
+
 # With a pip of its own, from outside: the one of the machine may be too old for groups, and may not make one itself.
-$(VENV):
-	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(IN)/python install --quiet --disable-pip-version-check pip
+$(VENV) $(VENV)-lowest:
+	$(PYTHON) -m venv --without-pip $@
+	$(PYTHON) -m pip --python $@/bin/python install --quiet --disable-pip-version-check pip
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -31,7 +31,8 @@ from starsessions.stores.redis import RedisStore
 import rss.aiohttp
 import rss.asgi
 import rss.quart
-from benchmarks.contenders import MAX_AGE, RUN
+from benchmarks.contenders import MAX_AGE
+from benchmarks.server import RUN
 from rss import Session, Sessions, SessionStore
 
 CONNECTIONS = 50

@@ -1,292 +1,368 @@
-"""The same work on sessions, done by this library and by others: a session has three fields, two of them references."""
+"""The same operations on sessions, done by this library, by redis-py, and by the algorithm of the Node original.
+
+A session has three fields. Two of them are references, each with a set of session ids for each value.
+"""
 
 import asyncio
-import functools
+import itertools
 import json
 import secrets
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Awaitable, Sequence
+from typing import Any, ClassVar
 
-from aiohttp import web
-from aiohttp.test_utils import make_mocked_request
-from aiohttp_session import Session
-from aiohttp_session.redis_storage import RedisStorage
-from litestar.serialization import decode_json, encode_json
-from litestar.stores.redis import RedisStore as LitestarStore
 from redis.asyncio import Redis
-from starsessions.serializers import JsonSerializer
-from starsessions.stores.redis import RedisStore as StarsessionsStore
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from rss import SessionStore
-from rss.scripts import SCRIPTS
 
-#: What every key has in it, so that it is known which to remove: the server may be somebody's.
-RUN = f"bench-{secrets.token_hex(4)}"
+OPERATIONS = ("get", "set", "move", "touch", "rotate", "create", "delete")
 MAX_AGE = 28 * 86400
 REFERENCES = ("user_id", "ip")
+_MILLISECONDS = str(MAX_AGE * 1000)
+_ELSEWHERE = 2**20
 
 
-@functools.cache
-def session_id(n: int) -> str:
-    """Return the id of the n-th session, as long as a real one."""
-    return f"{n:032d}"
+def new_id() -> str:
+    """Return a session id as this library makes it."""
+    return secrets.token_urlsafe(24)
 
 
 class Contender:
-    """One way to keep sessions, with a client and a prefix of its own."""
+    """One way to keep sessions. A subclass has those methods of OPERATIONS that it can do; all can `create`.
+
+    get: read a session. set: write all fields, a changed one that is no reference among them. move: the same, and
+    one of the two references changes. touch: renew. delete: end. rotate: give another id.
+    """
 
     name: ClassVar[str]
-    #: What it does not do.
+    #: What it does not do, for the reader of the results.
     lacks: ClassVar[str] = ""
-    #: What is measured.
-    operations: ClassVar[Sequence[str]] = ("get", "set")
 
-    def __init__(self, url: str, prefix: str) -> None:
-        """Make a client; it connects when it is used."""
-        self.client = Redis.from_url(url, max_connections=2000)
+    def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
+        """Prepare a client. *padding*: bytes of one more field, if not 0."""
+        self.url = url
         self.prefix = prefix
-        #: Fields that every session has besides.
-        self.more: dict[str, str] = {}
+        self.more = {"note": "x" * padding} if padding else {}
+        #: How many sessions share a value of each reference.
+        self.sharing: tuple[int, int] = (10, 20)
+        self.ids: dict[int, str] = {}
+        self.moved: set[int] = set()
+        self._visits = itertools.count()
 
-    def values(self, n: int, visits: int) -> dict[str, Any]:
-        """Return what the n-th session holds."""
-        return {"user_id": n // 2, "ip": f"10.0.{n // 250}.{n % 250}", "visits": visits, **self.more}
+    @classmethod
+    def operations(cls) -> list[str]:
+        """Return what it can do."""
+        return [name for name in OPERATIONS if hasattr(cls, name)]
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+
+    def create(self, n: int) -> Awaitable[str]:
+        """Make a session with the values of the n-th and return its id."""
+        raise NotImplementedError
+
+    async def fill(self, numbers: Sequence[int]) -> None:
+        """Make these sessions, a hundred at a time; forget those that were made before."""
+        self.ids, self.moved = {}, set()
+        for start in range(0, len(numbers), 100):
+            some = numbers[start : start + 100]
+            self.ids.update(zip(some, await asyncio.gather(*(self.create(n) for n in some)), strict=True))
+
+    def values(self, n: int) -> dict[str, Any]:
+        """Return the values of the n-th session, with a new number of visits."""
+        return {"user_id": self.user(n), "ip": self.address(n), "visits": next(self._visits), **self.more}
+
+    def user(self, n: int) -> int:
+        """Return the first reference of the n-th session."""
+        return n // self.sharing[0]
+
+    def address(self, n: int) -> str:
+        """Return the second reference of the n-th session, an address."""
+        host = n // self.sharing[1] + (_ELSEWHERE if n in self.moved else 0)
+        return f"10.{host >> 16}.{host >> 8 & 255}.{host & 255}"
+
+    def move_away(self, n: int) -> None:
+        """Change the second reference of the n-th session, or change it back."""
+        self.moved ^= {n}
+
+
+class Store(Contender):
+    """The library itself."""
+
+    name = "redis-session-sets"
+
+    def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
+        """Make a store."""
+        super().__init__(url, prefix, padding)
+        self.store = SessionStore.from_url(url, references=REFERENCES, prefix=prefix)
+
+    async def aclose(self) -> None:
+        """Close the store."""
+        await self.store.aclose()
+
+    def get(self, n: int) -> Awaitable[Any]:
+        """Read a session."""
+        return self.store.get(self.ids[n])
+
+    def set(self, n: int) -> Awaitable[Any]:
+        """Write all fields."""
+        return self.store.set(self.ids[n], self.values(n))
+
+    def move(self, n: int) -> Awaitable[Any]:
+        """Write all fields, one reference with another value."""
+        self.move_away(n)
+        return self.store.set(self.ids[n], self.values(n))
+
+    def touch(self, n: int) -> Awaitable[Any]:
+        """Renew."""
+        return self.store.touch(self.ids[n])
+
+    def create(self, n: int) -> Awaitable[str]:
+        """Make a session, in both reference sets."""
+        return self.store.create(self.values(n))
+
+    def delete(self, n: int) -> Awaitable[Any]:
+        """End a session: it leaves both reference sets."""
+        return self.store.delete(self.ids[n])
+
+    async def rotate(self, n: int) -> None:
+        """Give another id."""
+        self.ids[n] = await self.store.rotate(self.ids[n])
+
+
+class Client(Contender):
+    """What uses redis-py directly."""
+
+    def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
+        """Make a client with a connection for each task."""
+        super().__init__(url, prefix, padding)
+        self.client = Redis.from_url(url, max_connections=1000)
 
     async def aclose(self) -> None:
         """Close the client."""
         await self.client.aclose()
 
-    async def get(self, n: int) -> Any:
-        """Read the n-th session."""
+    def key(self, session_id: str) -> str:
+        """Return the key of a session."""
+        return f"{self.prefix}:{{{session_id}}}"
+
+    def sets(self, n: int) -> list[str]:
+        """Return the keys of the n-th session's reference sets."""
+        return [f"{self.prefix}:user_id:{{{self.user(n)}}}", f"{self.prefix}:ip:{{{self.address(n)}}}"]
+
+
+class Whole(Client):
+    """What always writes all of a session."""
+
+    def write(self, session_id: str, n: int) -> Awaitable[Any]:
+        """Write the values of the n-th session under an id."""
         raise NotImplementedError
 
-    async def set(self, n: int, visits: int) -> Any:
-        """Write all fields of the n-th session: one of them changes, which is no reference."""
+    def set(self, n: int) -> Awaitable[Any]:
+        """Write under the same id."""
+        return self.write(self.ids[n], n)
+
+    async def create(self, n: int) -> str:
+        """Write under a new id."""
+        session_id = new_id()
+        await self.write(session_id, n)
+        return session_id
+
+
+# Each script does what the operation needs and nothing else: no checks, no TTLs of sets, no tombstones.
+_SCRIPTS = {
+    "get": "return redis.call('HGETALL', KEYS[1])",
+    "set": """
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+redis.call('PEXPIRE', KEYS[1], ARGV[1])""",
+    "move": """
+redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+redis.call('SREM', KEYS[2], ARGV[2])
+redis.call('SADD', KEYS[3], ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[1])""",
+    "touch": "return redis.call('PEXPIRE', KEYS[1], ARGV[1])",
+    "create": """
+redis.call('HSET', KEYS[1], 'id', ARGV[2], unpack(ARGV, 3))
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+redis.call('SADD', KEYS[2], ARGV[2])
+redis.call('SADD', KEYS[3], ARGV[2])""",
+    "delete": """
+redis.call('DEL', KEYS[1])
+redis.call('SREM', KEYS[2], ARGV[1])
+redis.call('SREM', KEYS[3], ARGV[1])""",
+    "rotate": """
+redis.call('RENAME', KEYS[1], KEYS[2])
+redis.call('HSET', KEYS[2], 'id', ARGV[2])
+for i = 3, 4 do
+  redis.call('SREM', KEYS[i], ARGV[1])
+  redis.call('SADD', KEYS[i], ARGV[2])
+end""",
+}
+
+
+class _Scripts(Client):
+    """A minimal script for each operation, and values as JSON: what an application would write itself."""
+
+    lacks = (
+        "batches; deadlines; repetition; refusing late writes; TTLs of sets; "
+        "finding the sets of a session: the caller must know its references"
+    )
+
+    def run(self, script: str, keys: Sequence[str], args: Sequence[str]) -> Awaitable[Any]:
+        """Run one of _SCRIPTS."""
         raise NotImplementedError
+
+    def fields(self, n: int) -> list[str]:
+        """Return fields and values in turn."""
+        flat: list[str] = []
+        for field, value in self.values(n).items():
+            flat += (field, json.dumps(value))
+        return flat
+
+    async def get(self, n: int) -> Any:
+        """HGETALL."""
+        flat = iter(await self.run("get", [self.key(self.ids[n])], ()))
+        held = {field.decode(): value for field, value in zip(flat, flat, strict=True)}
+        return {field: value.decode() if field == "id" else json.loads(value) for field, value in held.items()}
+
+    def set(self, n: int) -> Awaitable[Any]:
+        """HSET and PEXPIRE."""
+        return self.run("set", [self.key(self.ids[n])], [_MILLISECONDS, *self.fields(n)])
+
+    def move(self, n: int) -> Awaitable[Any]:
+        """HSET, SREM, SADD and PEXPIRE."""
+        _, old = self.sets(n)
+        self.move_away(n)
+        _, new = self.sets(n)
+        return self.run("move", [self.key(self.ids[n]), old, new], [_MILLISECONDS, self.ids[n], *self.fields(n)])
+
+    def touch(self, n: int) -> Awaitable[Any]:
+        """PEXPIRE."""
+        return self.run("touch", [self.key(self.ids[n])], [_MILLISECONDS])
+
+    async def create(self, n: int) -> str:
+        """HSET, PEXPIRE and two SADD."""
+        session_id = new_id()
+        await self.run("create", [self.key(session_id), *self.sets(n)], [_MILLISECONDS, session_id, *self.fields(n)])
+        return session_id
+
+    def delete(self, n: int) -> Awaitable[Any]:
+        """DEL and two SREM."""
+        return self.run("delete", [self.key(self.ids[n]), *self.sets(n)], [self.ids[n]])
+
+    async def rotate(self, n: int) -> None:
+        """RENAME, HSET, two SREM and two SADD."""
+        old, new = self.ids[n], new_id()
+        await self.run("rotate", [self.key(old), self.key(new), *self.sets(n)], [old, new])
+        self.ids[n] = new
+
+
+class RegisterScript(_Scripts):
+    """redis-py as its documentation says."""
+
+    name = "redis-py, register_script"
+
+    def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
+        """Register the scripts."""
+        super().__init__(url, prefix, padding)
+        self.scripts = {name: self.client.register_script(text) for name, text in _SCRIPTS.items()}
+
+    def run(self, script: str, keys: Sequence[str], args: Sequence[str]) -> Awaitable[Any]:
+        """Call the script's object."""
+        return self.scripts[script](keys=keys, args=args)
+
+
+class EvalSha(_Scripts):
+    """redis-py as fast as it can be: EVALSHA at once, and no timeouts and retries of redis-py."""
+
+    name = "redis-py, evalsha"
+
+    def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
+        """Make another client; `fill` loads the scripts."""
+        super().__init__(url, prefix, padding)
+        self.client = Redis.from_url(url, max_connections=1000, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+        self.shas: dict[str, str] = {}
+
+    def run(self, script: str, keys: Sequence[str], args: Sequence[str]) -> Awaitable[Any]:
+        """Call EVALSHA."""
+        return self.client.evalsha(self.shas[script], len(keys), *keys, *args)
+
+    async def fill(self, numbers: Sequence[int]) -> None:
+        """Load the scripts first."""
+        self.shas = {name: await self.client.script_load(text) for name, text in _SCRIPTS.items()}
+        await super().fill(numbers)
+
+
+class Original(Whole):
+    """The algorithm of the Node package koa-redis-session-sets, `lib/store.js`. `delete` does what it means to do.
+
+    `node/worker.js` does the same.
+    """
+
+    name = "the original's algorithm, redis-py"
+    lacks = "types; leaving the old set; TTLs of sets; refusing late writes; one atomic step to end a session"
+
+    async def get(self, n: int) -> Any:
+        """HGETALL."""
+        held: dict[bytes, bytes] = await self.client.hgetall(self.key(self.ids[n]))  # type: ignore[assignment]
+        return {field.decode(): value.decode() for field, value in held.items()}
+
+    def move(self, n: int) -> Awaitable[Any]:
+        """Write as `set` does: the old set keeps the id."""
+        self.move_away(n)
+        return self.write(self.ids[n], n)
+
+    def touch(self, n: int) -> Awaitable[Any]:
+        """PEXPIRE."""
+        return self.client.pexpire(self.key(self.ids[n]), MAX_AGE * 1000)
+
+    async def delete(self, n: int) -> None:
+        """HMGET; then DEL and a SREM for each reference in MULTI."""
+        session_id = self.ids[n]
+        held: list[bytes] = await self.client.hmget(self.key(session_id), list(REFERENCES))  # type: ignore[assignment]
+        async with self.client.pipeline(transaction=True) as multi:
+            multi.delete(self.key(session_id))
+            for field, value in zip(REFERENCES, held, strict=True):
+                multi.srem(f"{self.prefix}:{field}:{{{value.decode()}}}", session_id)
+            await multi.execute()
+
+    async def write(self, session_id: str, n: int) -> None:
+        """HSET, PEXPIRE and a SADD for each reference in MULTI."""
+        held: Any = {"id": session_id, **self.values(n)}
+        async with self.client.pipeline(transaction=True) as multi:
+            multi.hset(self.key(session_id), mapping=held)
+            multi.pexpire(self.key(session_id), MAX_AGE * 1000)
+            for key in self.sets(n):
+                multi.sadd(key, session_id)
+            await multi.execute()
+
+
+class Json(Whole):
+    """A session as one JSON text, as applications write it themselves."""
+
+    name = "GET and SET of JSON"
+    lacks = "references; writing single fields; refusing late writes"
+
+    async def get(self, n: int) -> Any:
+        """GET."""
+        text: Any = await self.client.get(self.key(self.ids[n]))
+        return json.loads(text)
+
+    def write(self, session_id: str, n: int) -> Awaitable[Any]:
+        """SET."""
+        return self.client.set(self.key(session_id), json.dumps(self.values(n)), ex=MAX_AGE)
 
 
 class Nothing(Contender):
-    """What the harness itself costs."""
+    """What the worker itself costs."""
 
-    name = "no-op: the harness"
+    name = "nothing: the harness"
     lacks = "everything"
 
     async def get(self, n: int) -> Any:
         """Do nothing."""
 
-    async def set(self, n: int, visits: int) -> Any:
-        """Do nothing, but make the values."""
-        self.values(n, visits)
-
-
-class Coalesced(Contender):
-    """The library as it is."""
-
-    name = "redis-session-sets"
-    operations = ("get", "set", "touch", "create", "delete")
-
-    def __init__(self, url: str, prefix: str) -> None:
-        """Make a store."""
-        super().__init__(url, prefix)
-        self.store = SessionStore.from_url(url, references=REFERENCES, prefix=prefix)
-
-    async def aclose(self) -> None:
-        """Close the store too."""
-        await self.store.aclose()
-        await super().aclose()
-
-    async def get(self, n: int) -> Any:
-        """Read it with its types."""
-        return await self.store.get(session_id(n))
-
-    async def set(self, n: int, visits: int) -> Any:
-        """Write it, and keep its references."""
-        return await self.store.set(session_id(n), self.values(n, visits))
-
-    async def touch(self, n: int) -> Any:
-        """Renew the n-th session."""
-        return await self.store.touch(session_id(n))
-
-    async def create(self, n: int) -> Any:
-        """Make another session of the n-th user: it joins reference sets."""
-        return await self.store.create(self.values(n, 0))
-
-    async def delete(self, n: int) -> Any:
-        """End the n-th session: it leaves them."""
-        return await self.store.delete(session_id(n))
-
-
-class Single(Coalesced):
-    """The library with coalescing off."""
-
-    name = "redis-session-sets, not coalesced"
-    lacks = "coalescing"
-
-    def __init__(self, url: str, prefix: str) -> None:
-        """Send each call alone, all at once, on as many connections as redis-py has."""
-        super().__init__(url, prefix)
-        self.store = SessionStore(self.client, references=REFERENCES, prefix=prefix)
-        self.store._calls.max_batch, self.store._calls.max_in_flight = 1, 2000
-
-
-class Plain(Coalesced):
-    """The library's scripts through redis-py: encoding and decoding are the same, the way to Redis is not."""
-
-    name = "redis-py, the same scripts"
-    lacks = "coalescing, a deadline, repetition"
-
-    def __init__(self, url: str, prefix: str) -> None:
-        """Call each script by EVALSHA, on a connection of redis-py's pool."""
-        super().__init__(url, prefix)
-        self.shas: dict[str, str] = {}
-        self.head = self.store._calls._head
-        self.store._calls = self  # type: ignore[assignment]
-
-    async def drain(self) -> None:
-        """Do nothing: no call waits for another."""
-
-    async def run(
-        self,
-        name: str,
-        keys: Sequence[str],
-        args: Sequence[str],
-        *,
-        shared: Sequence[str] = (),
-        repeatable: bool = True,
-    ) -> Any:
-        """Run a script for one session."""
-        del repeatable
-        if name not in self.shas:
-            self.shas[name] = await self.client.script_load(SCRIPTS[name])
-        (reply,) = await self.client.evalsha(self.shas[name], len(keys), *keys, *self.head, *shared, *args)
-        return reply
-
-
-class Original(Contender):
-    """The algorithm of the Node package: what it writes with, MULTI."""
-
-    name = "the original's algorithm, redis-py"
-    lacks = "types; removing old references; TTLs of sets; refusing late writes"
-    operations = ("get", "set", "touch")
-
-    def key(self, n: int) -> str:
-        """Return the key of a session."""
-        return f"{self.prefix}:{{{session_id(n)}}}"
-
-    async def get(self, n: int) -> Any:
-        """HGETALL."""
-        held: dict[bytes, bytes] = await self.client.hgetall(self.key(n))  # type: ignore[assignment]
-        return {field.decode(): value.decode() for field, value in held.items()}
-
-    async def set(self, n: int, visits: int) -> Any:
-        """HSET, PEXPIRE and a SADD for each reference in MULTI."""
-        held: Any = {"id": session_id(n), **self.values(n, visits)}
-        async with self.client.pipeline(transaction=True) as multi:
-            multi.hset(self.key(n), mapping=held)
-            multi.pexpire(self.key(n), MAX_AGE * 1000)
-            for field in REFERENCES:
-                multi.sadd(f"{self.prefix}:{field}:{{{held[field]}}}", session_id(n))
-            await multi.execute()
-
-    async def touch(self, n: int) -> Any:
-        """PEXPIRE."""
-        return await self.client.pexpire(self.key(n), MAX_AGE * 1000)
-
-
-class Blob(Contender):
-    """What applications write themselves: the session is one JSON text."""
-
-    name = "GET and SET of JSON"
-    lacks = "references; writing single fields"
-
-    async def get(self, n: int) -> Any:
-        """GET."""
-        return json.loads(cast("bytes", await self.client.get(self.prefix + session_id(n))))
-
-    async def set(self, n: int, visits: int) -> Any:
-        """SET."""
-        await self.client.set(self.prefix + session_id(n), json.dumps(self.values(n, visits)), ex=MAX_AGE)
-
-
-class Starsessions(Contender):
-    """Sessions for Starlette and FastAPI: its Redis store and JSON serializer."""
-
-    name = "starsessions"
-    lacks = "references; writing single fields; refusing late writes"
-
-    def __init__(self, url: str, prefix: str) -> None:
-        """Make its store."""
-        super().__init__(url, prefix)
-        self.store = StarsessionsStore(connection=self.client, prefix=prefix)
-        self.serializer = JsonSerializer()
-
-    async def get(self, n: int) -> Any:
-        """Read all of it."""
-        return self.serializer.deserialize(await self.store.read(session_id(n), MAX_AGE))
-
-    async def set(self, n: int, visits: int) -> Any:
-        """Write all of it."""
-        await self.store.write(session_id(n), self.serializer.serialize(self.values(n, visits)), MAX_AGE, MAX_AGE)
-
-
-class AiohttpSession(Contender):
-    """Sessions for aiohttp: its Redis storage, with a request and a response for each session."""
-
-    name = "aiohttp-session"
-    lacks = "references; writing single fields; refusing late writes (but it sets the cookie)"
-
-    def __init__(self, url: str, prefix: str) -> None:
-        """Make its storage."""
-        super().__init__(url, prefix)
-        self.storage = RedisStorage(self.client, cookie_name=prefix, max_age=MAX_AGE)
-        self.requests: dict[int, tuple[web.Request, web.Response]] = {}
-
-    def exchange(self, n: int) -> tuple[web.Request, web.Response]:
-        """Return the request that brings the n-th session's cookie, and the response to it."""
-        if n not in self.requests:
-            cookie = {"Cookie": f"{self.prefix}={session_id(n)}"}
-            self.requests[n] = make_mocked_request("GET", "/", headers=cookie), web.Response()
-        return self.requests[n]
-
-    async def get(self, n: int) -> Any:
-        """Read all of it."""
-        return await self.storage.load_session(self.exchange(n)[0])
-
-    async def set(self, n: int, visits: int) -> Any:
-        """Write all of it."""
-        held = Session(
-            session_id(n), data={"session": self.values(n, visits), "created": 0}, new=False, max_age=MAX_AGE
-        )
-        await self.storage.save_session(*self.exchange(n), held)
-
-
-class Litestar(Contender):
-    """Sessions for Litestar: its Redis store and JSON serializer."""
-
-    name = "Litestar"
-    lacks = "references; writing single fields; refusing late writes"
-
-    def __init__(self, url: str, prefix: str) -> None:
-        """Make its store."""
-        super().__init__(url, prefix)
-        self.store = LitestarStore(self.client, namespace=prefix)
-
-    async def get(self, n: int) -> Any:
-        """Read all of it."""
-        data = await self.store.get(session_id(n))
-        return data and decode_json(data)
-
-    async def set(self, n: int, visits: int) -> Any:
-        """Write all of it."""
-        await self.store.set(session_id(n), encode_json(self.values(n, visits)), expires_in=MAX_AGE)
-
-
-OURS: Sequence[type[Coalesced]] = (Coalesced, Single, Plain)
-PEERS: Sequence[type[Contender]] = (Original, Starsessions, AiohttpSession, Litestar, Blob)
-ALL: Sequence[type[Contender]] = (*OURS, *PEERS, Nothing)
-
-
-async def prepare(contender: Contender, numbers: range) -> None:
-    """Make sessions, a hundred at a time. *contender* is one with the same prefix, the fastest."""
-    for start in range(numbers.start, numbers.stop, 100):
-        await asyncio.gather(*(contender.set(n, 0) for n in range(start, min(start + 100, numbers.stop))))
+    async def create(self, n: int) -> str:
+        """Return an id."""
+        return f"{n:032d}"

@@ -1,4 +1,4 @@
-"""Shows that what reads the cookie takes time in proportion to its length: `python -m benchmarks.cookies`."""
+"""Checks that reading a cookie takes time in proportion to its length: `python -m benchmarks.cookies`."""
 
 import time
 
@@ -27,7 +27,7 @@ def _seconds(sessions: Sessions, header: str) -> float:
 
 
 def main() -> None:
-    """Read headers of 6.5 kB and of ten times as much in turn, and fail if that takes thirty times as long."""
+    """Read headers of 6.5 kB and of 65 kB in turn; fail if the long ones take more than thirty times as long."""
     sessions = Sessions(SessionStore(Redis(unix_socket_path="/nowhere/redis.sock")), secret_keys=["k" * 16])
     worst = 0.0
     for name, unit in _UNITS.items():
@@ -35,7 +35,7 @@ def main() -> None:
         ratio = min(_seconds(sessions, long) / _seconds(sessions, short) for _ in range(15))
         worst = max(worst, ratio)
         print(f"  {name:28} ten times the length, {ratio:5.1f} times the time")
-    assert worst < 30, "it is not in proportion"
+    assert worst < 30, "the time is not in proportion to the length"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long others wait while `delete_by` ends 100,000 sessions of one user: `python benchmarks/delete_by.py`."""
+"""Measures how long others wait while `delete_by` ends 100,000 sessions of a user: `python -m benchmarks.delete_by`."""
 
 import asyncio
 import threading
@@ -33,7 +33,7 @@ def _longest_ping(url: str, stop: threading.Event) -> tuple[float, int]:
 
 
 async def main() -> None:
-    """Fill Redis, measure others at rest and under way, and print both."""
+    """Fill Redis, measure another client without load and during `delete_by`, and print both."""
     with (
         redis_server() as server,
         ProcessPoolExecutor(1, get_context("spawn")) as others,
@@ -52,7 +52,7 @@ async def main() -> None:
 
         print(f"Redis: {server.origin}")
         async with SessionStore.from_url(server.url, references=["user_id"], prefix=PREFIX, timeout=60) as store:
-            await bystander(asyncio.sleep(0.5))  # The other process has started now.
+            await bystander(asyncio.sleep(0.5))  # Starts the other process.
             print(f"making {SESSIONS:,} sessions of one user ...", flush=True)
             for _ in range(0, SESSIONS, 1000):
                 await asyncio.gather(*(store.create({"user_id": 1, "device": "phone"}) for _ in range(1000)))
