@@ -107,7 +107,6 @@ def _machine(url: str, admin: Redis, versions: dict[str, str]) -> dict[str, Any]
         "transport": url.split("://", 1)[0],
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES} | versions,
-        "load": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -119,6 +118,7 @@ def _judge(verdicts: Sequence[goals.Verdict]) -> None:
 
 def _all(options: argparse.Namespace) -> None:
     """Measure everything and write it down."""
+    load = os.getloadavg()[0]
     started = time.monotonic()
 
     def step(title: str) -> None:
@@ -139,7 +139,7 @@ def _all(options: argparse.Namespace) -> None:
         step("applications")
         apps = asyncio.run(application.application(url, 3))
         server.clear(admin)
-        machine = _machine(url, admin, versions)
+        machine = {**_machine(url, admin, versions), "load": load}
     step("commands and the server's time")
     rows, version = asyncio.run(commands.measure(rounds=5))
     step("the longest scripts")
@@ -172,7 +172,7 @@ def _all(options: argparse.Namespace) -> None:
         ),
         "Applications": tables.applications(apps),
         "Where": f"{machine['cores']} cores, {machine['system']}, {machine['server']}, Python {machine['python']}, "
-        f"{packages}; {machine['date']}, load {machine['load']:.1f}.\n",
+        f"{packages}; {machine['date']}, load at the start {load:.1f}.\n",
     }
     text = "\n".join(f"### {title}\n\n{body}" for title, body in sections.items())
     RESULTS.mkdir(exist_ok=True)

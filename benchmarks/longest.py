@@ -1,8 +1,8 @@
 """Measures the longest script that legal calls can cause: `python -m benchmarks.longest`.
 
-While a script runs, Redis answers no other client. Each case fills a server, makes the most expensive calls that the store
-accepts, a hundred at once, and reads from SLOWLOG how long the longest EVALSHA took. It fails if the best of three
-repetitions of a case is over 5 ms.
+While a script runs, Redis answers no other client. Each case fills a server, makes the most expensive calls that the
+store accepts, a hundred at once, and reads from SLOWLOG how long the longest EVALSHA took. It fails if the best of
+three repetitions of a case is over 5 ms.
 """
 
 import argparse
@@ -27,6 +27,8 @@ VALUES = 128
 FIELDS = 1000
 KEEP = 1000
 MEMBERS = 1000
+# Fields of a session, by several writes: more than any should have. Reading takes about half a microsecond for each.
+MANY = 4000
 
 
 @dataclass
@@ -210,10 +212,10 @@ async def _(bench: Bench) -> None:
             assert await store.delete_by("tags", "a", keep=ids[:KEEP]) == 10_000 - KEEP
 
 
-@case("delete_by, sessions of 10,000 fields")
+@case("delete_by, sessions of 4,000 fields")
 async def _(bench: Bench) -> None:
     async with bench.store() as store:
-        await widen(store, await make(store, [{"tags": "a"}] * 20), 10_000)
+        await widen(store, await make(store, [{"tags": "a"}] * 20), MANY)
         with bench.watched():
             assert await store.delete_by("tags", "a") == 20
 
@@ -234,10 +236,10 @@ async def _(bench: Bench) -> None:
             assert len([one async for one in store.find_by("tags", "a")]) == TOGETHER
 
 
-@case("find_by, sessions of 10,000 fields")
+@case("find_by, sessions of 4,000 fields")
 async def _(bench: Bench) -> None:
     async with bench.store() as store:
-        await widen(store, await make(store, [{"tags": "a"}] * 20), 10_000)
+        await widen(store, await make(store, [{"tags": "a"}] * 20), MANY)
         with bench.watched():
             assert len([one async for one in store.find_by("tags", "a")]) == 20
 
@@ -254,20 +256,20 @@ async def _(bench: Bench) -> None:
             await at_once(store.get(session_id) for session_id in ids)
 
 
-@case("get, 10,000 fields")
+@case("get, 4,000 fields")
 async def _(bench: Bench) -> None:
     async with bench.store() as store:
         ids = await make(store, [{}] * 20)
-        await widen(store, ids, 10_000)
+        await widen(store, ids, MANY)
         with bench.watched():
             await at_once(store.get(session_id) for session_id in ids)
 
 
-@case("get of 1,000 names of 10,000 fields")
+@case("get of 1,000 names of 4,000 fields")
 async def _(bench: Bench) -> None:
     async with bench.store() as store:
         ids = await make(store, [{}] * 20)
-        await widen(store, ids, 10_000)
+        await widen(store, ids, MANY)
         with bench.watched():
             await at_once(store.get(session_id, names(5000)) for session_id in ids * 5)
 
@@ -316,20 +318,20 @@ async def _(bench: Bench) -> None:
             await at_once(store.pop(session_id, names()) for session_id in ids)
 
 
-@case("rotate, 10,000 fields")
+@case("rotate, 4,000 fields")
 async def _(bench: Bench) -> None:
     async with bench.store() as store:
         ids = await make(store, [{"tags": "a"}] * 20)
-        await widen(store, ids, 10_000)
+        await widen(store, ids, MANY)
         with bench.watched():
             await at_once(store.rotate(session_id) for session_id in ids)
 
 
-@case("delete, 10,000 fields")
+@case("delete, 4,000 fields")
 async def _(bench: Bench) -> None:
     async with bench.store() as store:
         ids = await make(store, [{"tags": "a"}] * 20)
-        await widen(store, ids, 10_000)
+        await widen(store, ids, MANY)
         with bench.watched():
             await at_once(store.delete(session_id) for session_id in ids)
 
@@ -361,14 +363,9 @@ async def _(bench: Bench) -> None:
     await full(bench, 10, MEMBERS // 10)
 
 
-@case("create, 100 full sets of 10")
+@case("create, 10 full sets of 100, strict")
 async def _(bench: Bench) -> None:
-    await full(bench, 100, MEMBERS // 100)
-
-
-@case("create, 100 full sets of 10, strict")
-async def _(bench: Bench) -> None:
-    await full(bench, 100, MEMBERS // 100, strict=True)
+    await full(bench, 10, MEMBERS // 10, strict=True)
 
 
 @case("get, strict, 128 references")

@@ -215,7 +215,8 @@ def _node() -> list[str]:
 
 
 def _print(row: Sequence[Cell]) -> None:
-    print(f"\n{row[0].operation}, {row[0].tasks} tasks: medians of the rounds, (quartiles) of the ratios to the first")
+    tasks = "1 task" if row[0].tasks == 1 else f"{row[0].tasks} tasks"
+    print(f"\n{row[0].operation}, {tasks}: medians of the rounds, (quartiles) of the ratios to the first")
     for cell in row:
         middle, low, high = ratio(cell, row[0])
         print(

@@ -9,7 +9,7 @@
 
 -- All members of a set at its limit are looked at, and so many more in one write: a set that is larger, because the
 -- limit is new, shrinks with each session that joins.
-local SURPLUS = 500
+local SURPLUS = 100
 
 clock()
 
@@ -60,13 +60,18 @@ local function changes_identity(session)
   return after and (before[1] ~= after[1] or before[2] ~= after[2])
 end
 
--- Make room in a set for one more session: add the sessions to evict to the plan. Returns an error if the reference
--- refuses. A member that is older than max_lifetime stays in the set, because a store with other options may find it
+-- Whether the data of the n-th reference names a set. Reading a long list takes time: once enough is spent, a member of
+-- the set is taken to name it, as promised.
+local function names(n, held, set)
+  return held and (set_of(n, held) == set or spent >= ENOUGH or has(sets_of(n, held), set))
+end
+
+-- Make room in a set for one more session: add the oldest to the sessions to evict, and other surplus to those that go
+-- if there is time. Returns an error if the reference refuses. A member that is older than max_lifetime stays in the set, because a store with other options may find it
 -- alive, but does not count. A member that another strict reference has revoked counts: to find out would take too long.
 local function make_room(plan, n, set)
   local live, dead, limit = {}, {}, limits[n]
-  local members = redis.call("SRANDMEMBER", set, limit + plan.surplus)
-  plan.surplus = math.max(plan.surplus - math.max(#members - limit, 0), 0)
+  local members = redis.call("SRANDMEMBER", set, limit + SURPLUS)
   spent = spent + 3 * #members
   for i = 1, #members do
     local id = members[i]
@@ -74,7 +79,7 @@ local function make_room(plan, n, set)
     local held = redis.pcall("HMGET", name, "id", "_ended", "_created", state[4 + n])
     local created = not held.err and tonumber(held[3] or 0)
     if held.err then wrong_type(held) end
-    if held.err or held[2] or not held[1] or not (set_of(n, held[4] or "") == set or has(sets_of(n, held[4]), set)) then
+    if held.err or held[2] or not held[1] or not names(n, held[4], set) then
       if id ~= plan.id then dead[#dead + 1] = id end
     elseif id ~= plan.id and not (plan.evicted and plan.evicted[id]) then
       local expired = max_lifetime > 0 and held[3] and created + max_lifetime <= now
@@ -88,12 +93,12 @@ local function make_room(plan, n, set)
   if #live < limit then return end
   if refuses and refuses[n] then return redis.error_reply("RSSLIMIT " .. state[4 + n]) end
   plan.evicted = plan.evicted or {}
-  local surplus = #live - limit + 1
-  if surplus > 1 then table.sort(live, function(a, b) return a.created < b.created end) end
-  for i = 2, surplus == 1 and #live or 0 do
+  if #live > limit then table.sort(live, function(a, b) return a.created < b.created end) end
+  for i = 2, #live == limit and limit or 0 do
     if live[i].created < live[1].created then live[1] = live[i] end
   end
-  for i = 1, surplus do plan.evicted[live[i].id] = true end
+  plan.evicted[live[1].id] = true
+  for i = 2, #live - limit + 1 do plan.surplus[#plan.surplus + 1] = live[i].id end
 end
 
 -- Add a set to the plan that the session joins. Returns an error if it cannot.
@@ -143,12 +148,12 @@ end
 --   fences    of the sets that are joined, then of those that are left; numbers: the references of the first
 --   stays     the fences of sets that only the id leaves
 --   marks     what is written into fences
---   evicted   the ids of sessions to end for a limit
+--   evicted   the ids of sessions to end for a limit; surplus: of others to end if there is time
 --   dead      for some sets, the ids that it need not hold
 local function plan_move(session, id, from)
   local plan = { id = id, joins = {}, keeps = {}, leaves = {}, samples = {}, fences = {}, numbers = {} }
   local own, joins, keeps, leaves, fences = session.held[1], plan.joins, plan.keeps, plan.leaves, plan.fences
-  plan.surplus = SURPLUS
+  plan.surplus = {}
   for n = 1, references do
     local before = session.ttl and sets_in(session, n) or NONE
     local after = sets[n] or before
@@ -226,10 +231,14 @@ local function settle(plan, session, ttl)
   end
   for i = 1, #leaves do leave(leaves[i], own) end
   local undo_all = undo
-  for id in pairs(plan.evicted or NONE) do
+  local function evict(id)
     local evicted = look(session_key(id))
     if evicted and evicted.ttl then bury(evicted, "evicted") end
     undo = undo_all
+  end
+  for id in pairs(plan.evicted or NONE) do evict(id) end
+  for _, id in ipairs(plan.surplus) do
+    if spent < ENOUGH then evict(id) end
   end
   for set, dead in pairs(plan.dead or NONE) do spread("SREM", set, dead, 1, #dead) end
   prune(plan.samples)

@@ -19,7 +19,7 @@ local function unset()
   local session = find(KEYS[key])
   local refused = refusal(session)
   if refused then return refused end
-  spent = spent + 3 + (last - first) * 1.2
+  spent = spent + 3 + (last - first) * 2
 
   local taken, removed = {}, {}
   for from = first, last, 1000 do

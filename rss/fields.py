@@ -16,6 +16,7 @@ _V = TypeVar("_V")
 _MOST_FIELDS: Final = 1000
 _MOST_VALUES: Final = 128
 _MOST_MEMBERS: Final = 1000
+_MOST_LIMITED: Final = 10
 
 
 class Encoded(NamedTuple):
@@ -74,8 +75,11 @@ class Fields:
         if any(isinstance(one, int) and abs(one) > 2**53 for one in value):
             raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
         texts = list(dict.fromkeys(reference_value(one, field) for one in value))
-        if len(texts) * (reference.limit or 0) > _MOST_MEMBERS:
-            raise ValueError(f"the values of {field!r} times its limit must not be more than {_MOST_MEMBERS:,}")
+        if reference.limit and len(texts) > min(_MOST_LIMITED, _MOST_MEMBERS // reference.limit):
+            raise ValueError(
+                f"{field!r} has a limit: a list must not have more than {_MOST_LIMITED} values, nor more than "
+                f"{_MOST_MEMBERS:,} by its limit"
+            )
         return texts
 
     def encode_value(self, field: str, value: Any) -> str | bytes:

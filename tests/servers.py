@@ -132,7 +132,7 @@ class Wire:
 async def wired(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wire]:
     """Put a network before a server on a unix socket, and yield it; it has the URL to reach the server by."""
     wire = Wire(url.removeprefix("unix://"))
-    async with _serving(wire.relay, tls) as port:
+    async with serving(wire.relay, tls) as port:
         wire.url = f"redis{'s' if tls else ''}://127.0.0.1:{port}"
         yield wire
 
@@ -178,16 +178,26 @@ class Fake:
 async def fake(script: Callable[[list[bytes]], bytes | None]) -> AsyncIterator[Fake]:
     """Run a server that answers each EVALSHA as *script* does."""
     server = Fake(script)
-    async with _serving(server.answer) as port:
+    async with serving(server.answer) as port:
         server.url = f"redis://127.0.0.1:{port}?protocol=2"
         yield server
 
 
 @asynccontextmanager
-async def _serving(
-    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], tls: ssl.SSLContext | None = None
+async def serving(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    tls: ssl.SSLContext | None = None,
+    *,
+    limit: int = 1 << 16,
 ) -> AsyncIterator[int]:
-    """Serve connections to a port, and yield that; end what is served at the end."""
+    """Serve connections to a port, and yield that; end what is served at the end.
+
+    *limit*: bytes, about, that a connection takes before they are read.
+    """
+    sock = socket.socket()
+    if limit < 1 << 16:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, limit)
+    sock.bind(("127.0.0.1", 0))
     running: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -205,14 +215,16 @@ async def _serving(
         running.add(task)
         task.add_done_callback(running.discard)
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
+    server = await asyncio.start_server(accept, sock=sock, ssl=tls, limit=limit)
     try:
         yield int(server.sockets[0].getsockname()[1])
     finally:
         server.close()
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        for _ in range(5):  # What was accepted a moment ago is served a few turns later.
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager

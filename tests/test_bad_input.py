@@ -97,7 +97,7 @@ VALUES: dict[str, Case] = {
         ValueError,
         "must not have more than 128 reference values",
     ),
-    "many values with a limit": ({"user_id": [*range(11)]}, ValueError, "'user_id' times its limit .* than 1,000"),
+    "many values with a limit": ({"user_id": [*range(11)]}, ValueError, "'user_id' has a limit: .* than 10 values"),
 }
 EXPECT: dict[str, Case] = {case: row for case, row in DATA.items() if case != "None"}
 VALUE: dict[str, Case] = {

@@ -41,6 +41,7 @@ BUDGETS: Final[dict[str, Budget]] = {
     "delete": Budget(lambda s, i: s.delete(i), 7),
     "count_by that is not exact": Budget(lambda s, _: s.count_by("user_id", 1, exact=False), 1),
     "blocked": Budget(lambda s, _: s.blocked("user_id", 1), 1),
+    "unblock of what is not blocked": Budget(lambda s, _: s.unblock("user_id", 1), 1),
 }
 
 

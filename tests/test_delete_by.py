@@ -7,12 +7,13 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
+from hypothesis.errors import Flaky
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from rss import Blocked, SessionEnded, SessionStore
-from rss.engine import operations
+from rss import Blocked, SessionEnded, SessionError, SessionStore
+from rss.engine import operations, scripts
 from rss.engine.coalesce import Operation
 from tests.keyspace import Keyspace
 
@@ -245,6 +246,7 @@ class Others:
         """Take all sessions of the user, and those that are kept."""
         self.store = store
         self.keyspace = keyspace
+        self.second: SessionStore | None = None
         self.ids = list(ids)
         self.safe = set(kept)
         self.doomed = set(ids) - kept
@@ -261,7 +263,7 @@ class Others:
 
     async def step(self, how: str, n: int) -> None:
         """Do one thing. A session that must end is ended as it would slip away."""
-        session_id = self.ids[n % len(self.ids)]
+        session_id = self.ids[-1 - n % len(self.ids)]  # Those that came last have the smallest numbers.
         if how == "join":
             self.came(await self.store.create({"user_id": 1, "ip": "x"}))
         elif how == "log in":
@@ -269,6 +271,13 @@ class Others:
         elif how == "delete":
             await self.store.delete(session_id)
             self.gone(session_id)
+        elif how == "sign out" and self.second:
+            # A second call, between whose pages others go on: all that have the value by now must end.
+            second, self.second = self.second, None
+            having = {i for i in self.safe if (await self.store.get(i)).get("user_id") == 1}
+            self.safe -= having
+            self.doomed |= having
+            await second.delete_by("user_id", 1)
         elif how == "expire":
             await self.keyspace.expire(f"{{{session_id}}}")
             self.gone(session_id)
@@ -292,31 +301,25 @@ class Others:
 
 
 STEPS = st.tuples(
-    st.sampled_from(["join", "log in", "delete", "expire", "rotate", "unset", "leave", "return"]), st.integers(0, 9)
+    st.sampled_from(["join", "log in", "delete", "expire", "rotate", "unset", "leave", "return", "sign out"]),
+    st.integers(0, 2) | st.integers(0, 60),
 )
 
 
-@given(
-    steps=st.lists(STEPS, max_size=30),
-    sessions=st.integers(2, 8),
-    keep=st.sets(st.integers(0, 7), max_size=3),
-    at_once=st.integers(1, 3),
-)
-def test_whatever_others_do_between_pages(
-    url: str, steps: list[tuple[str, int]], sessions: int, keep: set[int], at_once: int
-) -> None:
-    """All that were there end, unless they are kept; none that came ends; and the fence forgets both."""
+def _interleave(url: str, steps: list[tuple[str, int]], sessions: int, keep: set[int], at_once: int) -> None:
+    """End all sessions of a user, let others do so many steps at once between the pages, and look at what is left."""
 
     async def run() -> None:
         async with (
             Redis.from_url(url, decode_responses=True) as admin,
             SessionStore.from_url(url, references=["user_id", "ip"]) as store,
+            SessionStore.from_url(url, references=["user_id", "ip"]) as second,
             SessionStore.from_url(url, references=["user_id", "ip"]) as another,
         ):
             await admin.flushall()
             with suppress(ResponseError):  # So that small sets have pages too; before Redis 7.2 they have.
                 await admin.config_set("set-max-listpack-entries", 0)
-            ids = [await store.create({"user_id": 1, "ip": "x"}) for _ in range(sessions)]
+            ids = await asyncio.gather(*(store.create({"user_id": 1, "ip": "x"}) for _ in range(sessions)))
             kept = {session_id for n, session_id in enumerate(ids) if n in keep}
             others, left = Others(another, Keyspace(admin, "rss"), ids, kept), list(steps)
 
@@ -328,6 +331,8 @@ def test_whatever_others_do_between_pages(
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(operations, "_PAGE", "1")
                 _between_pages(store, patch, between)
+                _between_pages(second, patch, between)
+                others.second = second
                 await store.delete_by("user_id", 1, keep=kept)
 
             assert {session_id for session_id in others.ids if await another.get(session_id)} == others.safe
@@ -338,3 +343,44 @@ def test_whatever_others_do_between_pages(
             await others.keyspace.dump()  # Every key has a TTL.
 
     asyncio.run(run())
+
+
+RANDOMLY: dict[str, st.SearchStrategy[Any]] = {
+    "steps": st.lists(STEPS, max_size=40),
+    "sessions": st.integers(2, 60),
+    "keep": st.sets(st.integers(0, 50), max_size=20),
+    "at_once": st.integers(1, 10),
+}
+
+
+def test_whatever_others_do_between_pages(url: str) -> None:
+    """All that were there end, unless they are kept; none that came ends; and the fence forgets both."""
+    given(**RANDOMLY)(_interleave)(url=url)
+
+
+BUGS = {
+    "a session that joins is not marked": ("if round and (i <= joined or", "if round and (false or"),
+    "a session that is rotated loses its mark": ("or plan.stays and plan.stays[fence]) then", ") then"),
+    "a session that leaves lives on": ("if round and i > joined and since < round", "if false"),
+    "a session that came meanwhile ends": ("(joined and tonumber(joined) >= round)", "false"),
+    "a session that is kept is not marked": ('spread("HSET", fence, marks, 1, #marks)', ""),
+    "the fence forgets nothing": ('redis.call("UNLINK", fence)', ""),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_in_fences_is_found(url: str, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    """If one of the conditions is missing, random steps show it."""
+    (right, wrong), read = BUGS[bug], scripts.read
+    assert any(right in read(operation.script) or right in read("_move") for operation in operations.ALL)
+    monkeypatch.setattr(scripts, "read", lambda name: read(name).replace(right, wrong))
+    how = settings(
+        max_examples=1000,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        derandomize=True,
+        report_multiple_bugs=False,
+    )
+    with pytest.raises((AssertionError, SessionError, Flaky, pytest.fail.Exception)):
+        how(given(**RANDOMLY)(_interleave))(url=url)

@@ -417,6 +417,9 @@ async def test_no_script_knows_the_grammar_of_keys(
         def reference(self, field: str, value: object) -> str:
             return f"{self.prefix}:sets/{field}=<{value}>"
 
+        def fence(self, field: str, value: object) -> str:
+            return self.reference(f"_fence:{field}", value)
+
     monkeypatch.setattr("rss.store.Plain", Odd)
     references = {"user_id": Reference(limit=2), "ip": Reference(strict=True)}
     store = SessionStore(client, references=references, prefix=keyspace.prefix)

@@ -1,9 +1,9 @@
 """One connection: made as the client makes its own, and broken as soon as replies may not match requests."""
 
 import asyncio
+import contextlib
 import inspect
 import secrets
-import socket
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from redis.credentials import CredentialProvider
 
 from rss import SessionError, SessionStore, StoreUnavailable
 from tests.engine.callers import kill, outcomes, works
-from tests.servers import connections, fake, own_server, wired
+from tests.servers import connections, fake, own_server, serving, wired
 
 # With RESP2 and without a name of the library, redis-py sends nothing when it connects. Newer versions have
 # driver_info, and warn about the older names.
@@ -290,12 +290,10 @@ async def test_a_reply_that_comes_byte_by_byte(url: str, admin: Redis) -> None:
             writer.write(byte)
             await asyncio.sleep(0)
         await asking
-        writer.close()
 
-    server = await asyncio.start_server(trickle, "127.0.0.1", 0)
     async with (
-        server,
-        SessionStore.from_url(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout=20) as store,
+        serving(trickle) as port,
+        SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=20) as store,
     ):
         assert await works(store)
 
@@ -304,14 +302,11 @@ async def test_a_server_that_hangs_up_at_once() -> None:
     """It is dialled at intervals that grow, until the deadline."""
     made = 0
 
-    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def hang_up(*_: object) -> None:
         nonlocal made
         made += 1
-        writer.close()
 
-    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
+    async with serving(hang_up) as port:
         for options in ("?protocol=3", "?protocol=2"):
             store = SessionStore.from_url(f"redis://127.0.0.1:{port}{options}", timeout=1)
             with pytest.raises(StoreUnavailable, match="within the deadline: ConnectionError"):
@@ -327,11 +322,9 @@ async def test_a_server_that_is_no_redis() -> None:
     async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        writer.close()
 
-    server = await asyncio.start_server(web, "127.0.0.1", 0)
-    async with server:
-        store = SessionStore.from_url(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout=0.5)
+    async with serving(web) as port:
+        store = SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=0.5)
         with pytest.raises(StoreUnavailable):
             await store.touch("a")
         await store.aclose()
@@ -378,50 +371,42 @@ async def test_what_was_given_up_does_not_arrive_later(url: str, admin: Redis) -
     """A write that waits in the buffers of the system must not come behind the one that was made instead."""
     del admin
     gate = asyncio.Event()
-    held: list[asyncio.StreamWriter] = []
-    hold = True
+    ends: list[asyncio.StreamWriter] = []
+    holds = False
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_unix_connection(url.removeprefix("unix://"), limit=1024)
-        held.append(writer)
-        first = len(held) == 1
+        there, back = await asyncio.open_unix_connection(url.removeprefix("unix://"))
+        ends.append(writer)
+        first = len(ends) == 1
 
         async def replies() -> None:
             while data := await there.read(1 << 16):
-                if not (first and not hold):
+                if not (first and holds):
                     writer.write(data)
 
         answering = asyncio.ensure_future(replies())
-        try:
+        with contextlib.suppress(OSError):
             while data := await reader.read(1 << 16):
-                if first and not hold:
+                if first and holds:
                     await gate.wait()
                 back.write(data)
-        except OSError:
-            pass
         back.close()
-        await asyncio.wait([answering])
-        writer.close()
+        await answering
 
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.bind(("127.0.0.1", 0))
-    server = await asyncio.start_server(relay, sock=sock, limit=1024)
-    store = SessionStore.from_url(f"redis://127.0.0.1:{sock.getsockname()[1]}", timeout=3)
-    await store.set("a", {"v": 0})
-    hold = False
-    held[0].transport.pause_reading()  # type: ignore[attr-defined]
-    fill = asyncio.create_task(store.set("fill", {"x": "x" * 300_000}))
-    await asyncio.sleep(0.05)
-    given_up = asyncio.create_task(store.set("a", {"v": 1}))
-    await asyncio.gather(fill, given_up)
-    await store.set("a", {"v": 2})
-    gate.set()
-    if not held[0].transport.is_closing():
-        held[0].transport.resume_reading()  # type: ignore[attr-defined]
-    while not held[0].transport.is_closing():
-        await asyncio.sleep(0.01)
-    assert await store.get("a", ["v"]) == {"id": "a", "v": 2}
-    await store.aclose()
-    server.close()
-    await server.wait_closed()
+    async with serving(relay, limit=1 << 12) as port:
+        store = SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=3)
+        await store.set("a", {"v": 0})
+        holds = True
+        ends[0].transport.pause_reading()  # type: ignore[attr-defined]
+        fill = asyncio.create_task(store.set("fill", {"x": "x" * 300_000}))
+        await asyncio.sleep(0.05)
+        given_up = asyncio.create_task(store.set("a", {"v": 1}))
+        await asyncio.gather(fill, given_up)
+        await store.set("a", {"v": 2})
+        gate.set()
+        if not ends[0].transport.is_closing():
+            ends[0].transport.resume_reading()  # type: ignore[attr-defined]
+        while not ends[0].transport.is_closing():
+            await asyncio.sleep(0.01)
+        assert await store.get("a", ["v"]) == {"id": "a", "v": 2}
+        await store.aclose()

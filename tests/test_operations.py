@@ -1,0 +1,155 @@
+"""What an operation must have in the tests: these fail for a new one, and name what is missing."""
+
+import ast
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from redis.asyncio import Redis
+
+from rss import SessionStore
+from rss.engine import operations
+from rss.engine.coalesce import Operation
+from tests import test_bad_input, test_coalesce, test_commands, test_faults, test_scripts
+
+TESTS: Final = Path(__file__).parent
+
+#: All operations, by their names in `rss.engine.operations`: a script may be several, some of which are never repeated.
+OPERATIONS: Final = {name: value for name, value in vars(operations).items() if isinstance(value, Operation)}
+
+#: Public methods that a user calls for their effect on the store, not on sessions.
+OF_THE_STORE: Final = {"load", "aclose"}
+METHODS: Final = {
+    name
+    for name, method in inspect.getmembers(SessionStore, inspect.isfunction)
+    if not name.startswith("_")
+    and name not in OF_THE_STORE
+    and (inspect.iscoroutinefunction(method) or "AsyncIterator" in str(method.__annotations__["return"]))
+}
+
+#: Operations whose reply is lost in a test of its own, not in a row of `REPEATED`.
+LOST_REPLIES: Final[dict[str, Callable[..., Any]]] = {
+    "SET_EXPECTING": test_faults.test_set_that_expects_is_not_repeated,
+    "POP": test_faults.test_what_must_not_be_repeated_is_not,
+    "INCREMENT": test_faults.test_what_must_not_be_repeated_is_not,
+    "DELETE": test_faults.test_delete_is_done_when_it_says_so,
+    "ROTATE": test_faults.test_create_and_rotate_recognise_their_own_work,
+    "DELETE_BY": test_faults.test_large_delete_by_goes_on_where_it_was,
+}
+
+
+class _Sent(Exception):
+    """Raised in place of sending a call."""
+
+
+def sent_by(calls: Iterable[Callable[[SessionStore], Awaitable[object]]]) -> set[str]:
+    """Return which operations these calls would send."""
+    sent: set[str] = set()
+
+    def run(operation: Operation, *_: Any, **__: Any) -> None:
+        sent.update(name for name, one in OPERATIONS.items() if one is operation)
+        raise _Sent
+
+    async def call_all() -> None:
+        store = SessionStore(Redis(unix_socket_path="/nowhere/redis.sock"), references=["user_id", "ip"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store.operations.engine, "run", run)
+            for call in calls:
+                with suppress(_Sent):
+                    await call(store)
+
+    asyncio.run(call_all())
+    return sent
+
+
+def methods_used(file: str, is_store: Callable[[str], bool]) -> set[str]:
+    """Return the names of all methods that a file of tests calls on expressions that are stores."""
+    calls = [node for node in ast.walk(ast.parse((TESTS / file).read_text())) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in calls if is_store(ast.unparse(node.value))}
+
+
+def test_the_table_of_operations_is_whole() -> None:
+    """Each script of an operation is in it once: only those in the table are loaded."""
+    assert {operation.script for operation in operations.ALL} == {one.script for one in OPERATIONS.values()}
+    assert {"get", "set", "find_by", "delete_by", "block"} <= METHODS
+
+
+def test_every_method_sends_an_operation_and_every_operation_is_sent() -> None:
+    """There is no method without an operation, and no operation that no method needs."""
+    calls: dict[str, Callable[[SessionStore], Awaitable[object]]] = {
+        "create": lambda store: store.create(),
+        "get": lambda store: store.get("a"),
+        "get and renew": lambda store: store.get("a", touch=True),
+        "set": lambda store: store.set("a", {}),
+        "set that expects": lambda store: store.set("a", {}, expect={"x": 1}),
+        "unset": lambda store: store.unset("a", ["x"]),
+        "pop": lambda store: store.pop("a", ["x"]),
+        "increment": lambda store: store.increment("a", "x"),
+        "touch": lambda store: store.touch("a"),
+        "delete": lambda store: store.delete("a"),
+        "ended": lambda store: store.ended("a"),
+        "rotate": lambda store: store.rotate("a"),
+        "ttl": lambda store: store.ttl("a"),
+        "ids_by": lambda store: store.ids_by("user_id", 1),
+        "count_by": lambda store: store.count_by("user_id", 1),
+        "count_by, not exact": lambda store: store.count_by("user_id", 1, exact=False),
+        "find_by": lambda store: anext(store.find_by("user_id", 1)),
+        "delete_by": lambda store: store.delete_by("user_id", 1),
+        "block": lambda store: store.block("user_id", 1, "1h"),
+        "unblock": lambda store: store.unblock("user_id", 1),
+        "blocked": lambda store: store.blocked("user_id", 1),
+    }
+    assert METHODS - calls.keys() == set(), "missing above"
+    assert all(sent_by([call]) for call in calls.values())
+    assert sent_by(calls.values()) == set(OPERATIONS)
+
+
+def test_every_method_is_in_the_model() -> None:
+    """The model runs it among others, and looks at the whole keyspace afterwards."""
+    used = methods_used("test_model.py", lambda store: store.startswith("self.stores["))
+    assert METHODS - used == set(), "missing in tests/test_model.py, as rules of Machine"
+
+
+def test_every_method_is_called_with_bad_arguments() -> None:
+    """There is a group of rows for each."""
+    assert METHODS - test_bad_input.BAD.keys() == set(), "missing in tests/test_bad_input.py, in BAD"
+
+
+def test_every_method_is_type_checked() -> None:
+    """With a schema and without."""
+    used = methods_used("typing/test_store.py", lambda store: store == "store")
+    assert METHODS - used == set(), "missing in tests/typing/test_store.py"
+
+
+def test_every_operation_is_coalesced() -> None:
+    """If calls of it can be a batch, there is a row that counts the scripts of many calls."""
+    rows = sent_by([lambda store, call=call: call(store, 1) for call in test_coalesce.CALLS.values()])  # type: ignore[misc]
+    batched = {operation.script for operation in OPERATIONS.values() if operation.batched}
+    missing = batched - {OPERATIONS[name].script for name in rows}
+    assert missing == set(), "missing in tests/test_coalesce.py, in CALLS"
+
+
+def test_every_operation_loses_its_reply() -> None:
+    """There is a row, or a test, in which it is not known whether it ran; it is repeated, or it is not."""
+    repeated = sent_by(call for call, _ in test_faults.REPEATED.values())
+    assert all(OPERATIONS[name].repeatable for name in repeated)
+    assert OPERATIONS.keys() - repeated - LOST_REPLIES.keys() == set(), "missing in tests/test_faults.py, in REPEATED"
+    assert repeated.isdisjoint(LOST_REPLIES)
+
+
+def test_every_operation_has_a_budget() -> None:
+    """If calls of it can be a batch, there is a row that counts its commands."""
+    rows = sent_by([lambda store, call=budget.call: call(store, "a") for budget in test_commands.BUDGETS.values()])  # type: ignore[misc]
+    batched = {operation.script for operation in OPERATIONS.values() if operation.batched}
+    missing = batched - {OPERATIONS[name].script for name in rows}
+    assert missing == set(), "missing in tests/test_commands.py, in BUDGETS"
+
+
+def test_every_script_runs_with_what_its_header_says() -> None:
+    """There is a case for each."""
+    missing = {operation.script for operation in operations.ALL} - test_scripts.CASES.keys()
+    assert missing == set(), "missing in tests/test_scripts.py, in CASES"
