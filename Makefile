@@ -6,8 +6,9 @@ VENV ?= .venv
 IN := $(VENV)/bin
 SOURCES := rss tests benchmarks
 
-# Most tests wait: for a server, a deadline, a browser. The tests of a file share a server and stay together.
-WORKERS := -n 4 --dist loadfile
+# Most tests wait: for a server, a deadline, a browser. The tests of a file share a server and stay together. A crash ends
+# the run, since the test that crashed would be repeated.
+WORKERS := -n 4 --dist loadfile --max-worker-restart 0
 
 .PHONY: all demo serve test coverage lowest bench bench-quick lint format dist clean
 .PRECIOUS: $(VENV)/.%

@@ -67,8 +67,9 @@ local function names(n, held, set)
 end
 
 -- Make room in a set for one more session: add the oldest to the sessions to evict, and other surplus to those that go
--- if there is time. Returns an error if the reference refuses. A member that is older than max_lifetime stays in the set, because a store with other options may find it
--- alive, but does not count. A member that another strict reference has revoked counts: to find out would take too long.
+-- if there is time. Returns an error if the reference refuses. A member that is older than max_lifetime stays in the
+-- set, because a store with other options may find it alive, but does not count. A member that another strict reference
+-- has revoked counts: to find out would take too long.
 local function make_room(plan, n, set)
   local live, dead, limit = {}, {}, limits[n]
   local members = redis.call("SRANDMEMBER", set, limit + SURPLUS)
@@ -139,8 +140,9 @@ local function pass_fences(plan, session, joined)
 end
 
 -- What must happen for a session to be in `sets`, under an id that is a new one in a rotation. Each set is looked at
--- once, before anything is written. A set that was lost, to an eviction say, is joined again. *from*: so many references
--- are settled. Returns the plan, or an error. Writes nothing, except that it ends a session that must not escape.
+-- once, before anything is written. A set that was lost, to an eviction say, is joined again. *from*: so many
+-- references are settled. Returns the plan, or an error. Writes nothing, except that it ends a session that must not
+-- escape.
 --   joins     sets and their PTTL: set, pttl, ...
 --   keeps     sets that the session is in already
 --   leaves    sets that the old id leaves

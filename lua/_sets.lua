@@ -31,7 +31,8 @@ local function set_of(n, held)
   return held and held ~= "" and set_stem .. state[4 + n] .. before_value .. held .. ending
 end
 
--- The sets of the n-th reference for the data in its field: a text, a JSON string, or a JSON list of texts and integers.
+-- The sets of the n-th reference for the data in its field: a text, a JSON string, or a JSON list of texts and
+-- integers.
 local function sets_of(n, held)
   if not held or held == "" or (json and held == "null") then return NONE end
   local set = set_of(n, held)

@@ -5,7 +5,7 @@
                       a tombstone lives so long
     json              true if a reference field holds JSON, false if it holds one text as it stands
     before_value, ending
-                      what stands between field and value in the key of a reference set; the last characters of every key
+                      what stands between field and value in the key of a reference set; the end of every key
     state             the fields that describe a session: "id", "_ended", "_created", "_max_age", then each reference
     references        the number of references; the n-th is state[4 + n]
     identity          the number of the reference that is the identity, or false

@@ -1,6 +1,6 @@
 --[[
   End a page of the sessions in a reference set: of those that were in it when the first page began. Block its value, if
-  that is wanted. Needs write, end, fence, page.
+  that is wanted. `_fence.lua` says what the fence holds. Needs session, write, end, page.
 
   KEYS        the reference set, "rss:<field>:{<value>}"; its fence, "rss:_fence:<field>:{<value>}"
   ARGV        the stems, then
@@ -41,9 +41,8 @@ local function allow_writes() redis.call("HDEL", fence, "call:" .. token) end
 local function close()
   allow_writes()
   local till = clock() + block
-  if till > tonumber(redis.call("HGET", fence, "until") or 0) then
-    redis.call("HSET", fence, "until", till, "why", reason)
-  end
+  local longer = till > tonumber(redis.call("HGET", fence, "until") or 0)
+  if longer then redis.call("HSET", fence, "until", till, "why", reason) end
   keep_fence()
 end
 
@@ -82,9 +81,7 @@ local function read_keep(first_page)
 end
 
 -- A fence never stays without a TTL.
-local function drop_fence()
-  if redis.pcall("PTTL", fence) == -1 then redis.pcall("UNLINK", fence) end
-end
+local function drop_fence() return redis.pcall("PTTL", fence) == -1 and redis.pcall("UNLINK", fence) end
 
 local function delete_by()
   key = 2

@@ -15,9 +15,9 @@
 ]]
 local function find_by()
   local set, n, cursor, page = KEYS[1], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3]
-  local ids, left = nil, tonumber(ARGV[arg + 4])
+  local left = tonumber(ARGV[arg + 4])
   key, arg = 1, arg + 4
-  ids = args(left)
+  local ids = args(left)
   if left == 0 then
     local scanned = redis.pcall("SSCAN", set, cursor, "COUNT", page)
     if scanned.err then return scanned end

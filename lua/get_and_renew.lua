@@ -16,8 +16,8 @@
 ]]
 local due, idle = ARGV[arg + 1], tonumber(ARGV[arg + 2])
 
--- Renew a session. Returns its TTL, or nil if the server takes no writes at the moment: a renewal now and then can wait,
--- and the session can still be read.
+-- Renew a session. Returns its TTL, or nil if the server takes no writes at the moment: a renewal now and then can
+-- wait, and the session can still be read.
 local function renewed(session)
   local done, ttl = pcall(renew, session)
   if done then return ttl end

@@ -27,7 +27,7 @@ local function rotate()
   local last = first + ARGV[arg + 4] - 1
   key, arg = key + 2, last
   read_sets(counts)
-  spent = spent + 5 + (last - first) * (last - first > 256 and 0.5 or 0.3)
+  spent = spent + 5 + (last - first) * (last - first > 256 and 1 or 0.3)
 
   local session = look(old)
   if session and session.ended == "rotated" then

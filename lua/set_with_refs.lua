@@ -31,7 +31,7 @@ local function set()
   local last = first + ARGV[first - 1] - 1
   key, arg = key + 1, last
   read_sets(counts)
-  spent = spent + 3 + (last - first) * (last - first > 256 and 0.5 or 0.3)
+  spent = spent + 3 + (last - first) * (last - first > 256 and 1 or 0.3)
 
   local session
   if mode ~= "create" or redis.call("EXISTS", name) == 1 then session = find(name) end

@@ -1,13 +1,15 @@
 """What all tests share: a server, a store on it with a prefix of its own, and a look at all of its keys."""
 
 import asyncio
+import faulthandler
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import settings
 from redis.asyncio import Redis
 
@@ -60,6 +62,17 @@ def loop_with_limit(new: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.Abs
     loop = new()
     loop.set_exception_handler(handle)
     return loop
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """End the process if a teardown hangs. pytest's own limit is over when a test has failed."""
+    limit, stderr = float(item.config.getini("faulthandler_timeout")), item.config.stash[fault_handler_stderr_fd_key]
+    faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def send_singly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,25 +56,27 @@ class Proxy:
                 writer.write(data)
 
         pumps = [asyncio.ensure_future(requests()), asyncio.ensure_future(replies())]
-        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-        for stream in (back, writer):
-            stream.close()
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            back.close()
 
 
 @asynccontextmanager
 async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
     """Put a proxy before a server on a unix socket, and yield it and the URL to reach it by."""
     proxy = Proxy()
-    with tempfile.TemporaryDirectory(prefix="rss-") as folder:
-        path = f"{folder}/proxy.sock"
-        server = await asyncio.start_unix_server(
-            lambda reader, writer: proxy.relay(url.removeprefix("unix://"), reader, writer), path
-        )
-        async with server:
-            yield proxy, f"unix://{path}"
+    with tempfile.TemporaryDirectory(prefix="rss-") as folder, socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"{folder}/proxy.sock")
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await proxy.relay(url.removeprefix("unix://"), reader, writer)
+
+        async with serving(relay, sock=sock):
+            yield proxy, f"unix://{folder}/proxy.sock"
 
 
 class Wire:
@@ -122,6 +124,17 @@ class Wire:
             if not writer.transport.is_closing():
                 writer.transport.pause_reading()  # type: ignore[attr-defined]
 
+    def stall(self) -> None:
+        """Read nothing any more from the clients, until `go_on`."""
+        for writer in self._ends:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def go_on(self) -> None:
+        """Read again."""
+        for writer in self._ends:
+            if not writer.transport.is_closing():
+                writer.transport.resume_reading()  # type: ignore[attr-defined]
+
     def cut(self) -> None:
         """Break the connections that there are."""
         for writer in self._ends:
@@ -132,7 +145,7 @@ class Wire:
 async def wired(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wire]:
     """Put a network before a server on a unix socket, and yield it; it has the URL to reach the server by."""
     wire = Wire(url.removeprefix("unix://"))
-    async with serving(wire.relay, tls) as port:
+    async with serving(wire.relay, tls=tls) as port:
         wire.url = f"redis{'s' if tls else ''}://127.0.0.1:{port}"
         yield wire
 
@@ -147,8 +160,8 @@ class Fake:
         #: Connections that were made so far, and the names of all commands.
         self.made = 0
         self.commands: list[str] = []
-        #: What is sent before and after the digest that SCRIPT LOAD returns.
-        self.before = self.after = b""
+        #: What is sent before and after the digest that SCRIPT LOAD returns, or instead of it.
+        self.before = self.after = self.instead = b""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
@@ -170,7 +183,7 @@ class Fake:
             return self.script(command)
         if name == "SCRIPT":
             digest = hashlib.sha1(command[2], usedforsecurity=False).hexdigest().encode()
-            return self.before + b"$40\r\n" + digest + b"\r\n" + self.after
+            return self.instead or self.before + b"$40\r\n" + digest + b"\r\n" + self.after
         return b"+OK\r\n"
 
 
@@ -186,18 +199,14 @@ async def fake(script: Callable[[list[bytes]], bytes | None]) -> AsyncIterator[F
 @asynccontextmanager
 async def serving(
     serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
-    tls: ssl.SSLContext | None = None,
     *,
-    limit: int = 1 << 16,
+    sock: socket.socket | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
-    """Serve connections to a port, and yield that; end what is served at the end.
-
-    *limit*: bytes, about, that a connection takes before they are read.
-    """
-    sock = socket.socket()
-    if limit < 1 << 16:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, limit)
-    sock.bind(("127.0.0.1", 0))
+    """Serve connections to a socket, else to a free port, and yield the port; end what is served at the end."""
+    if sock is None:
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
     running: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -206,6 +215,8 @@ async def serving(
                 await serve(reader, writer)
             except asyncio.CancelledError:
                 writer.transport.abort()
+            except OSError:  # The client hung up.
+                pass
             finally:
                 writer.close()
                 with suppress(OSError):
@@ -215,9 +226,10 @@ async def serving(
         running.add(task)
         task.add_done_callback(running.discard)
 
-    server = await asyncio.start_server(accept, sock=sock, ssl=tls, limit=limit)
+    start = asyncio.start_unix_server if sock.family == socket.AF_UNIX else asyncio.start_server
+    server = await start(accept, sock=sock, ssl=tls)
     try:
-        yield int(server.sockets[0].getsockname()[1])
+        yield 0 if sock.family == socket.AF_UNIX else int(sock.getsockname()[1])
     finally:
         server.close()
         for _ in range(5):  # What was accepted a moment ago is served a few turns later.

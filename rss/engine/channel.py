@@ -10,7 +10,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 import hiredis
 import redis.exceptions
@@ -18,10 +18,12 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from rss.engine.failures import lost
+from rss.engine.failures import because
 from rss.engine.scripts import pack, sha
 
 Answer = Callable[[Any], None]
+Heard = Callable[["Channel"], None]
+Lost = Callable[["Channel", Exception | None], None]
 
 _PUSH: Final = getattr(hiredis, "PushNotification", ())
 _NOTHING: Final = object()  # What the reader returns without a whole reply. The default, False, is a reply of RESP3.
@@ -34,26 +36,20 @@ _GREETING: Final = pack("SCRIPT", "LOAD", _HELLO)
 _GREETED: Final = sha(_HELLO).encode()
 
 
-class Owner(Protocol):
-    """What a channel reports to."""
-
-    def heard(self, channel: "Channel", /) -> None:
-        """Note that all replies of one read were handed out, or that the peer takes more bytes again."""
-
-    def lost(self, channel: "Channel", error: BaseException | None, /) -> None:
-        """Note that there will be no more replies. Called once."""
-
-
 class Channel(asyncio.Protocol):
-    """A connection that was greeted. `open_channel` makes it; it is of no use after `Owner.lost`."""
+    """A connection that was greeted; `open_channel` makes it.
 
-    def __init__(self, connection: AbstractConnection, owner: Owner) -> None:
+    *heard* is called when all replies of one read were handed out, and when the peer takes more bytes again. *lost* is
+    called once, when there will be no more replies: unless the channel was closed.
+    """
+
+    def __init__(self, connection: AbstractConnection, heard: Heard, lost: Lost) -> None:
+        self._heard = heard
+        self._lost: Lost | None = lost
         self._loop = asyncio.get_running_loop()
         self._connection: AbstractConnection | None = connection  # Its destructor would close the transport.
         self._transport = cast("asyncio.Transport", _writer(connection).transport)
         self._reader = hiredis.Reader(replyError=redis.exceptions.ResponseError, notEnoughData=_NOTHING)
-        #: What it reports to; None once that was told of the end.
-        self.owner: Owner | None = owner
         self._answers: deque[Answer] = deque()
         #: The loop's time of the last byte, or of the first command that was sent after a pause.
         self.heard_at = self._loop.time()
@@ -61,10 +57,18 @@ class Channel(asyncio.Protocol):
         self.paused = False
         self._transport.set_protocol(self)
 
+    def begin(self, greeting: Any, lost: Lost) -> None:
+        """Serve whoever opened it, if this is the reply to the greeting and the connection still stands."""
+        if isinstance(greeting, Exception):
+            raise greeting
+        if greeting != _GREETED or not self.usable:
+            raise redis.exceptions.ConnectionError("Redis sent a reply to something else, or hung up")
+        self._lost = lost
+
     @property
     def usable(self) -> bool:
         """Whether it was not lost."""
-        return self.owner is not None and not self._transport.is_closing()
+        return self._lost is not None and not self._transport.is_closing()
 
     @property
     def idle(self) -> bool:
@@ -91,25 +95,25 @@ class Channel(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 - replies and requests may no longer match
             self.abort(error)
         else:
-            if self.owner:
-                self.owner.heard(self)
+            if self._lost:
+                self._heard(self)
 
     def pause_writing(self) -> None:
         self.paused = True
 
     def resume_writing(self) -> None:
         self.paused = False
-        if self.owner:
-            self.owner.heard(self)
+        if self._lost:
+            self._heard(self)
 
-    def connection_lost(self, exc: BaseException | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:  # Else its destructor warns that it was not closed.
             connection._reader = connection._writer = None  # noqa: SLF001 - see _writer
         self._report(exc)
 
-    def abort(self, error: BaseException | None = None) -> None:
-        """Give the connection up, and tell the owner at once.
+    def abort(self, error: Exception | None = None) -> None:
+        """Give the connection up: what is unanswered is lost at once.
 
         The socket is reset. Without that, the system would still deliver what it has not sent yet: perhaps after a
         repetition of the same write was acknowledged.
@@ -123,57 +127,40 @@ class Channel(asyncio.Protocol):
 
     def close(self) -> None:
         """Close an idle connection."""
-        self.owner = None
+        self._lost = None
         with contextlib.suppress(RuntimeError):
             self._transport.close()
 
-    def _report(self, error: BaseException | None) -> None:
-        owner, self.owner = self.owner, None
-        if owner:
-            owner.lost(self, error)
+    def _report(self, error: Exception | None) -> None:
+        lost, self._lost = self._lost, None
+        if lost:
+            lost(self, error)
 
 
-async def open_channel(make: Callable[[], AbstractConnection], owner: Owner, patience: float) -> Channel:
+async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, lost: Lost, patience: float) -> Channel:
     """Connect as redis-py does, once, and return a channel that was greeted. Raises what redis-py raises.
 
     *patience*: seconds after which the system gives up a peer that acknowledges nothing.
     """
     connection = make()
+    greeted: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def hung_up(_: Channel, error: Exception | None) -> None:
+        if not greeted.done():
+            greeted.set_result(because(redis.exceptions.ConnectionError("Redis hung up"), error))
+
     try:
         connection.retry = Retry(NoBackoff(), 0)  # The lane decides how often to try.
         await connection.connect()  # type: ignore[no-untyped-call]
-        channel = Channel(connection, _Greeting())
+        channel = Channel(connection, heard, hung_up)
         _keep_alive(_writer(connection).get_extra_info("socket"), connection, patience)
-        await _greet(channel)
+        channel.send(_GREETING, [greeted.set_result])
+        channel.begin(await greeted, lost)
     except BaseException:
         with contextlib.suppress(redis.exceptions.ConnectionError, RuntimeError):
             _writer(connection).transport.abort()
         raise
-    channel.owner = owner
     return channel
-
-
-class _Greeting:
-    """Owns a channel until the server has replied once."""
-
-    def __init__(self) -> None:
-        self.reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    def heard(self, _: Channel) -> None: ...
-
-    def lost(self, _: Channel, error: BaseException | None) -> None:
-        if not self.reply.done():
-            self.reply.set_exception(lost(error))
-
-
-async def _greet(channel: Channel) -> None:
-    greeting = cast("_Greeting", channel.owner)
-    channel.send(_GREETING, [greeting.reply.set_result])
-    reply = await greeting.reply
-    if isinstance(reply, Exception):
-        raise reply
-    if reply != _GREETED or not channel.usable:
-        raise redis.exceptions.ConnectionError("Redis sent a reply to something else, or hung up")
 
 
 def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:

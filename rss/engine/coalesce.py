@@ -13,13 +13,18 @@ from typing import Any, Final
 
 from redis.backoff import EqualJitterBackoff
 
-from rss.engine.failures import code_of, unavailable
+from rss.engine.failures import because, code_of
 from rss.engine.scripts import pack
+from rss.errors import StoreUnavailable
 
 # A volley carries about so many bytes, unless a single call is larger.
 _MAX_BYTES: Final = 131_072
-#: Seconds between attempts.
-BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
+_BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
+
+
+def backoff(failures: int) -> float:
+    """Return how many seconds to wait for the next attempt, after so many failures in a row."""
+    return _BACKOFF.compute(min(failures, 10))  # It raises OverflowError beyond 1,000.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +73,7 @@ class Call:
         why = "it takes too long"
         if trouble and not isinstance(trouble, TimeoutError):
             why = code_of(trouble) or type(trouble).__name__
-        self.fail(unavailable(f"no answer from Redis within the deadline: {why}", trouble))
+        self.fail(because(StoreUnavailable(f"no answer from Redis within the deadline: {why}"), trouble))
 
 
 class Queue:
@@ -87,7 +92,7 @@ class Queue:
     def hold(self, trouble: Exception, now: float, *, at_once: bool = False) -> None:
         """Note that Redis refused. The next attempt waits, unless it is the first and may be made *at_once*."""
         if self.refusals or not at_once:
-            self.held_until = now + BACKOFF.compute(self.refusals + 1)
+            self.held_until = now + backoff(self.refusals + 1)
         self.refusals += 1
         self.trouble = trouble
 
@@ -127,17 +132,23 @@ class Waiting:
         for queue in self._queues.values():
             yield from queue.calls
 
-    def put(self, kind: Kind, call: Call) -> None:
-        """Let a call wait behind the others of its kind."""
+    def _queue(self, kind: Kind) -> Queue:
         queue = self._queues.get(kind)
         if queue is None:
             queue = self._queues[kind] = Queue(kind)
-        queue.calls.append(call)
+        return queue
+
+    def put(self, kind: Kind, call: Call) -> None:
+        """Let a call wait behind the others of its kind."""
+        self._queue(kind).calls.append(call)
         self.count += 1
 
-    def put_back(self, queue: Queue, calls: list[Call], *, behind: bool = False) -> Queue:
-        """Let calls wait again: as the next of their kind, or behind the others. Returns where they wait."""
-        queue = self._queues.setdefault(queue.kind, queue)
+    def put_back(self, batch: Batch, start: int = 0, *, behind: bool = False) -> Queue:
+        """Let the calls of a batch from *start* on wait again: as the next of their kind, or behind the others.
+
+        Returns where they wait. It may be another lane's batch.
+        """
+        queue, calls = self._queue(batch.queue.kind), batch.calls[start:]
         if behind:
             queue.calls.extend(calls)
         else:
@@ -183,11 +194,18 @@ class Waiting:
     def expire(self, now: float, trouble: Exception | None) -> float:
         """Answer the calls whose deadline has passed. Returns the loop's time when to look again.
 
-        In a queue the oldest call is the first to expire, so only the first ones are looked at.
+        In a queue the oldest call is the first to expire, so only the first ones are looked at: unless calls were put
+        back behind others.
         """
         soonest = float("inf")
         for kind, queue in list(self._queues.items()):
             calls = queue.calls
+            if calls and calls[-1].losses > 1:
+                for call in calls:
+                    if call.deadline <= now:
+                        call.expire(queue.trouble or trouble)
+                    elif not call.answer.done():
+                        soonest = min(soonest, call.deadline)
             while calls and (calls[0].deadline <= now or calls[0].answer.done()):
                 calls.popleft().expire(queue.trouble or trouble)
                 self.count -= 1
@@ -201,5 +219,9 @@ class Waiting:
         """Answer each of them with an error."""
         for call in self:
             call.fail(error())
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of them: they have an answer, or their caller is gone."""
         self._queues.clear()
         self.count = 0

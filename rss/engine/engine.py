@@ -10,9 +10,9 @@ from typing import Any, Final
 from redis.asyncio import Redis
 
 from rss.engine.coalesce import Call, Operation
-from rss.engine.failures import unavailable
 from rss.engine.lane import Node
 from rss.engine.scripts import Scripts
+from rss.errors import StoreUnavailable
 from rss.keys import Plain
 
 #: Calls that wait in a lane, at most. More would only make all of them late.
@@ -60,7 +60,7 @@ class Engine:
         lane = node.main if operation.batched else node.pages
         size = sum(map(len, args)) if operation.sized else 0
         answer: asyncio.Future[Any] = loop.create_future()
-        if lane.waiting.count >= MAX_PENDING and not node.makes_room(lane, MAX_PENDING):
+        if lane.waiting.count >= MAX_PENDING and not lane.has_room(MAX_PENDING):
             # In the next turn: a caller that tries again at once must not keep the loop from sending what waits.
             loop.call_soon(_refuse, answer, context=node.context)
             return answer
@@ -124,7 +124,7 @@ class Engine:
 
 def _refuse(answer: asyncio.Future[Any]) -> None:
     if not answer.done():
-        answer.set_exception(unavailable(f"{MAX_PENDING:,} calls wait for Redis: no more are taken", None))
+        answer.set_exception(StoreUnavailable(f"{MAX_PENDING:,} calls wait for Redis: no more are taken"))
 
 
 def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:

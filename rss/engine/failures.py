@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 import redis.exceptions
 
@@ -18,8 +18,10 @@ from rss.errors import (
     StoreUnavailable,
 )
 
+_E = TypeVar("_E", bound=BaseException)
+
 # The script did not run. _PASSING: retry until the deadline. _LASTING: an operator must act, so retrying cannot help.
-_PASSING: Final = {"NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN"}
+_PASSING: Final = {"NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN", "MAXCLIENTS"}
 _LASTING: Final = {"OOM", "MISCONF", "AUTH"}
 #: The server is no master (any more). A new connection may find the one that is.
 DEMOTED: Final = {"READONLY", "MASTERDOWN"}
@@ -65,6 +67,8 @@ def code_of(error: BaseException) -> str:
         return ""
     if "unauthenticated" in str(error):  # The reply to a large command, in place of NOAUTH.
         return "AUTH"
+    if "max number of clients" in str(error):
+        return "MAXCLIENTS"
     match = _CODE.search(str(error))
     return _ALIASES.get(match[1], match[1]) if match else ""
 
@@ -75,47 +79,29 @@ def error_for(error: BaseException) -> Exception | None:
     if code in _PASSING or (not code and not isinstance(error, redis.exceptions.ResponseError)):
         return None
     if code:
-        return unavailable(f"Redis refuses: {code}", error)
+        return because(StoreUnavailable(f"Redis refuses: {code}"), error)
     word, _, rest = text.partition(" ")
     if refusal := _REFUSALS.get(word):
         return refusal(rest)
     if "unknown command" in text:  # No cause: it would show keys.
         return SessionError("Redis does not know the command EVALSHA: it has no Lua")
     if "WRONGTYPE" in text:
-        ours = SessionError("a key of ours holds another type of data; nothing was written. Is the prefix shared?")
+        words = "a key of ours holds another type of data; nothing was written. Is the prefix shared?"
     elif _FORBIDDEN.search(text):
         command = _COMMAND.search(text)
         what = f"the command {command[1]}" if command else "a command or a key of the scripts"
-        ours = SessionError(f"this user of Redis has no permission for {what}: see the ACL rule in the README")
+        words = f"this user of Redis has no permission for {what}: see the ACL rule in the README"
     else:
-        ours = SessionError("Redis refused the operation: the cause says why")
-    ours.__cause__ = error
-    return ours
+        words = "Redis refused the operation: the cause says why"
+    return because(SessionError(words), error)
 
 
 def final_error_for(error: BaseException) -> Exception:
     """Return what a caller gets who is told at once, even if a retry might help."""
-    return error_for(error) or unavailable(f"Redis refuses: {code_of(error)}", error)
+    return error_for(error) or because(StoreUnavailable(f"Redis refuses: {code_of(error)}"), error)
 
 
-def unavailable(why: str, cause: BaseException | None) -> StoreUnavailable:
-    """Return the error for a call that Redis did not answer; *cause* is the last failure."""
-    ours = StoreUnavailable(why)
-    ours.__cause__ = cause
-    return ours
-
-
-def mistake(error: BaseException) -> SessionError:
-    """Return the error for a mistake in this library, or in redis-py."""
-    ours = SessionError(f"a mistake in redis-session-sets: {type(error).__name__}")
-    ours.__cause__ = error
-    return ours
-
-
-def lost(error: BaseException | None) -> redis.exceptions.RedisError:
-    """Return the error for a connection that broke; *error* is what asyncio says about it, if anything."""
-    if isinstance(error, redis.exceptions.RedisError):
-        return error
-    ours = redis.exceptions.ConnectionError("the connection was lost")
-    ours.__cause__ = error
-    return ours
+def because(error: _E, cause: BaseException | None) -> _E:
+    """Return an error with its cause, which shows in a traceback."""
+    error.__cause__ = cause
+    return error

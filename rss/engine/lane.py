@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Final
@@ -12,9 +13,10 @@ import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
 
 from rss.engine.channel import Channel, open_channel
-from rss.engine.coalesce import BACKOFF, Batch, Call, Kind, Waiting
-from rss.engine.failures import DEMOTED, code_of, error_for, final_error_for, lost, mistake, unavailable
+from rss.engine.coalesce import Batch, Call, Kind, Waiting, backoff
+from rss.engine.failures import DEMOTED, because, code_of, error_for, final_error_for
 from rss.engine.scripts import Scripts
+from rss.errors import SessionError, StoreUnavailable
 from rss.keys import Plain
 
 #: Volleys of a lane that may be unanswered: while Redis runs one, Python sends or answers the other.
@@ -26,6 +28,7 @@ _SILENCE: Final = 2.0
 _CONNECTING: Final = 10.0
 # Times of the loop that lie so close together are looked at together.
 _MOMENT: Final = 0.005
+_BROKEN: Final = "the connection broke: it is not known what was done"
 
 
 class Node:
@@ -51,8 +54,6 @@ class Node:
         self.repair = Lane(self, 1, ROOM)
         self._make_connection = make_connection
         self._timeout = timeout
-        self._timer: asyncio.TimerHandle | None = None
-        self._watched = 0.0  # The loop's time of the last `watch`.
         self._guard: AsyncGenerator[None] | None = None
 
     @property
@@ -60,36 +61,12 @@ class Node:
         """All lanes."""
         return self.main, self.pages, self.repair
 
-    def look_at(self, when: float) -> None:
-        """Call `watch` at that time of the loop, or earlier."""
-        if self._timer is None or self._timer.when() > when + _MOMENT:
-            if self._timer:
-                self._timer.cancel()
-            self._timer = self.loop.call_at(when, self.watch, context=self.context)
-
-    def makes_room(self, lane: "Lane", most: int) -> bool:
-        """Return whether fewer than so many calls of a lane wait, without those that are late or whose caller is gone.
-
-        Looks for these once in a moment: many calls may ask.
-        """
-        if self.loop.time() > self._watched + _MOMENT:
-            self.watch()
-        return lane.waiting.count < most
-
-    def watch(self) -> None:
-        """Answer the calls whose deadline has passed, and look for silent channels, as long as any call waits."""
-        self._timer = None
-        now = self._watched = self.loop.time()
-        when = min(lane.watch(now) for lane in self.lanes)
-        if when < float("inf"):
-            self.look_at(max(when, now + _MOMENT))
-
     async def open(self, lane: "Lane") -> Channel:
         """Make a channel."""
         if self._guard is None:
             self._guard = self._until_the_loop_ends()
             await anext(self._guard)
-        return await open_channel(self._make_connection, lane, self._timeout)
+        return await open_channel(self._make_connection, lane.heard, lane.lost, self._timeout)
 
     async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
         """Close the connections even if nobody closes the store: `asyncio.run` closes generators before the loop."""
@@ -104,9 +81,6 @@ class Node:
         """Close the connections. Calls without a reply get `StoreUnavailable`."""
         for lane in self.lanes:
             lane.close()
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
 
     async def aclose(self) -> None:
         """Close the connections and wait until they are."""
@@ -142,6 +116,8 @@ class Lane:
         self._failures = 0  # In a row.
         self._trouble: Exception | None = None  # The last failure, until a reply comes.
         self._scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._watched = 0.0  # The loop's time of the last `_watch`.
 
     def __iter__(self) -> Iterator[Call]:
         """Iterate over all calls without a reply, and some whose caller is gone."""
@@ -168,16 +144,17 @@ class Lane:
         if not self.waiting.count:
             return
         channel, now = self._channel, self._node.loop.time()
-        self._node.look_at(now + self._node.patience)
-        if channel is None:
-            self._dial()
-            return
         try:
+            self._look_at(now + self._node.patience)
+            if channel is None:
+                self._dial()
+                return
             while self.waiting.count and (room := self._free(channel)):
                 batches = self.waiting.take(room, now)
                 if not batches:  # Redis refused these kinds a moment ago.
-                    self._node.look_at(now + _MOMENT)
+                    self._look_at(now + _MOMENT)
                     return
+                self._flying.extend(batches)
                 self._send(channel, batches)
         except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
             self._give_up(error)
@@ -195,19 +172,17 @@ class Lane:
 
     def _send(self, channel: Channel, batches: list[Batch]) -> None:
         batches[-1].last = True
-        self._flying.extend(batches)
         scripts, stems = self._node.scripts, self._node.layout.stems
         if self._must_load:
             self._must_load, self._load_error = False, None
             channel.send(scripts.load, [functools.partial(self._loaded, sha) for sha in scripts.shas.values()])
         packed = [batch.pack(scripts.shas[batch.queue.kind[0].script], stems(batch.queue.kind[1])) for batch in batches]
-        channel.send(b"".join(packed), [self._answered] * len(batches))
+        channel.send(b"".join(packed), [functools.partial(self._answered, batch) for batch in batches])
 
     # Replies come.
 
-    def _answered(self, reply: Any) -> None:
-        """Hand out the replies of the oldest batch."""
-        batch = self._flying[0]
+    def _answered(self, batch: Batch, reply: Any) -> None:
+        """Hand out the replies of a batch: the oldest that is in flight."""
         if reply.__class__ is list and reply:
             for call, own in zip(batch.calls, reply, strict=False):
                 answer = call.answer
@@ -218,7 +193,7 @@ class Lane:
                 else:
                     answer.set_result(own)
             if len(reply) < len(batch.calls):  # The script stopped early, because it had done enough.
-                self.waiting.put_back(batch.queue, batch.calls[len(reply) :])
+                self.waiting.put_back(batch, len(reply))
             self._failures, self._trouble = 0, None
             if batch.queue.refusals:
                 batch.queue.release()
@@ -237,9 +212,9 @@ class Lane:
             failed = batch.calls if code else batch.calls[:1]  # A code is about the server, not about a session.
             for call in failed:
                 call.fail(final_error_for(error))
-            self.waiting.put_back(batch.queue, batch.calls[len(failed) :])
+            self.waiting.put_back(batch, len(failed))
             return
-        queue = self.waiting.put_back(batch.queue, batch.calls)
+        queue = self.waiting.put_back(batch)
         queue.hold(error, self._node.loop.time(), at_once=code == "NOSCRIPT")
         self._must_load = self._must_load or code == "NOSCRIPT"
         self._demoted = self._demoted or code in DEMOTED
@@ -281,7 +256,7 @@ class Lane:
         """Make a channel: try until there is one, or no call waits any more."""
         while any(not call.answer.done() for call in self):
             if self._failures > 1:
-                await asyncio.sleep(BACKOFF.compute(self._failures))
+                await asyncio.sleep(backoff(self._failures))
             try:
                 async with asyncio.timeout(min(self._node.patience * 2 ** min(self._failures, 5), _CONNECTING)):
                     channel = await self._node.open(self)
@@ -293,10 +268,12 @@ class Lane:
             else:
                 if self._channel:
                     self._channel.abort(redis.exceptions.TimeoutError("the connection is silent"))
+                    self._channel = None
                     for lane in self._node.lanes:  # What is idle may have been dropped as silently.
                         lane.hang_up()
                 self._channel = channel
                 return
+        self.waiting.clear()  # The callers are gone.
 
     def hang_up(self) -> None:
         """Close the channel if it is idle."""
@@ -304,20 +281,23 @@ class Lane:
             self._channel.close()
             self._channel, self._demoted = None, False
 
-    def lost(self, channel: Channel, error: BaseException | None) -> None:
+    def lost(self, channel: Channel, error: Exception | None) -> None:
         """Send what was in flight again, if it may be repeated: it is not known whether Redis ran it."""
         if channel is not self._channel:
             return
         self._channel, self._demoted, self._must_load, self._load_error = None, False, False, None
         self._failures += 1
-        self._trouble = lost(error)
+        self._trouble = because(redis.exceptions.ConnectionError("the connection was lost"), error)
         flying, self._flying = self._flying, deque()
         for batch in flying:
-            if batch.queue.kind[0].repeatable:
-                self._node.repair.put_again(batch, self._trouble)
-            else:
-                for call in batch.calls:
-                    call.fail(unavailable("the connection broke: it is not known what was done", self._trouble))
+            try:
+                if batch.queue.kind[0].repeatable:
+                    self._node.repair.put_again(batch, self._trouble)
+                    continue
+            except Exception as mistake:  # noqa: BLE001 - no caller may be left without an answer
+                self._trouble = mistake
+            for call in batch.calls:
+                call.fail(because(StoreUnavailable(_BROKEN), self._trouble))
         self._schedule()
 
     def put_again(self, batch: Batch, trouble: Exception) -> None:
@@ -326,7 +306,7 @@ class Lane:
             call.losses += 1
         losses = batch.calls[0].losses
         # A call that breaks every channel goes behind the others, and is tried at longer and longer intervals.
-        queue = self.waiting.put_back(batch.queue, batch.calls, behind=losses > 1)
+        queue = self.waiting.put_back(batch, behind=losses > 1)
         if losses > 2:
             queue.hold(trouble, self._node.loop.time())
         self._trouble = trouble
@@ -334,35 +314,68 @@ class Lane:
 
     # Time passes.
 
-    def watch(self, now: float) -> float:
-        """Answer the calls whose deadline has passed, and doubt a silent channel. Returns when to look again."""
-        when = self.waiting.expire(now, self._trouble)
+    def has_room(self, most: int) -> bool:
+        """Return whether fewer than so many calls wait.
+
+        Calls that are late, or whose caller is gone, do not count. They are looked for once in a moment, because many
+        callers may ask.
+        """
+        if self.waiting.count >= most and self._node.loop.time() > self._watched + _MOMENT:
+            self._watch()
+        return self.waiting.count < most
+
+    def _look_at(self, when: float) -> None:
+        """Call `_watch` at that time of the loop, or earlier."""
+        if self._timer is None or self._timer.when() > when + _MOMENT:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self._node.loop.call_at(when, self._watch, context=self._node.context)
+
+    def _watch(self) -> None:
+        """Answer the calls whose deadline has passed, and doubt a silent channel, as long as any call waits."""
+        self._timer = None
+        now = self._watched = self._node.loop.time()
+        try:
+            if self._channel and not self._channel.usable:  # Its end is about to be told, or got lost by a mistake.
+                self.lost(self._channel, None)
+            when = min(self.waiting.expire(now, self._trouble), self._expire(now))
+            if self._flying and self._channel:
+                doubt = self._channel.heard_at + self._node.patience
+                if doubt <= now:
+                    self._dial()
+                    doubt = now + self._node.patience
+                when = min(when, doubt)
+            if when < math.inf:
+                self._look_at(max(when, now + _MOMENT))
+            if self.waiting.count:
+                self._schedule()
+        except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
+            self._give_up(error)
+
+    def _expire(self, now: float) -> float:
+        """Answer the calls in flight whose deadline has passed. Returns the loop's time when to look again."""
+        soonest = math.inf
         for batch in self._flying:
             for call in batch.calls:
                 if call.deadline <= now:
                     call.expire(self._trouble)
                 elif not call.answer.done():
-                    when = min(when, call.deadline)
-        if self._flying and self._channel:
-            doubt = self._channel.heard_at + self._node.patience
-            if doubt <= now:
-                self._dial()
-                doubt = now + self._node.patience
-            when = min(when, doubt)
-        if self.waiting.count:
-            self._schedule()
-        return when
+                    soonest = min(soonest, call.deadline)
+        return soonest
 
     def close(self) -> None:
         """Close the channel. Calls without a reply get `StoreUnavailable`."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
         with contextlib.suppress(RuntimeError):  # The event loop is closed: no caller waits any more.
-            self._fail(lambda: unavailable("the store was closed", self._trouble))
+            self._fail(lambda: because(StoreUnavailable("the store was closed"), self._trouble))
             if self._dialling:
                 self._dialling.cancel()
 
     def _give_up(self, error: BaseException) -> None:
         """Answer all callers after a mistake of ours, or of redis-py."""
-        self._fail(lambda: mistake(error))
+        self._fail(lambda: because(SessionError(f"a mistake in redis-session-sets: {type(error).__name__}"), error))
 
     def _fail(self, error: Callable[[], Exception]) -> None:
         channel, self._channel = self._channel, None

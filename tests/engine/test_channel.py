@@ -1,9 +1,9 @@
 """One connection: made as the client makes its own, and broken as soon as replies may not match requests."""
 
 import asyncio
-import contextlib
 import inspect
 import secrets
+import socket
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 from redis.credentials import CredentialProvider
 
 from rss import SessionError, SessionStore, StoreUnavailable
@@ -244,16 +246,16 @@ async def test_a_reply_to_nothing_reaches_nobody() -> None:
         await store.aclose()
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-async def test_bytes_too_many_while_connecting(where: str) -> None:
-    """Such a connection is not used: another is made, at intervals that grow."""
+@pytest.mark.parametrize("where", ["before", "after", "instead"])
+async def test_a_wrong_reply_to_the_greeting(where: str) -> None:
+    """Or more than one: such a connection is not used, and another is made, at intervals that grow."""
     async with fake(_ones) as server:
         setattr(server, where, b"$3\r\nold\r\n")
         store = SessionStore.from_url(server.url, timeout=1)
         with pytest.raises(StoreUnavailable, match="within the deadline: ConnectionError"):
             await store.touch("a")
         assert 3 < server.made < 40
-        server.before = server.after = b""
+        server.before = server.after = server.instead = b""
         assert await store.touch("a")
         await store.aclose()
 
@@ -286,10 +288,13 @@ async def test_a_reply_that_comes_byte_by_byte(url: str, admin: Redis) -> None:
             back.close()
 
         asking = asyncio.ensure_future(requests())
-        while byte := await there.read(1):
-            writer.write(byte)
-            await asyncio.sleep(0)
-        await asking
+        try:
+            while byte := await there.read(1):
+                writer.write(byte)
+                await asyncio.sleep(0)
+        finally:
+            asking.cancel()
+            back.close()
 
     async with (
         serving(trickle) as port,
@@ -298,22 +303,28 @@ async def test_a_reply_that_comes_byte_by_byte(url: str, admin: Redis) -> None:
         assert await works(store)
 
 
-async def test_a_server_that_hangs_up_at_once() -> None:
-    """It is dialled at intervals that grow, until the deadline."""
+@pytest.mark.parametrize("polite", [False, True])
+async def test_a_server_that_hangs_up_at_once(*, polite: bool) -> None:
+    """Or as soon as it has answered the handshake: it is dialled at intervals that grow, until the deadline.
+
+    The client's own retries, which may be far apart, do not count.
+    """
     made = 0
 
-    async def hang_up(*_: object) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal made
         made += 1
+        if polite:
+            data = await reader.read(1 << 16)
+            writer.write(b"+OK\r\n" * data.count(b"SETINFO"))
 
-    async with serving(hang_up) as port:
-        for options in ("?protocol=3", "?protocol=2"):
-            store = SessionStore.from_url(f"redis://127.0.0.1:{port}{options}", timeout=1)
-            with pytest.raises(StoreUnavailable, match="within the deadline: ConnectionError"):
-                await store.touch("a")
-            assert 3 < made < 40
-            made = 0
-            await store.aclose()
+    retry = Retry(ConstantBackoff(60), 10)
+    async with serving(hang_up) as port, Redis(port=port, protocol=2, retry=retry) as client:
+        store = SessionStore(client, timeout=1.5)
+        with pytest.raises(StoreUnavailable, match="within the deadline: ConnectionError"):
+            await store.touch("a")
+        assert 3 < made < 40
+        await store.aclose()
 
 
 async def test_a_server_that_is_no_redis() -> None:
@@ -357,13 +368,16 @@ async def test_a_peer_that_reads_too_slowly_is_given_no_more(url: str, admin: Re
     async with wired(url) as wire:
         store = SessionStore.from_url(wire.url, timeout=30)
         await store.load()
-        wire.silence()
-        calls = [asyncio.ensure_future(store.set(f"s{n}", {"v": "x" * 5_000_000})) for n in range(8)]
+        wire.stall()
+        calls = [asyncio.ensure_future(store.set(f"s{n}", {"v": "x" * 20_000_000})) for n in range(4)]
         await asyncio.sleep(0.3)
-        for call in calls[4:]:
+        for call in calls[1:]:
             call.cancel()
-        assert [type(one) for one in await outcomes(calls)] == [dict] * 4 + [asyncio.CancelledError] * 4
-        assert await admin.dbsize() == 4
+        await asyncio.sleep(0)
+        wire.go_on()
+        assert [type(one) for one in await outcomes(calls)] == [dict] + [asyncio.CancelledError] * 3
+        assert await store.touch("s0")  # Behind all that was sent.
+        assert await admin.dbsize() == 1
         await store.aclose()
 
 
@@ -385,15 +399,19 @@ async def test_what_was_given_up_does_not_arrive_later(url: str, admin: Redis) -
                     writer.write(data)
 
         answering = asyncio.ensure_future(replies())
-        with contextlib.suppress(OSError):
+        try:
             while data := await reader.read(1 << 16):
                 if first and holds:
                     await gate.wait()
                 back.write(data)
-        back.close()
-        await answering
+        finally:
+            answering.cancel()
+            back.close()  # It still sends what was written.
 
-    async with serving(relay, limit=1 << 12) as port:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.bind(("127.0.0.1", 0))
+    async with serving(relay, sock=sock) as port:
         store = SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=3)
         await store.set("a", {"v": 0})
         holds = True

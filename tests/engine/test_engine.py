@@ -208,6 +208,26 @@ async def test_aclose_waits_for_what_has_begun(url: str, admin: Redis) -> None:
             await call
 
 
+async def test_aclose_waits_for_an_operation_between_two_calls(url: str, admin: Redis) -> None:
+    """An operation that consists of several calls may have none under way for a moment."""
+    del admin
+    store = SessionStore.from_url(url)
+    await store.load()
+    ended = False
+
+    async def operation() -> None:
+        nonlocal ended
+        with store.operations.several():
+            await asyncio.sleep(0.2)
+            ended = True
+
+    running = asyncio.ensure_future(operation())
+    await asyncio.sleep(0)
+    await store.aclose()
+    assert ended
+    await running
+
+
 async def test_aclose_ends_at_the_deadline(url: str, admin: Redis) -> None:
     """When the server is silent or not there, also while it is dialled; no task is left."""
     for address in (url, "unix:///nowhere/redis.sock"):
@@ -380,27 +400,33 @@ def test_two_event_loops_at_once(url: str, loops: Callable[[], asyncio.AbstractE
 def test_a_fork(url: str) -> None:
     """The child begins anew, and what it does to its copy of the connections is not noticed by the parent."""
     store = SessionStore.from_url(url, references=["user_id"], timeout=20)
-    with asyncio.Runner() as runner:
-        assert runner.run(_touch(store)) is False
-        assert runner.run(_pages(store)) == []
+
+    async def parent() -> None:
+        assert await store.touch("a") is False
+        assert await store.ids_by("user_id", 1) == []
         for _ in range(3):
-            child = os.fork()
-            if not child:
-                code = 1
-                try:
-                    warnings.simplefilter("ignore")  # Of sockets that are the parent's.
-                    asyncio.set_event_loop(None)
-                    gc.collect()
-                    with asyncio.Runner() as own:
-                        code = 0 if own.run(works(store)) and own.run(_pages(store)) == [] else 2
-                    gc.collect()
-                finally:
-                    os._exit(code)
+            pid = os.fork()  # While the loop runs, as multiprocessing does it.
+            if not pid:
+                child()
             for _ in range(20):
-                assert runner.run(works(store))
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-            assert runner.run(works(store))
-        runner.run(store.aclose())
+                assert await works(store)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0  # noqa: ASYNC222 - it has ended, nearly
+            assert await works(store)
+        await store.aclose()
+
+    def child() -> NoReturn:
+        code = 1
+        try:
+            warnings.simplefilter("ignore")  # Of sockets that are the parent's.
+            gc.collect()
+            with asyncio.Runner() as own:
+                code = 0 if own.run(works(store)) and own.run(_pages(store)) == [] else 2
+            gc.collect()
+        finally:
+            os._exit(code)
+
+    with asyncio.Runner() as runner:
+        runner.run(parent())
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are new in Python 3.12")
@@ -438,8 +464,12 @@ async def test_no_context_of_a_request_lives_on(url: str, admin: Redis, monkeypa
 
         return observe
 
-    # What the event loop calls, beside `put`, which is the caller's own.
-    for place, name in ((channel.Channel, "data_received"), (channel.Channel, "connection_lost"), (lane.Node, "watch")):
+    # What is called when replies come, when connections break, and when time has passed.
+    for place, name in (
+        (channel.Channel, "data_received"),
+        (channel.Channel, "connection_lost"),
+        (coalesce.Waiting, "expire"),
+    ):
         monkeypatch.setattr(place, name, observed(getattr(place, name)))
     store = SessionStore.from_url(url, references=["user_id"], timeout=0.5)
     requests: list[weakref.ref[_Request]] = []
@@ -465,18 +495,23 @@ async def test_no_context_of_a_request_lives_on(url: str, admin: Redis, monkeypa
 
 # What the event loop calls, and what answers callers: an exception right there has nobody left to tell. All that these
 # call is broken.
-_OUTERMOST = {"data_received", "connection_lost", "resume_writing", "_flush", "_dialled"}
-_ANSWERS = {"fail", "_fail", "give_up", "_give_up", "expire"}
+_OUTERMOST = {"data_received", "connection_lost", "resume_writing", "_flush", "_dialled", "watch", "_watch"}
+_ANSWERS = {"fail", "_fail", "give_up", "_give_up", "close", "aclose"}
 
 
 def _functions() -> list[tuple[Any, str]]:
     """Return the functions of the engine that run for many callers at once."""
-    found: list[tuple[Any, str]] = [(lane, "error_for"), (lane, "code_of"), (lane, "lost"), (lane.Node, "look_at")]
-    for kind in (channel.Channel, coalesce.Queue, coalesce.Batch, coalesce.Waiting, lane.Lane):
+    found: list[tuple[Any, str]] = [(lane, "error_for"), (lane, "code_of")]
+    for kind in (channel.Channel, coalesce.Queue, coalesce.Batch, coalesce.Waiting, lane.Lane, lane.Node):
         for name, value in vars(kind).items():
-            if inspect.isfunction(value) and not name.startswith("__") and name not in _OUTERMOST | _ANSWERS:
+            if (
+                inspect.isfunction(value)
+                and not inspect.isasyncgenfunction(value)
+                and not name.startswith("__")
+                and name not in _OUTERMOST | _ANSWERS
+            ):
                 found.append((kind, name))
-    return [*found, (coalesce.Waiting, "expire")]
+    return found
 
 
 # A mistake where connections are closed leaves them to the garbage collector, which complains.
