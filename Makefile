@@ -6,8 +6,8 @@ VENV ?= .venv
 IN := $(VENV)/bin
 SOURCES := rss tests benchmarks
 
-# Most tests wait: for a server, a deadline, a browser. The tests of a file share a server and stay together. A crash ends
-# the run, since the test that crashed would be repeated.
+# Most tests wait: for a server, a deadline, a browser. The tests of a file share a server and stay together.
+# A crash ends the run: pytest-xdist would repeat the test that crashed.
 WORKERS := -n 4 --dist loadfile --max-worker-restart 0
 
 .PHONY: all demo serve test coverage lowest bench bench-quick lint format dist clean

@@ -24,8 +24,7 @@ local set, fence, n, cursor = KEYS[1], KEYS[2], tonumber(ARGV[3]), ARGV[4]
 local page, left = tonumber(ARGV[5]), tonumber(ARGV[6])
 arg = 6
 local ids = args(left)
-local token, reason, block = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3])
-local kept = tonumber(ARGV[arg + 4])
+local token, reason, block, kept = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3]), tonumber(ARGV[arg + 4])
 arg = arg + 4
 
 -- Let the fence live as long as it matters.

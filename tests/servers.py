@@ -207,14 +207,12 @@ async def serving(
     if sock is None:
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
-    running: set[asyncio.Task[None]] = set()
+    running: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def run() -> None:
             try:
                 await serve(reader, writer)
-            except asyncio.CancelledError:
-                writer.transport.abort()
             except OSError:  # The client hung up.
                 pass
             finally:
@@ -223,8 +221,8 @@ async def serving(
                     await writer.wait_closed()
 
         task = asyncio.get_running_loop().create_task(run())
-        running.add(task)
-        task.add_done_callback(running.discard)
+        running[task] = writer
+        task.add_done_callback(running.pop)
 
     start = asyncio.start_unix_server if sock.family == socket.AF_UNIX else asyncio.start_server
     server = await start(accept, sock=sock, ssl=tls)
@@ -233,7 +231,8 @@ async def serving(
     finally:
         server.close()
         for _ in range(5):  # What was accepted a moment ago is served a few turns later.
-            for task in running:
+            for task, writer in running.items():
+                writer.transport.abort()
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await asyncio.sleep(0)

@@ -70,6 +70,9 @@ CALLS: dict[str, Callable[[SessionStore, int], Awaitable[object]]] = {
     "ttl": lambda store, n: store.ttl(str(n)),
     "delete": lambda store, n: store.delete(str(n)),
     "rotate": lambda store, n: store.rotate(str(n)),
+    "count_by": lambda store, n: store.count_by("user_id", n, exact=False),
+    "blocked": lambda store, n: store.blocked("user_id", n),
+    "unblock": lambda store, n: store.unblock("user_id", n),
 }
 
 

@@ -95,6 +95,10 @@ async def _broken(url: str, shop: SessionStore) -> AsyncIterator[tuple[Proxy, Se
 
 REPEATED: dict[str, tuple[Call, object]] = {
     "get": (lambda s: s.get("a", ["n"]), {"id": "a", "n": 1}),
+    "get and touch": (lambda s: s.get("a", ["n"], touch=True), {"id": "a", "n": 1}),
+    "count_by": (lambda s: s.count_by("user_id", 1, exact=False), 1),
+    "blocked": (lambda s: s.blocked("user_id", 1), None),
+    "unblock": (lambda s: s.unblock("user_id", 1), False),
     "set": (lambda s: s.set("a", {"user_id": 2}), {"user_id": 2}),
     "unset": (lambda s: s.unset("a", ["n"]), None),
     "touch": (lambda s: s.touch("a"), True),
@@ -356,11 +360,13 @@ async def test_a_server_that_is_busy(shop: SessionStore, own: Keyspace, url: str
             except redis.exceptions.ResponseError as error:
                 assert "BUSY" in str(error)  # noqa: PT017 - it is not the subject
                 break
-        with pytest.raises(StoreUnavailable, match="BUSY"):
-            await SessionStore(impatient, timeout=0.1).get("a")
-        counting = asyncio.create_task(shop.increment("a", "n"))
-        await asyncio.sleep(0.05)
-        await own.client.script_kill()
+        try:
+            with pytest.raises(StoreUnavailable, match="BUSY"):
+                await SessionStore(impatient, timeout=0.5).get("a")
+            counting = asyncio.create_task(shop.increment("a", "n"))
+            await asyncio.sleep(0.05)
+        finally:
+            await own.client.script_kill()
         assert await counting == 2
         await endless
 

@@ -159,7 +159,8 @@ class Waiting:
     def take(self, room: int, now: float) -> list[Batch]:
         """Take the calls of a volley from the queues in turn; *room* is how many calls it may have.
 
-        A call that was in flight on two broken channels is alone in its volley, because it may be what breaks them.
+        A page is alone in its volley. So is a call that was in flight on two broken channels, since it may be what
+        breaks them.
         """
         batches: list[Batch] = []
         size = 0
@@ -173,7 +174,7 @@ class Waiting:
                 call = waiting.popleft()
                 if call.answer.done():  # The caller is gone.
                     continue
-                if call.losses > 1:
+                if call.losses > 1 or not kind[0].batched:
                     if batches or calls:
                         waiting.appendleft(call)
                         room = 0

@@ -29,13 +29,14 @@ _CONNECTING: Final = 10.0
 # Times of the loop that lie so close together are looked at together.
 _MOMENT: Final = 0.005
 _BROKEN: Final = "the connection broke: it is not known what was done"
+_PROTOCOL: Final = "Protocol error"
 
 
 class Node:
     """One server, as one event loop sees it.
 
-    Calls go through the lane `main`. Pages of reference sets go through `pages`, one in a volley, so that other calls
-    need not wait for them. What was in flight on a channel that broke goes again through `repair`, one volley at a
+    Calls go through the lane `main`. Pages of reference sets go through `pages`, so that other calls need not wait for
+    them. What was in flight on a channel that broke goes again through `repair`, one volley at a
     time: at first all together, then each call alone. So a call that makes Redis hang up takes no other call with it.
     """
 
@@ -49,9 +50,9 @@ class Node:
         self.loop = asyncio.get_running_loop()
         #: Empty: timers and callbacks must not keep the context of a request.
         self.context = contextvars.Context()
-        self.main = Lane(self, VOLLEYS, ROOM)
-        self.pages = Lane(self, VOLLEYS, 1)
-        self.repair = Lane(self, 1, ROOM)
+        self.main = Lane(self, VOLLEYS)
+        self.pages = Lane(self, VOLLEYS)
+        self.repair = Lane(self, 1)
         self._make_connection = make_connection
         self._timeout = timeout
         self._guard: AsyncGenerator[None] | None = None
@@ -93,7 +94,7 @@ class Node:
 class Lane:
     """One channel at a time: made when it is needed, made again when it breaks.
 
-    *volleys*: how many may be unanswered. *room*: how many calls a volley may have.
+    *volleys*: how many may be unanswered.
 
     Without a channel, `_dialling` makes one. With a channel, `_dialling` means that the channel is in doubt: it has
     been silent for long, so it gets no more, and another one is made. If the channel answers first, it stays. If the
@@ -101,12 +102,11 @@ class Lane:
     and a connection that was dropped without a word costs one wait.
     """
 
-    def __init__(self, node: Node, volleys: int, room: int) -> None:
+    def __init__(self, node: Node, volleys: int) -> None:
         #: The calls that were not sent yet.
         self.waiting = Waiting()
         self._node = node
         self._volleys = volleys
-        self._room = room
         self._channel: Channel | None = None
         self._flying: deque[Batch] = deque()  # What was sent through the channel and has no reply.
         self._demoted = False  # The server is no master: the channel is closed as soon as it owes no reply.
@@ -168,7 +168,7 @@ class Lane:
         waits = volleys and (self._must_load or self._demoted)
         if volleys == self._volleys or waits or channel.paused or self._dialling or not channel.usable:
             return 0
-        return min(self._room, -(-calls // self._volleys))
+        return min(ROOM, -(-calls // self._volleys))
 
     def _send(self, channel: Channel, batches: list[Batch]) -> None:
         batches[-1].last = True
@@ -197,7 +197,7 @@ class Lane:
             self._failures, self._trouble = 0, None
             if batch.queue.refusals:
                 batch.queue.release()
-        elif not isinstance(reply, Exception) or (str(reply).startswith("Protocol error") and len(batch.calls) > 1):
+        elif not isinstance(reply, Exception) or (_PROTOCOL in str(reply) and len(batch.calls) > 1):
             # Nobody knows whose reply it is; or one of the calls makes Redis hang up, and the repetition shows which.
             raise reply if isinstance(reply, Exception) else redis.exceptions.ConnectionError("Redis sent nonsense")
         else:

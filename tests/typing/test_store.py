@@ -68,6 +68,9 @@ async def without(client: Redis) -> None:
     store = SessionStore(client, references=["user_id"])
     assert_type(store, SessionStore[dict[str, Any]])
     assert_type(await store.get("a"), dict[str, Any])
+    assert_type(await store.ended("a"), str | None)
+    assert_type(await store.touch("a", "1h"), bool)
+    assert_type(await store.unset("a", ["x"]), None)
     await store.set("a", {"x": object()})
     async with SessionStore.from_url("redis://", references=["user_id"]) as owner:
         assert_type(owner, SessionStore[dict[str, Any]])
