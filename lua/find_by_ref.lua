@@ -14,9 +14,9 @@
     A session may be on two pages if the set grows or shrinks in between.
 ]]
 local function find_by()
-  local set, n, cursor, page = KEYS[1], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3]
+  local set, n, cursor, page = KEYS[key + 1], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3]
   local left = tonumber(ARGV[arg + 4])
-  key, arg = 1, arg + 4
+  key, arg = key + 1, arg + 4
   local ids = args(left)
   if left == 0 then
     local scanned = redis.pcall("SSCAN", set, cursor, "COUNT", page)

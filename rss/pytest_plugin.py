@@ -1,6 +1,7 @@
 """Fixtures that give tests a real Redis: `pytest_plugins = ["rss.pytest_plugin"]` in the top conftest.py."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ def _redis_server(pytestconfig: pytest.Config) -> Iterator[RedisServer]:
     """A server for the whole session: see `rss.testing.redis_server` for which one it is."""
     with redis_server() as server:
         pytestconfig.stash[_USED] = server.origin
+        # pytest-xdist has a dict here in a worker, and sends it to the process that writes the report.
+        getattr(pytestconfig, "workeroutput", {})["rss"] = server.origin
         yield server
 
 
@@ -21,6 +24,13 @@ def _redis_server(pytestconfig: pytest.Config) -> Iterator[RedisServer]:
 def redis_url(redis_server: RedisServer) -> str:
     """Its URL. If it was not started for the tests, it holds the data of others: use a prefix of your own."""
     return redis_server.url
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over from a worker of pytest-xdist which server it was."""
+    if origin := getattr(node, "workeroutput", {}).get("rss"):
+        node.config.stash[_USED] = origin
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +98,9 @@ class Secrecy(logging.Handler):
 
     def leaks(self) -> list[str]:
         """Return in what something was seen: "a command", "the log"."""
-        commands, logged = b"\n".join(self.commands).decode(errors="replace"), "\n".join(self.logged)
+        # Each word once: most commands repeat the names of scripts and keys.
+        words = re.findall(r"[\w-]{20,}", b"\n".join(self.commands).decode(errors="replace"))
+        commands, logged = "\n".join(set(words)), "\n".join(self.logged)
         in_redis = ["a command" for token in self.tokens if token in commands]
         return in_redis + ["the log" for secret in self.tokens | self.others if secret in logged]
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -256,6 +257,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_for(port: int) -> None:
+    """Wait until somebody listens on a port of the loopback."""
+    until = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert time.monotonic() < until, "nobody listens on the port"
+            time.sleep(0.01)
+        else:
+            return
+
+
 @contextmanager
 def sentinel(folder: Path, master: int) -> Iterator[int]:
     """Run a sentinel that watches the master "main" on a port, and yield its own port."""
@@ -269,6 +283,7 @@ def sentinel(folder: Path, master: int) -> Iterator[int]:
     )
     process = subprocess.Popen([binary, str(config), "--sentinel"], stdout=subprocess.DEVNULL)
     try:
+        wait_for(port)
         yield port
     finally:
         process.terminate()

@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +13,9 @@ from redis.asyncio import Redis
 from rss import Reference, SessionError, SessionStore
 from tests.keyspace import Keyspace
 
+README = (Path(__file__).parents[1] / "README.md").read_text()
 #: What a user of Redis must be allowed for a store with the prefix "rss", and no more.
-#: A client with a database number needs +select too, one with a name +client|setname.
-ACL_RULE = """
-resetkeys ~rss:* resetchannels -@all
-+evalsha +script|load
-+time +exists +pttl +pexpire +pexpireat +unlink +rename
-+hget +hmget +hgetall +hset +hdel +hincrby
-+sadd +srem +scard +sismember +smembers +srandmember +sscan
-"""
+ACL_RULE = README.split("for the prefix `rss`:\n\n```\n", 1)[1].split("```", 1)[0]
 COMMANDS = re.findall(r"\+(\S+)", ACL_RULE)
 
 #: More sessions than a page of `find_by` and `delete_by` has.

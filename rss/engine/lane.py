@@ -117,6 +117,7 @@ class Lane:
         self._trouble: Exception | None = None  # The last failure, until a reply comes.
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._watched = 0.0  # The loop's time of the last `_watch`.
 
     def __iter__(self) -> Iterator[Call]:
@@ -326,10 +327,11 @@ class Lane:
 
     def _look_at(self, when: float) -> None:
         """Call `_watch` at that time of the loop, or earlier."""
-        if self._timer is None or self._timer.when() > when + _MOMENT:
+        if self._timer is None or self._due > when + _MOMENT:
             if self._timer:
                 self._timer.cancel()
             self._timer = self._node.loop.call_at(when, self._watch, context=self._node.context)
+            self._due = when  # The handle cannot always tell: that of uvloop has no `when` if the time has come.
 
     def _watch(self) -> None:
         """Answer the calls whose deadline has passed, and doubt a silent channel, as long as any call waits."""
@@ -358,7 +360,7 @@ class Lane:
         for batch in self._flying:
             for call in batch.calls:
                 if call.deadline <= now:
-                    call.expire(self._trouble)
+                    call.expire(batch.queue.trouble or self._trouble)
                 elif not call.answer.done():
                     soonest = min(soonest, call.deadline)
         return soonest

@@ -601,6 +601,8 @@ async def test_a_failover_by_sentinels(tmp_path: Path) -> None:
                 counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
                 while len(counted) < 50:
                     await asyncio.sleep(0.01)
+                while await second.hget("rss:{a}", "n") is None:
+                    await asyncio.sleep(0.01)
                 await _fail_over(guard)
                 await until(first, "replication", "role", "slave")
                 await until(second, "replication", "role", "master")
