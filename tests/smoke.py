@@ -15,7 +15,7 @@ from rss.testing import redis_server
 installed, lua = Path(rss.__file__).parent, Path(sys.argv[1])
 assert sys.prefix in str(installed), installed
 files = {file.name: file.read_bytes() for file in lua.glob("*.lua")}
-assert files == {file.name: file.read_bytes() for file in (installed / "lua").iterdir()}
+assert files == {file.name: file.read_bytes() for file in (installed / "lua").glob("*.lua")}
 assert (installed / "py.typed").exists()
 assert (installed / "demo" / "templates" / "base.html").exists()
 assert (installed / "demo" / "static" / "live.js").exists()
