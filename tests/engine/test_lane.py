@@ -466,11 +466,12 @@ async def test_a_server_that_is_gone_for_hours(monkeypatch: pytest.MonkeyPatch) 
             await store.aclose()
 
 
+@pytest.mark.timeout(180)  # More than a thousand attempts, each on a new connection.
 async def test_a_server_that_refuses_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are run as soon as it does not."""
     hours, refusing = _Hours(monkeypatch), True
     async with fake(lambda command: b"-READONLY later\r\n" if refusing else _ones(command)) as server:
-        store = SessionStore.from_url(server.url, timeout=40)
+        store = SessionStore.from_url(server.url, timeout=150)
         calls = [asyncio.ensure_future(store.touch(str(n))) for n in range(5)]
         await asyncio.wait([asyncio.ensure_future(hours.pass_by()), *calls], return_when=asyncio.FIRST_COMPLETED)
         assert hours.attempts >= 1100
