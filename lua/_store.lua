@@ -39,7 +39,7 @@ local function clock()
   return now
 end
 
--- What undoes the writes of a session that was not finished; false while there is nothing to undo.
+-- A function that undoes the writes of the session at work, or false. `each` calls it if a later write fails.
 local undo = false
 
 -- Call a function for each session of the batch. It reads the keys and arguments of one session and returns its reply.

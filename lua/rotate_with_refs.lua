@@ -39,7 +39,7 @@ local function rotate()
   if refused then return refused end
   local plan = plan_move(session, id, 0)
   if plan.err then return plan end
-  -- Whoever planted an id before a login must not get into the session with it.
+  -- An id that was planted before a login must not lead into the session after it.
   if changes_identity(session) then grace = nil end
 
   local ttl = given and lifetime(session, given) or session.ttl
