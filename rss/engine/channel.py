@@ -39,7 +39,7 @@ _GREETED: Final = sha(_HELLO).encode()
 class Channel(asyncio.Protocol):
     """A connection that was greeted; `open_channel` makes it.
 
-    *heard* is called when all replies of one read were handed out, and when the peer takes more bytes again. *lost* is
+    *heard* is called when the replies of a read were handed out, and when the peer takes more bytes again. *lost* is
     called once, when there will be no more replies: unless the channel was closed.
     """
 
@@ -89,14 +89,12 @@ class Channel(asyncio.Protocol):
         self.heard_at = self._loop.time()
         try:
             self._reader.feed(data)
-            while (reply := self._reader.gets()) is not _NOTHING:
+            while self._lost and (reply := self._reader.gets()) is not _NOTHING:
                 if not isinstance(reply, _PUSH):
                     self._answers.popleft()(reply)
         except Exception as error:  # noqa: BLE001 - replies and requests may no longer match
             self.abort(error)
-        else:
-            if self._lost:
-                self._heard(self)
+        self._heard(self)
 
     def pause_writing(self) -> None:
         self.paused = True

@@ -5,17 +5,15 @@ loop has run what is ready. Then all calls of one kind, such as those that read 
 the calls of several kinds go out in one write: a volley.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from redis.backoff import EqualJitterBackoff
 
-from rss.engine.failures import because, code_of
+from rss.engine.call import Call
 from rss.engine.scripts import pack
-from rss.errors import StoreUnavailable
 
 # A volley carries about so many bytes, unless a single call is larger.
 _MAX_BYTES: Final = 131_072
@@ -45,35 +43,6 @@ class Operation:
 
 #: What the calls of one EVALSHA share: the operation, the partition, and the arguments before those of the sessions.
 Kind = tuple[Operation, int, tuple[str, ...]]
-
-
-class Call:
-    """What one caller wants, and the future that gets the reply."""
-
-    __slots__ = ("answer", "args", "deadline", "keys", "losses", "size")
-
-    def __init__(
-        self, keys: Sequence[str], args: Sequence[str | bytes], size: int, deadline: float, answer: asyncio.Future[Any]
-    ) -> None:
-        self.keys = keys
-        self.args = args
-        self.size = size
-        self.deadline = deadline
-        self.answer = answer
-        #: How many channels broke while it was in flight.
-        self.losses = 0
-
-    def fail(self, error: Exception) -> None:
-        """Answer with an error, unless the caller has an answer or is gone."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
-
-    def expire(self, trouble: Exception | None) -> None:
-        """Answer that the deadline has passed; *trouble* is the last failure."""
-        why = "it takes too long"
-        if trouble and not isinstance(trouble, TimeoutError):
-            why = code_of(trouble) or type(trouble).__name__
-        self.fail(because(StoreUnavailable(f"no answer from Redis within the deadline: {why}"), trouble))
 
 
 class Queue:
@@ -172,7 +141,7 @@ class Waiting:
             before = len(waiting)
             while waiting and room > 0 and size < _MAX_BYTES and queue.held_until <= now:
                 call = waiting.popleft()
-                if call.answer.done():  # The caller is gone.
+                if call.done():  # The caller is gone.
                     continue
                 if call.losses > 1 or not kind[0].batched:
                     if batches or calls:
@@ -205,9 +174,9 @@ class Waiting:
                 for call in calls:
                     if call.deadline <= now:
                         call.expire(queue.trouble or trouble)
-                    elif not call.answer.done():
+                    elif not call.done():
                         soonest = min(soonest, call.deadline)
-            while calls and (calls[0].deadline <= now or calls[0].answer.done()):
+            while calls and (calls[0].deadline <= now or calls[0].done()):
                 calls.popleft().expire(queue.trouble or trouble)
                 self.count -= 1
             if calls:

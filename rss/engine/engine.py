@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from redis.asyncio import Redis
 
-from rss.engine.coalesce import Call, Operation
+from rss.engine.call import Call
+from rss.engine.coalesce import Operation
 from rss.engine.lane import Node
 from rss.engine.scripts import Scripts
 from rss.errors import StoreUnavailable
@@ -43,7 +44,7 @@ class Engine:
         shared: tuple[str, ...] = (),
         partition: int = 0,
         begun: bool = False,
-    ) -> asyncio.Future[Any]:
+    ) -> Call:
         """Run an operation for one session; the result is its reply.
 
         *shared*: the arguments before those of the sessions; only calls that share them become one batch.
@@ -59,13 +60,14 @@ class Engine:
             node = self._begin(loop)
         lane = node.main if operation.batched else node.pages
         size = sum(map(len, args)) if operation.sized else 0
-        answer: asyncio.Future[Any] = loop.create_future()
-        if lane.waiting.count >= MAX_PENDING and not lane.has_room(MAX_PENDING):
+        call = Call(loop, keys, args, size, loop.time() + self._timeout)
+        if lane.waiting.count < MAX_PENDING or lane.has_room(MAX_PENDING):
+            lane.put((operation, partition, shared), call)
+        else:
             # In the next turn: a caller that tries again at once must not keep the loop from sending what waits.
-            loop.call_soon(_refuse, answer, context=node.context)
-            return answer
-        lane.put((operation, partition, shared), Call(keys, args, size, loop.time() + self._timeout, answer))
-        return answer
+            refusal = StoreUnavailable(f"{MAX_PENDING:,} calls wait for Redis: no more are taken")
+            loop.call_soon(call.fail, refusal, context=node.context)
+        return call
 
     @contextmanager
     def operation(self) -> Iterator[None]:
@@ -85,7 +87,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         while True:
             lanes = self._node.lanes if self._node and self._node.loop is loop else ()
-            pending = {call.answer for lane in lanes for call in lane if not call.answer.done()}
+            pending: set[asyncio.Future[Any]] = {call for lane in lanes for call in lane if not call.done()}
             pending |= {done for done in self._operations if done.get_loop() is loop}
             if not pending:
                 return
@@ -120,11 +122,6 @@ class Engine:
         """Begin anew in a child process: the connections are the parent's, so they must not even be closed."""
         self._forget()
         self._operations.clear()
-
-
-def _refuse(answer: asyncio.Future[Any]) -> None:
-    if not answer.done():
-        answer.set_exception(StoreUnavailable(f"{MAX_PENDING:,} calls wait for Redis: no more are taken"))
 
 
 def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Final
 import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
 
+from rss.engine.call import Call
 from rss.engine.channel import Channel, open_channel
-from rss.engine.coalesce import Batch, Call, Kind, Waiting, backoff
+from rss.engine.coalesce import Batch, Kind, Waiting, backoff
 from rss.engine.failures import DEMOTED, because, code_of, error_for, final_error_for
 from rss.engine.scripts import Scripts
 from rss.errors import SessionError, StoreUnavailable
@@ -185,25 +186,28 @@ class Lane:
     def _answered(self, batch: Batch, reply: Any) -> None:
         """Hand out the replies of a batch: the oldest that is in flight."""
         if reply.__class__ is list and reply:
-            for call, own in zip(batch.calls, reply, strict=False):
-                answer = call.answer
-                if answer.done():
-                    continue
-                if isinstance(own, Exception):
-                    answer.set_exception(final_error_for(own))
-                else:
-                    answer.set_result(own)
             if len(reply) < len(batch.calls):  # The script stopped early, because it had done enough.
                 self.waiting.put_back(batch, len(reply))
+                del batch.calls[len(reply) :]
             self._failures, self._trouble = 0, None
             if batch.queue.refusals:
                 batch.queue.release()
+            self._scheduled = True  # The callers run here; `heard` sends what they want next.
+            for call, own in zip(batch.calls, reply, strict=False):
+                if call.done():
+                    continue
+                if isinstance(own, Exception):
+                    call.set_exception(final_error_for(own))
+                else:
+                    call.reply(own)
+            if self._flying:  # Unless a caller has closed the store.
+                self._flying.popleft()
         elif not isinstance(reply, Exception) or (_PROTOCOL in str(reply) and len(batch.calls) > 1):
             # Nobody knows whose reply it is; or one of the calls makes Redis hang up, and the repetition shows which.
             raise reply if isinstance(reply, Exception) else redis.exceptions.ConnectionError("Redis sent nonsense")
         else:
             self._refused(batch, reply)
-        self._flying.popleft()
+            self._flying.popleft()
 
     def _refused(self, batch: Batch, error: Exception) -> None:
         """Redis did not run a script, or the script failed at its first session."""
@@ -227,16 +231,13 @@ class Lane:
             raise redis.exceptions.ConnectionError("Redis sent a reply to something else")
 
     def heard(self, channel: Channel) -> None:
-        """Send more, after the callers that just got a reply have run: they often call again.
-
-        Always, also if no call waits yet: what they call then goes out in the same turn of the event loop.
-        """
+        """Send more: the callers that just got a reply often call again."""
         if channel is self._channel:
             if self._dialling:
                 self._dialling.cancel()
             if self._demoted and not self._flying:
                 self.hang_up()
-            self._schedule()
+        self._flush()
 
     # Channels come and go.
 
@@ -255,7 +256,7 @@ class Lane:
 
     async def _connect(self) -> None:
         """Make a channel: try until there is one, or no call waits any more."""
-        while any(not call.answer.done() for call in self):
+        while any(not call.done() for call in self):
             if self._failures > 1:
                 await asyncio.sleep(backoff(self._failures))
             try:
@@ -299,6 +300,7 @@ class Lane:
                 self._trouble = mistake
             for call in batch.calls:
                 call.fail(because(StoreUnavailable(_BROKEN), self._trouble))
+        self._scheduled = False  # What `_answered` relied on may not come.
         self._schedule()
 
     def put_again(self, batch: Batch, trouble: Exception) -> None:
@@ -361,7 +363,7 @@ class Lane:
             for call in batch.calls:
                 if call.deadline <= now:
                     call.expire(batch.queue.trouble or self._trouble)
-                elif not call.answer.done():
+                elif not call.done():
                     soonest = min(soonest, call.deadline)
         return soonest
 

@@ -1,0 +1,183 @@
+"""A caller goes on as soon as its reply is there, and nothing that it does then harms the others."""
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from rss import SessionStore
+from rss.engine.call import Call
+from tests.conftest import LOOPS
+from tests.engine.callers import outcomes
+
+_NAME: contextvars.ContextVar[str] = contextvars.ContextVar("_NAME", default="nobody")
+
+
+async def _scripts(admin: Redis) -> int:
+    stats = await admin.info("commandstats")
+    return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+async def test_what_the_callers_of_a_batch_call_next_is_the_next_batch(url: str, admin: Redis) -> None:
+    """Twenty callers that each read five times cost ten scripts: two volleys a time."""
+    async with SessionStore.from_url(url) as store:
+        for n in range(20):
+            await store.set(str(n), {"n": n})
+        before = await _scripts(admin)
+
+        async def work(n: int) -> None:
+            for _ in range(5):
+                await store.get(str(n))
+
+        await asyncio.gather(*(work(n) for n in range(20)))
+        assert await _scripts(admin) - before == 10
+
+
+async def test_a_caller_ends_the_others_of_its_batch(url: str, admin: Redis) -> None:
+    """The first caller with a reply cancels the rest: they are cancelled, and the store works."""
+    del admin
+    async with SessionStore.from_url(url) as store:
+        tasks: list[asyncio.Task[None]] = []
+
+        async def work(n: int) -> None:
+            await store.get(str(n))
+            for task in tasks:
+                if task is not asyncio.current_task():
+                    task.cancel()
+
+        tasks += [asyncio.create_task(work(n)) for n in range(10)]
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(isinstance(one, asyncio.CancelledError) for one in done) == 9
+        assert await store.set("again", {"n": 1}) == {"n": 1}
+
+
+async def test_a_caller_closes_the_store(url: str, admin: Redis) -> None:
+    """What was called at the same time still gets its reply."""
+    del admin
+    store = SessionStore.from_url(url)
+    await store.load()
+
+    async def close() -> None:
+        await store.get("first")
+        await store.aclose()
+
+    async def read(n: int) -> dict[str, object]:
+        return await store.get(str(n))
+
+    found = await outcomes([close(), *(read(n) for n in range(30))])
+    assert found == [None, *[{}] * 30]
+
+
+async def test_each_caller_keeps_its_context(url: str, admin: Redis) -> None:
+    """A caller that goes on while another one's reply was read finds its own context variables."""
+    del admin
+    async with SessionStore.from_url(url) as store:
+
+        async def work(name: str) -> str:
+            _NAME.set(name)
+            await store.get(name)
+            held = _NAME.get()
+            _NAME.set("changed")
+            await store.get(name)
+            return held + _NAME.get()
+
+        names = [f"caller{n}" for n in range(20)]
+        assert await outcomes(map(work, names)) == [f"{name}changed" for name in names]
+        assert _NAME.get() == "nobody"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("loops", LOOPS.values(), ids=LOOPS)
+def test_a_caller_that_ends_the_program(
+    url: str, loops: Callable[[], asyncio.AbstractEventLoop], end: type[BaseException]
+) -> None:
+    """The exception leaves the event loop, and the other callers of the batch have their replies."""
+    loop = loops()
+    store = SessionStore.from_url(url)
+    done: list[int] = []
+
+    async def work(n: int) -> None:
+        await store.get(str(n))
+        if n == 0:
+            raise end
+        done.append(n)
+
+    try:
+        loop.run_until_complete(store.load())
+        tasks = [loop.create_task(work(n)) for n in range(10)]
+        with pytest.raises(end):
+            loop.run_until_complete(asyncio.wait(tasks[1:]))
+        loop.run_until_complete(asyncio.wait(tasks[1:]))
+        assert sorted(done) == [*range(1, 10)]
+        with pytest.raises(end):
+            tasks[0].result()
+        loop.run_until_complete(store.aclose())
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+async def test_a_reply_runs_its_caller_at_once() -> None:
+    """When `reply` returns, the caller has gone on to what it awaits next."""
+    loop = asyncio.get_running_loop()
+    call, done = Call(loop, (), (), 0, 0.0), loop.create_future()
+    steps: list[str] = []
+
+    async def wait() -> None:
+        steps.append(await call)
+        await asyncio.sleep(0)
+        steps.append("later")
+
+    def reply() -> None:
+        call.reply("at once")
+        done.set_result([*steps])
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    loop.call_soon(reply)
+    assert await done == ["at once"]
+    await task
+    assert steps == ["at once", "later"]
+
+
+async def test_a_call_is_a_future() -> None:
+    """Whoever else waits for it, and however it ends, each is told once."""
+
+    def call() -> Call:
+        return Call(asyncio.get_running_loop(), (), (), 0, 0.0)
+
+    async def wait(for_call: Call) -> object:
+        return await for_call
+
+    for end in ("reply", "set_exception", "cancel"):
+        one, told = call(), list[object]()
+        task, other = asyncio.create_task(wait(one)), asyncio.create_task(wait(one))
+        shielded = asyncio.shield(one)
+        one.add_done_callback(told.append)
+        await asyncio.sleep(0)
+        if end == "reply":
+            asyncio.get_running_loop().call_soon(one.reply, "result")
+            assert [*await asyncio.gather(task, other, shielded)] == ["result"] * 3
+        elif end == "set_exception":
+            one.set_exception(ValueError("told"))
+            found = await asyncio.gather(task, other, shielded, return_exceptions=True)
+            assert [type(each) for each in found] == [ValueError] * 3
+        else:
+            one.cancel()
+            found = await asyncio.gather(task, other, shielded, return_exceptions=True)
+            assert [type(each) for each in found] == [asyncio.CancelledError] * 3
+        await asyncio.sleep(0)
+        assert told == [one]
+
+
+async def test_a_caller_with_a_time_limit_of_its_own(url: str, admin: Redis) -> None:
+    """`asyncio.timeout` ends it, and the store goes on."""
+    async with SessionStore.from_url(url) as store:
+        await admin.client_pause(300)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await store.get("session")
+        await admin.client_unpause()
+        assert await store.get("session") == {}
