@@ -181,9 +181,10 @@ class Session(Generic[S]):
 
         async with self._lock:
             ttl = await self._write(unset)
-            if ttl is not None:
-                self._owe(ttl)
-                self._values = {k: v for k, v in self._values.items() if k not in names} if self._values else None
+            if ttl is None:
+                return
+            self._owe(ttl)
+            self._values = {k: v for k, v in self._values.items() if k not in names} if self._values else None
 
     async def replace(
         self, before: Mapping[str, Any], after: Mapping[str, Any], max_age: Duration | None = None
@@ -260,9 +261,9 @@ class Session(Generic[S]):
                 await self._create(fields, max_age)
             else:
                 self._adopt(token, new, ttl)
-                self._note(fields)
                 if self._values:
                     self._values["id"] = new
+                self._note(fields)
 
     async def create_csrf_token(self) -> str:
         """Return a token for the forms of this session; makes one if there is none. Another each time, all are valid.

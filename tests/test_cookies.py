@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import sys
 from typing import Any
 
 import hypothesis.strategies as st
@@ -150,6 +151,14 @@ def test_a_bad_policy_is_refused(options: dict[str, Any], why: str) -> None:
     """What browsers would refuse, and what could begin another header or attribute."""
     with pytest.raises(ValueError, match=why):
         CookiePolicy(**options)
+
+
+def test_signing_needs_itsdangerous(store_without_server: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is not installed, the error says how to install it. Without keys it is not needed."""
+    monkeypatch.setitem(sys.modules, "itsdangerous", None)
+    Sessions(store_without_server)
+    with pytest.raises(RuntimeError, match=r"pip install redis-session-sets\[signed\]"):
+        Sessions(store_without_server, secret_keys=["k" * 16])
 
 
 @pytest.fixture(name="store_without_server", scope="module")

@@ -63,6 +63,7 @@ async def test_a_limit_that_refuses(client: Redis, keyspace: Keyspace) -> None:
         with pytest.raises(LimitExceeded) as raised:
             await write
         assert raised.value.field == "user_id"
+        assert str(raised.value) == "no more sessions are allowed for this value of 'user_id'"
         assert await keyspace.dump() == before
     await store.set("a", {"user_id": 1, "x": 1})
     a = await store.rotate("a", {"user_id": 1})

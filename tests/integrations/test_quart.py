@@ -166,6 +166,22 @@ async def test_quart_session_takes_what_quarts_own_takes(sessions: Sessions) -> 
         assert session["_user"] == "x"
 
 
+async def test_how_quart_session_describes_itself(sessions: Sessions) -> None:
+    """`len` counts the items of the application. The repr tells the state of the session, but no value and no id."""
+
+    async def write() -> str:
+        quart.session.update({"user_id": 1, "theme": "dark"})
+        return ""
+
+    async def look() -> list[Any]:
+        return [len(quart.session), repr(quart.session)]
+
+    client = create_app(sessions, write=write, look=look).test_client()
+    assert await (await client.get("/look", scheme="https")).get_json() == [0, "<DictSession of <Session: none>>"]
+    await client.get("/write", scheme="https")
+    assert await (await client.get("/look", scheme="https")).get_json() == [2, "<DictSession of <Session: alive>>"]
+
+
 async def test_a_transaction_of_the_test_client(sessions: Sessions) -> None:
     """It works as with Quart's own sessions."""
 
@@ -274,6 +290,7 @@ async def test_only_a_view_that_looks_varies(sessions: Sessions, keyspace: Keysp
     """Whether the session is read for a request does not matter: whether the response depends on it does."""
 
     async def untouched() -> str:
+        quart.session.accessed = True  # Some versions of Quart set this in every request.
         return ""
 
     async def look() -> str:
