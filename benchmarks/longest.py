@@ -1,8 +1,8 @@
 """Measures the longest script that legal calls can cause: `python -m benchmarks.longest`.
 
 While a script runs, Redis answers no other client. Each case fills a server, makes the most expensive calls that the
-store accepts, a hundred at once, and reads from SLOWLOG how long the longest EVALSHA took. It fails if the best of
-three repetitions of a case is over 5 ms.
+store accepts, a hundred at once, and reads from SLOWLOG how long the longest EVALSHA took. Another process PINGs
+meanwhile. It fails if the longest script in the best of three repetitions of a case is over 5 ms.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from typing import Any
 from redis import Redis
 
 from benchmarks import tables
+from benchmarks.bystander import Bystander
 from benchmarks.server import own_server, version
-from rss import LimitExceeded, Reference, SessionStore
+from rss import IdentityChanged, LimitExceeded, Reference, SessionStore
 
 LIMIT = 5.0  # Milliseconds.
 TOGETHER = 100
@@ -37,6 +38,7 @@ class Bench:
 
     url: str
     admin: Redis
+    bystander: Bystander
     longest: float = 0.0
     scripts: int = 0
     stores: int = field(default=0)
@@ -51,10 +53,11 @@ class Bench:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note the longest script of the calls inside, in milliseconds."""
+        """Note the longest script of the calls inside, in milliseconds, and let the bystander PING."""
         self.admin.config_resetstat()
         self.admin.slowlog_reset()
-        yield
+        with self.bystander.pinging():
+            yield
         entries = self.admin.slowlog_get(-1)
         took = [one["duration"] / 1000 for one in entries if one["command"].upper().startswith(b"EVALSHA")]
         self.longest = max(took, default=0.0)
@@ -76,10 +79,10 @@ def case(name: str) -> Callable[[Case], Case]:
 
 
 async def at_once(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Wait for calls that go out together. A `LimitExceeded` is a result."""
+    """Wait for calls that go out together. To be refused is a result."""
     replies = await asyncio.gather(*calls, return_exceptions=True)
     for reply in replies:
-        if isinstance(reply, BaseException) and not isinstance(reply, LimitExceeded):
+        if isinstance(reply, BaseException) and not isinstance(reply, LimitExceeded | IdentityChanged):
             raise reply
     return replies
 
@@ -407,13 +410,79 @@ async def _(bench: Bench) -> None:
             assert len(await store.ids_by("tags", "a")) == 1
 
 
+# Fences, blocks, and identities.
+
+
+async def fence(store: SessionStore, values: Iterable[str]) -> None:
+    """Leave a fence beside each set: a block that is over."""
+    for value in values:
+        await store.block("tags", value, "1ms")
+
+
+@case("create, 128 references with fences")
+async def _(bench: Bench) -> None:
+    async with bench.store() as store:
+        await fence(store, tags())
+        with bench.watched():
+            await at_once(store.create({"tags": tags()}) for _ in range(TOGETHER))
+
+
+@case("rotate, from 128 references to 128 others, all with fences")
+async def _(bench: Bench) -> None:
+    async with bench.store() as store:
+        ids = await make(store, [{"tags": tags(1)}] * TOGETHER)
+        await asyncio.gather(fence(store, tags(2)), *(store.unblock("tags", value) for value in tags(1)))
+        with bench.watched():
+            await at_once(store.rotate(session_id, {"tags": tags(2)}) for session_id in ids)
+
+
+@case("create, the last of 128 references is blocked")
+async def _(bench: Bench) -> None:
+    async with bench.store() as store:
+        await fence(store, tags()[:-1])
+        await store.block("tags", tags()[-1], "1h")
+        with bench.watched():
+            await at_once(store.create({"tags": tags()}) for _ in range(TOGETHER))
+
+
+@case("block, 10,000 sessions")
+async def _(bench: Bench) -> None:
+    async with bench.store() as store:
+        await make(store, [{"tags": "a"}] * 10_000)
+        with bench.watched():
+            assert await store.block("tags", "a", "1h") == 10_000
+
+
+@case("rotate to an identity with 1,000 sessions, its limit")
+async def _(bench: Bench) -> None:
+    references = {"user_id": Reference(identity=True, limit=MEMBERS), "tags": Reference()}
+    async with bench.store(references=references) as store:
+        await make(store, [{"user_id": 1}] * MEMBERS)
+        ids = await make(store, [{"user_id": n + 2, "tags": tags()[:-1]} for n in range(TOGETHER)])
+        with bench.watched():
+            await at_once(store.rotate(session_id, {"user_id": 1}) for session_id in ids)
+
+
+@case("set, 1,000 fields and another identity, refused")
+async def _(bench: Bench) -> None:
+    async with bench.store(references={"user_id": Reference(identity=True), "tags": Reference()}) as store:
+        ids = await make(store, [{"user_id": 1, "tags": tags()[:-1]}] * TOGETHER)
+        values = {"user_id": 2, **dict.fromkeys(names()[:-1], 1)}
+        with bench.watched():
+            await at_once(store.set(session_id, values) for session_id in ids)
+
+
 @dataclass(frozen=True)
 class Longest:
-    """The longest script of a case in milliseconds, the best of all repetitions, and how many scripts there were."""
+    """The longest script and the longest PING of a case in milliseconds, and how many scripts there were.
+
+    Of the repetition with the shortest longest script.
+    """
 
     case: str
     milliseconds: float
     scripts: int
+    ping: float
 
     @property
     def kept(self) -> bool:
@@ -424,7 +493,7 @@ class Longest:
 async def measure(repetitions: int, only: str = "") -> tuple[list[Longest], str]:
     """Measure all cases, or those whose name has *only* in it, on a server of their own; return its version, too."""
     found: list[Longest] = []
-    with own_server() as url, Redis.from_url(url, socket_timeout=120) as admin:
+    with own_server() as url, Redis.from_url(url, socket_timeout=120) as admin, Bystander(url) as bystander:
         # Microseconds. With 0, the commands inside of the scripts push the scripts out of the log.
         admin.config_set("slowlog-log-slower-than", 100)
         admin.config_set("slowlog-max-len", 100_000)
@@ -435,15 +504,15 @@ async def measure(repetitions: int, only: str = "") -> tuple[list[Longest], str]
             started = time.monotonic()
             for _ in range(repetitions):
                 admin.flushall()
-                bench = Bench(url, admin)
+                bench = Bench(url, admin, bystander)
                 await function(bench)
-                took = Longest(name, bench.longest, bench.scripts)
+                took = Longest(name, bench.longest, bench.scripts, bystander.longest)
                 best = min(best or took, took, key=lambda one: one.milliseconds)
             assert best is not None
             found.append(best)
             print(
-                f"  {'kept  ' if best.kept else 'MISSED'} {name:48} {best.milliseconds:8.2f} ms, "
-                f"of {best.scripts} scripts ({time.monotonic() - started:.1f} s)",
+                f"  {'kept  ' if best.kept else 'MISSED'} {name:58} {best.milliseconds:8.2f} ms, "
+                f"of {best.scripts} scripts; PING {best.ping:.2f} ms ({time.monotonic() - started:.1f} s)",
                 flush=True,
             )
         return found, version(admin)
@@ -452,8 +521,8 @@ async def measure(repetitions: int, only: str = "") -> tuple[list[Longest], str]
 def table(found: Sequence[Longest], server: str) -> str:
     """Return the cases as Markdown, the longest first."""
     rows = sorted(found, key=lambda one: -one.milliseconds)
-    lines = ([one.case, f"{one.milliseconds:.2f} ms", f"{one.scripts:,}"] for one in rows)
-    return tables.table([server, "longest script", "scripts"], lines)
+    lines = ([one.case, f"{one.milliseconds:.2f} ms", f"{one.scripts:,}", f"{one.ping:.2f} ms"] for one in rows)
+    return tables.table([server, "longest script", "scripts", "longest PING"], lines)
 
 
 def main() -> None:

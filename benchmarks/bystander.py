@@ -1,0 +1,74 @@
+"""Another client of the same server, in a process of its own: it notices how long Redis serves nobody.
+
+`python -m benchmarks.bystander URL` is that process. A byte on stdin: it begins to PING. The next byte: it prints the
+longest time in milliseconds and the number of PINGs, and waits for the next one. It ends with stdin.
+"""
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from redis import Redis
+
+# Seconds between two PINGs.
+_PAUSE = 0.0005
+
+
+class Bystander:
+    """The process, as the measuring one sees it."""
+
+    def __init__(self, url: str) -> None:
+        """Start it."""
+        #: Of the last `pinging`: the longest PING in milliseconds, and how many there were.
+        self.longest = 0.0
+        self.pings = 0
+        command = [sys.executable, "-m", "benchmarks.bystander", url]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+
+    def __enter__(self) -> Self:
+        with self.pinging():  # It has to connect first.
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    @contextmanager
+    def pinging(self) -> Iterator[None]:
+        """Let it PING while the body runs."""
+        self._say()
+        try:
+            yield
+        finally:
+            self._say()
+            assert self._process.stdout
+            longest, pings = self._process.stdout.readline().split()
+            self.longest, self.pings = float(longest), int(pings)
+
+    def _say(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(".")
+        self._process.stdin.flush()
+
+
+def main() -> None:
+    """Serve the requests on stdin."""
+    with Redis.from_url(sys.argv[1]) as client:
+        client.ping()
+        while os.read(0, 1):
+            longest, pings = 0.0, 0
+            while not select.select([0], [], [], _PAUSE)[0]:
+                started = time.perf_counter()
+                client.ping()
+                longest, pings = max(longest, time.perf_counter() - started), pings + 1
+            os.read(0, 1)
+            print(longest * 1000, pings, flush=True)
+
+
+if __name__ == "__main__":
+    main()
