@@ -27,6 +27,9 @@ local ids = args(left)
 local token, reason, block, kept = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3]), tonumber(ARGV[arg + 4])
 arg = arg + 4
 
+-- A fence has at most about so many marks when a call begins.
+local MARKS = 20000
+
 -- Let the fence live as long as it matters.
 local function keep_fence()
   local till = tonumber(redis.call("HGET", fence, "until") or 0)
@@ -45,9 +48,18 @@ local function close()
   keep_fence()
 end
 
--- Give this call a round.
+-- Forget all but the block.
+local function forget()
+  local blocked = redis.call("HMGET", fence, "until", "why")
+  redis.call("UNLINK", fence)
+  if blocked[1] then redis.call("HSET", fence, "until", blocked[1], "why", blocked[2]) end
+end
+
+-- Give this call a round. A caller that died never finishes its call, so marks could pile up while others recur.
+-- Without marks, a call that is under way begins anew where it is, and may end sessions that joined meanwhile.
 local function begin(keep)
   allow_writes()
+  if redis.call("HLEN", fence) > MARKS then forget() end
   local round = redis.call("HINCRBY", fence, "round", 1)
   redis.call("HINCRBY", fence, "calls", 1)
   redis.call("HSET", fence, "call:" .. token, round, "reason", reason)
@@ -60,11 +72,7 @@ end
 
 -- Forget this call, and with the last one all but the block and that this call is done, in case it is sent again.
 local function finish()
-  if redis.call("HINCRBY", fence, "calls", -1) <= 0 then
-    local blocked = redis.call("HMGET", fence, "until", "why")
-    redis.call("UNLINK", fence)
-    if blocked[1] then redis.call("HSET", fence, "until", blocked[1], "why", blocked[2]) end
-  end
+  if redis.call("HINCRBY", fence, "calls", -1) <= 0 then forget() end
   redis.call("HSET", fence, "call:" .. token, "done")
   keep_fence()
 end

@@ -179,6 +179,26 @@ async def test_a_fence_stays_small_when_calls_recur(store: SessionStore, keyspac
         assert len(await keyspace.client.hgetall(f"{keyspace.prefix}:_fence:user_id:{{1}}")) == 1
 
 
+async def test_a_fence_stays_small_after_a_caller_died(store: SessionStore, keyspace: Keyspace) -> None:
+    """A call that never goes on is forgotten with its marks, once there are many and another call begins."""
+    fence = f"{keyspace.prefix}:_fence:user_id:{{1}}"
+    await _crowd(store, 300)
+    page = await store.operations.delete_by(
+        "user_id", 1, operations.Position(), token="died", reason="deleted", block="3600000", keep=()
+    )
+    assert page.position != operations.Position()
+    assert await keyspace.client.hget(fence, "calls") == "1"
+    await keyspace.client.hset(fence, mapping={f"id:{n}": 1 for n in range(20_000)})
+    await store.delete_by("user_id", 1)
+    held = await keyspace.client.hgetall(fence)
+    assert {"until", "why"} < held.keys()
+    assert [value for field, value in held.items() if field.startswith("call:")] == ["done"]
+    assert len(held) == 3
+    assert await store.ids_by("user_id", 1) == []
+    assert await store.blocked("user_id", 1) is not None
+    assert 0 < await keyspace.ttl("_fence:user_id:{1}") <= 3_600_000
+
+
 async def test_keep_follows_grace(store: SessionStore) -> None:
     """A request that still has the old id of a session that was just rotated keeps it, also over many pages."""
     for number in (3, 300):
