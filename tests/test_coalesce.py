@@ -371,7 +371,7 @@ async def test_a_mistake_of_ours_reaches_every_caller(shop: SessionStore, monkey
     with monkeypatch.context() as broken:
         broken.setattr(coalesce, "pack", fail)
         results = await asyncio.gather(*(shop.get(str(n)) for n in range(300)), return_exceptions=True)
-    assert {str(result) for result in results} == {"a mistake in redis-session-sets: ZeroDivisionError"}
+    assert {str(result) for result in results} == {"a bug in redis-session-sets: ZeroDivisionError"}
     assert {type(result.__cause__) for result in results if isinstance(result, SessionError)} == {ZeroDivisionError}
     assert await shop.get("1", ["n"]) == {"id": "1", "n": 1}
 

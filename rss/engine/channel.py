@@ -1,6 +1,6 @@
 """One multiplexed connection to one server: commands go out one after another, replies come back in the same order.
 
-redis-py makes the connection, so TLS, users and passwords, unix sockets, Sentinels and client names are those of the
+redis-py makes the connection. So TLS, users and passwords, unix sockets, Sentinels and client names are those of the
 client. Then its transport gets a protocol of ours: no task waits for a reply, and a lost connection is noticed at once.
 """
 
@@ -26,11 +26,11 @@ Heard = Callable[["Channel"], None]
 Lost = Callable[["Channel", Exception | None], None]
 
 _PUSH: Final = getattr(hiredis, "PushNotification", ())
-_NOTHING: Final = object()  # What the reader returns without a whole reply. The default, False, is a reply of RESP3.
+_NOTHING: Final = object()  # Returned while no reply is complete. The default, False, could be a reply of RESP3.
 _RESET: Final = struct.pack("ii", 1, 0)
 
-# The first command on a connection. A user of scripts may send it, and its reply is like no other: it proves that the
-# server works, and that no byte was left over from the handshake.
+# The first command on a connection. Every user that may run scripts may send it. No other reply looks like its own: it
+# proves that the server works, and that no byte was left over from the handshake.
 _HELLO: Final = "return 'redis-session-sets'"
 _GREETING: Final = pack("SCRIPT", "LOAD", _HELLO)
 _GREETED: Final = sha(_HELLO).encode()
@@ -51,14 +51,14 @@ class Channel(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", _writer(connection).transport)
         self._reader = hiredis.Reader(replyError=redis.exceptions.ResponseError, notEnoughData=_NOTHING)
         self._answers: deque[Answer] = deque()
-        #: The loop's time of the last byte, or of the first command that was sent after a pause.
+        #: The loop's time of the last byte that came, or of the first command that was sent while the channel was idle.
         self.heard_at = self._loop.time()
         #: Whether the peer reads too slowly to be sent more.
         self.paused = False
         self._transport.set_protocol(self)
 
     def begin(self, greeting: Any, lost: Lost) -> None:
-        """Serve whoever opened it, if this is the reply to the greeting and the connection still stands."""
+        """Begin to serve, if this is the reply to the greeting and the connection still stands."""
         if isinstance(greeting, Exception):
             raise greeting
         if greeting != _GREETED or not self.usable:
@@ -76,7 +76,7 @@ class Channel(asyncio.Protocol):
         return not self._answers
 
     def send(self, data: bytes, answers: Iterable[Answer]) -> None:
-        """Send commands; *answers* has a function for the reply to each. Never raises: what fails is lost."""
+        """Send commands. *answers* has a function for each reply. Never raises: if it fails, `lost` is called."""
         if not self._answers:
             self.heard_at = self._loop.time()
         self._answers.extend(answers)
@@ -111,10 +111,10 @@ class Channel(asyncio.Protocol):
         self._report(exc)
 
     def abort(self, error: Exception | None = None) -> None:
-        """Give the connection up: what is unanswered is lost at once.
+        """Give the connection up: what is in flight is lost at once.
 
-        The socket is reset. Without that, the system would still deliver what it has not sent yet: perhaps after a
-        repetition of the same write was acknowledged.
+        The socket is reset. Otherwise the system would still deliver what it has not sent yet, perhaps after a retry of
+        the same write was acknowledged.
         """
         with contextlib.suppress(OSError, AttributeError):
             sock = self._transport.get_extra_info("socket")

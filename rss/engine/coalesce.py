@@ -1,8 +1,8 @@
 """Calls that wait at the same moment become batches: that is what makes the store fast.
 
-A call through redis-py costs a hundred microseconds of Python, whatever Redis does. Here a call waits until the event
-loop has run what is ready. Then all calls of one kind, such as those that read the same fields, become one EVALSHA, and
-the calls of several kinds go out in one write: a volley.
+A call through redis-py costs about fifty microseconds of Python, whatever Redis does. Here a call waits until the event
+loop has run what is ready. Then all calls of one kind, such as those that read the same fields, become one EVALSHA: a
+batch. The batches of several kinds go out in one write: a volley.
 """
 
 from collections import deque
@@ -15,29 +15,29 @@ from redis.backoff import EqualJitterBackoff
 from rss.engine.call import Call
 from rss.engine.scripts import pack
 
-# A volley carries about so many bytes, unless a single call is larger.
+# The size of a volley in bytes, roughly. A single call may be larger.
 _MAX_BYTES: Final = 131_072
 _BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
 
 
 def backoff(failures: int) -> float:
-    """Return how many seconds to wait for the next attempt, after so many failures in a row."""
-    return _BACKOFF.compute(min(failures, 10))  # It raises OverflowError beyond 1,000.
+    """Return how many seconds to wait before the next attempt, after so many failures in a row."""
+    return _BACKOFF.compute(min(failures, 10))  # More than 1,000 would raise OverflowError.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation:
-    """What the engine has to know of a script."""
+    """What the engine must know of a script."""
 
     #: Its name in `lua/`.
     script: str
     #: The shared parts that it needs: some of `scripts.PARTS`.
     parts: tuple[str, ...]
-    #: True if a second run recognises the work of the first, or does the same again.
+    #: Whether it is idempotent: a second run does the same again, or recognises the work of the first.
     repeatable: bool = True
-    #: False if one call keeps Redis busy for as long as a batch may: a page of a reference set.
+    #: False if one call may keep Redis busy for as long as a whole batch: a page of a reference set.
     batched: bool = True
-    #: True if it carries values: then its bytes count for the size of a volley.
+    #: Whether its arguments may be large. If so, their bytes count for the size of a volley.
     sized: bool = False
 
 
@@ -46,20 +46,20 @@ Kind = tuple[Operation, int, tuple[str, ...]]
 
 
 class Queue:
-    """Calls of one kind that wait for one channel, the oldest first."""
+    """The calls of one kind that wait, the oldest first."""
 
     __slots__ = ("calls", "held_until", "kind", "refusals", "trouble")
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.calls: deque[Call] = deque()
-        #: How many times in a row Redis refused to run them, why, and the loop's time of the next attempt.
+        #: How many times in a row Redis refused to run them; the last error; the loop's time of the next attempt.
         self.refusals = 0
         self.trouble: Exception | None = None
         self.held_until = 0.0
 
     def hold(self, trouble: Exception, now: float, *, at_once: bool = False) -> None:
-        """Note that Redis refused. The next attempt waits, unless it is the first and may be made *at_once*."""
+        """Note that Redis refused. The next attempt waits, except that the first one may be made *at_once*."""
         if self.refusals or not at_once:
             self.held_until = now + backoff(self.refusals + 1)
         self.refusals += 1
@@ -90,12 +90,12 @@ class Batch:
 
 
 class Waiting:
-    """All calls that wait for one channel."""
+    """The calls that wait for one channel."""
 
     def __init__(self) -> None:
-        #: How many there are, with those whose caller is gone.
+        #: How many there are. Calls whose caller is gone may be among them.
         self.count = 0
-        self._queues: dict[Kind, Queue] = {}  # In the order in which it is their turn.
+        self._queues: dict[Kind, Queue] = {}  # The next one to be served is first.
 
     def __iter__(self) -> Iterator[Call]:
         for queue in self._queues.values():
@@ -115,7 +115,7 @@ class Waiting:
     def put_back(self, batch: Batch, start: int = 0, *, behind: bool = False) -> Queue:
         """Let the calls of a batch from *start* on wait again: as the next of their kind, or behind the others.
 
-        Returns where they wait. It may be another lane's batch.
+        Returns their queue. The batch may come from another lane.
         """
         queue, calls = self._queue(batch.queue.kind), batch.calls[start:]
         if behind:
@@ -126,10 +126,9 @@ class Waiting:
         return queue
 
     def take(self, room: int, now: float) -> list[Batch]:
-        """Take the calls of a volley from the queues in turn; *room* is how many calls it may have.
+        """Take the calls of a volley from the queues in turn. *room* is how many calls it may have.
 
-        A page is alone in its volley. So is a call that was in flight on two broken channels, since it may be what
-        breaks them.
+        A page is alone in its volley. So is a call that was in flight on two channels that broke: it may break them.
         """
         batches: list[Batch] = []
         size = 0
@@ -153,7 +152,7 @@ class Waiting:
                 size += call.size
                 room -= 1
             self.count -= before - len(waiting)
-            if waiting or queue.refusals:  # The next attempt has to know of the refusals before.
+            if waiting or queue.refusals:  # The next attempt must know of the refusals before it.
                 self._queues[kind] = queue
             if calls:
                 batches.append(Batch(queue, calls))
@@ -186,12 +185,12 @@ class Waiting:
         return soonest
 
     def fail(self, error: Callable[[], Exception]) -> None:
-        """Answer each of them with an error."""
+        """Answer all of them with an error."""
         for call in self:
             call.fail(error())
         self.clear()
 
     def clear(self) -> None:
-        """Forget all of them: they have an answer, or their caller is gone."""
+        """Forget all of them. They have an answer, or their caller is gone."""
         self._queues.clear()
         self.count = 0

@@ -1,4 +1,4 @@
-"""Runs operations for many callers, on the event loop that runs."""
+"""Runs operations for many callers, on the running event loop."""
 
 import asyncio
 import os
@@ -16,12 +16,12 @@ from rss.engine.scripts import Scripts
 from rss.errors import StoreUnavailable
 from rss.keys import Plain
 
-#: Calls that wait in a lane, at most. More would only make all of them late.
+#: The most calls that may wait in a lane. More would only make all of them late.
 MAX_PENDING: Final = 10_000
 
 
 class Engine:
-    """Runs the scripts of one store. *timeout*: seconds that a caller waits at most."""
+    """Runs the scripts of one store. *timeout*: the most seconds that a caller waits."""
 
     def __init__(self, client: Redis, scripts: Scripts, layout: Plain, timeout: float) -> None:
         #: Whether it takes no more calls, except those of operations that have begun.
@@ -50,8 +50,8 @@ class Engine:
         *shared*: the arguments before those of the sessions; only calls that share them become one batch.
         *begun*: the call is part of an `operation`, so it is taken even while the store closes.
 
-        The call is sent again until its deadline when Redis did not run it, and also when that is not known, if the
-        operation is repeatable. Then `StoreUnavailable` is raised.
+        If Redis did not run the call, it is sent again until its deadline. If that is not known, it is sent again only
+        if the operation is repeatable. At the deadline the caller gets `StoreUnavailable`.
         """
         if self.closed and not begun:
             raise RuntimeError("the store is closed")
@@ -71,7 +71,7 @@ class Engine:
 
     @contextmanager
     def operation(self) -> Iterator[None]:
-        """Let `drain` wait for something that consists of several calls."""
+        """Make `drain` wait for an operation that consists of several calls."""
         if self.closed:
             raise RuntimeError("the store is closed")
         done = asyncio.get_running_loop().create_future()
@@ -103,7 +103,7 @@ class Engine:
             await node.aclose()
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> Node:
-        """Serve another event loop than before, as in a test client or at a second `asyncio.run`."""
+        """Begin to serve another event loop: that of a test client, or of a second `asyncio.run`."""
         if self._node and self._node.loop.is_running():
             raise RuntimeError("another event loop that is still running uses this store: make one for each loop")
         self._forget()
@@ -119,13 +119,13 @@ class Engine:
         self._node = self._finalizer = None
 
     def after_fork(self) -> None:
-        """Begin anew in a child process: the connections are the parent's, so they must not even be closed."""
+        """Begin anew in a child process. The connections are the parent's: closing them here would close them there."""
         self._forget()
         self._operations.clear()
 
 
 def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:
-    """Close the connections of a store that was thrown away, from whichever thread."""
+    """Close the connections of a store that was garbage-collected. May run in any thread."""
     with suppress(RuntimeError):  # The event loop is closed, and its connections with it.
         loop.call_soon_threadsafe(node.close)
 

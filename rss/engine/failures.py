@@ -1,4 +1,4 @@
-"""Errors of Redis into ours, and which of them a retry can help."""
+"""Turns errors of Redis into ours, and says which of them a retry can help."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _LASTING: Final = {"OOM", "MISCONF", "AUTH"}
 #: The server is no master (any more). A new connection may find the one that is.
 DEMOTED: Final = {"READONLY", "MASTERDOWN"}
 
-# redis-py takes the code off the text of errors that have a class. They occur while it makes a connection.
+# redis-py takes the code off the text of an error that has a class. Such errors occur while it connects.
 _CLASSES: Final[dict[type[Exception], str]] = {
     redis.exceptions.AuthenticationError: "AUTH",
     redis.exceptions.BusyLoadingError: "LOADING",
@@ -60,7 +60,7 @@ _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
 
 def code_of(error: BaseException) -> str:
     """Return the code of an error of Redis, such as "OOM", if it is one of those listed above; else ""."""
-    for kind, code in _CLASSES.items():  # redis-py wraps what happens while it connects into a ConnectionError.
+    for kind, code in _CLASSES.items():  # While redis-py connects, it wraps errors in a ConnectionError.
         if isinstance(error, kind) or isinstance(error.__cause__, kind):
             return code
     if not isinstance(error, redis.exceptions.ResponseError):
@@ -97,7 +97,7 @@ def error_for(error: BaseException) -> Exception | None:
 
 
 def final_error_for(error: BaseException) -> Exception:
-    """Return what a caller gets who is told at once, even if a retry might help."""
+    """Return what a caller gets for an error of Redis, even if a retry might help."""
     return error_for(error) or because(StoreUnavailable(f"Redis refuses: {code_of(error)}"), error)
 
 

@@ -20,14 +20,15 @@ from rss.engine.scripts import Scripts
 from rss.errors import SessionError, StoreUnavailable
 from rss.keys import Plain
 
-#: Volleys of a lane that may be unanswered: while Redis runs one, Python sends or answers the other.
+#: How many volleys of a lane may be in flight: while Redis runs one, Python handles the other.
 VOLLEYS: Final = 2
-#: Calls of a volley, at most: over so many sessions scripts keep Redis busy for a millisecond or two.
+#: The most calls in a volley: they keep Redis busy for a millisecond or two.
 ROOM: Final = 100
-# Seconds of silence after which a channel is doubted, at most; and those that a connection may take to be made.
+# The most seconds of silence before a channel is doubted.
 _SILENCE: Final = 2.0
+# The most seconds that one attempt to connect may take.
 _CONNECTING: Final = 10.0
-# Times of the loop that lie so close together are looked at together.
+# Seconds. Deadlines this close together share a timer.
 _MOMENT: Final = 0.005
 _BROKEN: Final = "the connection broke: it is not known what was done"
 _PROTOCOL: Final = "Protocol error"
@@ -36,9 +37,9 @@ _PROTOCOL: Final = "Protocol error"
 class Node:
     """One server, as one event loop sees it.
 
-    Calls go through the lane `main`. Pages of reference sets go through `pages`, so that other calls need not wait for
-    them. What was in flight on a channel that broke goes again through `repair`, one volley at a
-    time: at first all together, then each call alone. So a call that makes Redis hang up takes no other call with it.
+    Calls go through the lane `main`. Pages of reference sets go through `pages`, so that other calls do not wait for
+    them. Calls that were in flight on a channel that broke are retried through `repair`, one volley at a time: first
+    all of them together, then each alone. So a call that makes Redis hang up fails alone.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Node:
 
     @property
     def lanes(self) -> tuple["Lane", "Lane", "Lane"]:
-        """All lanes."""
+        """The three lanes."""
         return self.main, self.pages, self.repair
 
     async def open(self, lane: "Lane") -> Channel:
@@ -93,14 +94,14 @@ class Node:
 
 
 class Lane:
-    """One channel at a time: made when it is needed, made again when it breaks.
+    """One channel at a time: made when it is needed, and made again when it breaks.
 
-    *volleys*: how many may be unanswered.
+    *volleys*: how many may be in flight.
 
-    Without a channel, `_dialling` makes one. With a channel, `_dialling` means that the channel is in doubt: it has
-    been silent for long, so it gets no more, and another one is made. If the channel answers first, it stays. If the
-    server answers on the other one, the channel is given up. So a server that stops for some seconds costs no failure,
-    and a connection that was dropped without a word costs one wait.
+    Without a channel, the task `_dialling` makes one. With a channel, `_dialling` means that the channel is in doubt:
+    it has been silent for too long. Then nothing more is sent through it, and another channel is made. If the old one
+    answers first, it stays. If the server answers on the new one, the old one is given up. So a server that stops for
+    some seconds causes no failure, and a connection that was dropped silently costs one wait.
     """
 
     def __init__(self, node: Node, volleys: int) -> None:
@@ -109,7 +110,7 @@ class Lane:
         self._node = node
         self._volleys = volleys
         self._channel: Channel | None = None
-        self._flying: deque[Batch] = deque()  # What was sent through the channel and has no reply.
+        self._flying: deque[Batch] = deque()  # What was sent through the channel and has no reply yet.
         self._demoted = False  # The server is no master: the channel is closed as soon as it owes no reply.
         self._must_load = False  # The scripts are gone: they are loaded as soon as the channel owes no reply.
         self._load_error: Exception | None = None
@@ -122,7 +123,7 @@ class Lane:
         self._watched = 0.0  # The loop's time of the last `_watch`.
 
     def __iter__(self) -> Iterator[Call]:
-        """Iterate over all calls without a reply, and some whose caller is gone."""
+        """Iterate over all calls without a reply, and over some whose caller is gone."""
         yield from self.waiting
         for batch in self._flying:
             yield from batch.calls
@@ -130,7 +131,7 @@ class Lane:
     # Calls go.
 
     def put(self, kind: Kind, call: Call) -> None:
-        """Send a call as soon as the event loop has run what is ready."""
+        """Send a call after the event loop has run what is ready: other calls may come until then."""
         self.waiting.put(kind, call)
         if not self._scheduled:
             self._schedule()
@@ -162,7 +163,7 @@ class Lane:
             self._give_up(error)
 
     def _free(self, channel: Channel) -> int:
-        """Return how many calls the next volley may have; 0 if none may be sent now."""
+        """Return how many calls the next volley may have: 0 if nothing may be sent now."""
         volleys, calls = 0, self.waiting.count
         for batch in self._flying:
             volleys += batch.last
@@ -203,18 +204,18 @@ class Lane:
             if self._flying:  # Unless a caller has closed the store.
                 self._flying.popleft()
         elif not isinstance(reply, Exception) or (_PROTOCOL in str(reply) and len(batch.calls) > 1):
-            # Nobody knows whose reply it is; or one of the calls makes Redis hang up, and the repetition shows which.
+            # Either nobody knows whose reply this is, or one call makes Redis hang up: sending each again shows which.
             raise reply if isinstance(reply, Exception) else redis.exceptions.ConnectionError("Redis sent nonsense")
         else:
             self._refused(batch, reply)
             self._flying.popleft()
 
     def _refused(self, batch: Batch, error: Exception) -> None:
-        """Redis did not run a script, or the script failed at its first session."""
+        """Handle an error in place of the replies: Redis did not run the script, or it failed at its first session."""
         if (code := code_of(error)) == "NOSCRIPT" and self._load_error:
             error, code, self._load_error = self._load_error, "not loaded", None
         if error_for(error):
-            failed = batch.calls if code else batch.calls[:1]  # A code is about the server, not about a session.
+            failed = batch.calls if code else batch.calls[:1]  # A code concerns the server, not one session.
             for call in failed:
                 call.fail(final_error_for(error))
             self.waiting.put_back(batch, len(failed))
@@ -243,8 +244,8 @@ class Lane:
 
     def _dial(self) -> None:
         if self._dialling is None:
-            # Not `create_task`: an eager task would be done before it is known here, and uvloop 0.23 on Python 3.13.0
-            # cannot make one. A context of its own, because one that is entered already cannot be entered again.
+            # Not `create_task`: an eager task could be done before it is assigned, and uvloop 0.23 on Python 3.13.0
+            # cannot make one. It needs a context of its own: the one of the node may be entered already.
             self._dialling = asyncio.Task(self._connect(), loop=self._node.loop, context=contextvars.Context())
             self._dialling.add_done_callback(self._dialled, context=self._node.context)
 
@@ -255,7 +256,7 @@ class Lane:
         self._schedule()
 
     async def _connect(self) -> None:
-        """Make a channel: try until there is one, or no call waits any more."""
+        """Make a channel. Retry until there is one, or until no call waits any more."""
         while any(not call.done() for call in self):
             if self._failures > 1:
                 await asyncio.sleep(backoff(self._failures))
@@ -265,13 +266,13 @@ class Lane:
             except (redis.exceptions.RedisError, OSError) as error:  # TimeoutError is an OSError.
                 self._failures += 1
                 self._trouble = error.with_traceback(None)
-                if error_for(error):  # Redis does not let this client in.
+                if error_for(error):  # Such as a wrong password.
                     self.waiting.fail(functools.partial(final_error_for, error))
             else:
                 if self._channel:
                     self._channel.abort(redis.exceptions.TimeoutError("the connection is silent"))
                     self._channel = None
-                    for lane in self._node.lanes:  # What is idle may have been dropped as silently.
+                    for lane in self._node.lanes:  # Idle channels may have been dropped as well.
                         lane.hang_up()
                 self._channel = channel
                 return
@@ -284,7 +285,7 @@ class Lane:
             self._channel, self._demoted = None, False
 
     def lost(self, channel: Channel, error: Exception | None) -> None:
-        """Send what was in flight again, if it may be repeated: it is not known whether Redis ran it."""
+        """Retry what was in flight, if it is repeatable: it is not known whether Redis ran it."""
         if channel is not self._channel:
             return
         self._channel, self._demoted, self._must_load, self._load_error = None, False, False, None
@@ -300,15 +301,15 @@ class Lane:
                 self._trouble = mistake
             for call in batch.calls:
                 call.fail(because(StoreUnavailable(_BROKEN), self._trouble))
-        self._scheduled = False  # What `_answered` relied on may not come.
+        self._scheduled = False  # `heard` may not be called any more.
         self._schedule()
 
     def put_again(self, batch: Batch, trouble: Exception) -> None:
-        """Take calls that were in flight on a channel that broke, perhaps because of one of them."""
+        """Retry calls that were in flight on a channel that broke. One of them may have broken it."""
         for call in batch.calls:
             call.losses += 1
         losses = batch.calls[0].losses
-        # A call that breaks every channel goes behind the others, and is tried at longer and longer intervals.
+        # A call that breaks every channel goes behind the others, and is retried at growing intervals.
         queue = self.waiting.put_back(batch, behind=losses > 1)
         if losses > 2:
             queue.hold(trouble, self._node.loop.time())
@@ -318,29 +319,29 @@ class Lane:
     # Time passes.
 
     def has_room(self, most: int) -> bool:
-        """Return whether fewer than so many calls wait.
+        """Return whether fewer than *most* calls wait.
 
-        Calls that are late, or whose caller is gone, do not count. They are looked for once in a moment, because many
-        callers may ask.
+        Calls that are late, or whose caller is gone, do not count. To find them takes time, so they are looked for at
+        most every five milliseconds.
         """
         if self.waiting.count >= most and self._node.loop.time() > self._watched + _MOMENT:
             self._watch()
         return self.waiting.count < most
 
     def _look_at(self, when: float) -> None:
-        """Call `_watch` at that time of the loop, or earlier."""
+        """Call `_watch` at that time of the loop, or a moment before or after it."""
         if self._timer is None or self._due > when + _MOMENT:
             if self._timer:
                 self._timer.cancel()
             self._timer = self._node.loop.call_at(when, self._watch, context=self._node.context)
-            self._due = when  # The handle cannot always tell: that of uvloop has no `when` if the time has come.
+            self._due = when  # A timer of uvloop does not tell its time once that has come.
 
     def _watch(self) -> None:
-        """Answer the calls whose deadline has passed, and doubt a silent channel, as long as any call waits."""
+        """Answer the calls whose deadline has passed, and doubt a silent channel. Repeats as long as calls wait."""
         self._timer = None
         now = self._watched = self._node.loop.time()
         try:
-            if self._channel and not self._channel.usable:  # Its end is about to be told, or got lost by a mistake.
+            if self._channel and not self._channel.usable:  # `lost` has not been called yet, or has failed.
                 self.lost(self._channel, None)
             when = min(self.waiting.expire(now, self._trouble), self._expire(now))
             if self._flying and self._channel:
@@ -357,7 +358,7 @@ class Lane:
             self._give_up(error)
 
     def _expire(self, now: float) -> float:
-        """Answer the calls in flight whose deadline has passed. Returns the loop's time when to look again."""
+        """Answer the calls in flight whose deadline has passed. Return the loop's time when to look again."""
         soonest = math.inf
         for batch in self._flying:
             for call in batch.calls:
@@ -378,8 +379,8 @@ class Lane:
                 self._dialling.cancel()
 
     def _give_up(self, error: BaseException) -> None:
-        """Answer all callers after a mistake of ours, or of redis-py."""
-        self._fail(lambda: because(SessionError(f"a mistake in redis-session-sets: {type(error).__name__}"), error))
+        """Answer all callers after a bug, here or in redis-py."""
+        self._fail(lambda: because(SessionError(f"a bug in redis-session-sets: {type(error).__name__}"), error))
 
     def _fail(self, error: Callable[[], Exception]) -> None:
         channel, self._channel = self._channel, None
