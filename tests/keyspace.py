@@ -1,5 +1,8 @@
 """A look at everything a store has in Redis."""
 
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+
 from redis.asyncio import Redis
 
 #: A session or tombstone as its fields, a reference set as its ids; anything else as its type.
@@ -8,6 +11,83 @@ Content = dict[str, str] | set[str] | str
 
 #: A reference set may live so many times as long as its longest-lived member.
 SLACK = 33 / 32
+
+# Looks at all keys in one moment. On Redis 6.2 and 7.0 the clock runs on inside scripts, so it is read before and after
+# a TTL, until both are the same. A key that is there stays meanwhile; a PTTL of 0 says that its time is over.
+_LOOK = """
+local function clock()
+  local time = redis.call("TIME")
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local now = clock()
+local function expires(key)
+  while true do
+    local before = clock()
+    local ttl = redis.call("PTTL", key)
+    if ttl < 0 then return ttl end
+    if ttl == 0 then return now end
+    if before == clock() then return before + ttl end
+  end
+end
+
+local found = { now }
+for i, key in ipairs(redis.call("KEYS", ARGV[1])) do
+  local kind = redis.call("TYPE", key).ok
+  local command = kind == "hash" and "HGETALL" or kind == "set" and "SMEMBERS"
+  found[i + 1] = { key, kind, expires(key), command and redis.call(command, key) or {} }
+end
+return found
+"""
+
+
+def texts(value: object) -> list[str]:
+    """Return the texts of the values that a reference field holds."""
+    listed: list[object] = value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(str(one) for one in listed))
+
+
+@dataclass
+class Snapshot:
+    """All keys of a store in one moment. Keys are named as in a dump."""
+
+    #: The time, in milliseconds.
+    now: int
+    #: The fields of sessions and tombstones, by their ids.
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
+    #: The ids in reference sets.
+    sets: dict[str, set[str]] = field(default_factory=dict)
+    #: The fields of fences, by the names of their sets.
+    fences: dict[str, dict[str, str]] = field(default_factory=dict)
+    #: When each key expires, in milliseconds; -1 means never.
+    expires: dict[str, int] = field(default_factory=dict)
+
+    def alive(self) -> dict[str, dict[str, str]]:
+        """Return the fields of sessions that are alive."""
+        return {i: f for i, f in self.hashes.items() if "_ended" not in f and self.expires[f"{{{i}}}"] > self.now}
+
+    def check(self, named: Mapping[str, set[str]], stale: Container[tuple[str, str]], early: int = 0) -> None:
+        """Check promises 1 and 2: which ids are in sets, and how long keys live.
+
+        *named*: the ids of all live sessions, and the sets that each must be in. *stale*: sets and ids that may be in
+        them though no live session has that value, because it expired. *early*: so many milliseconds before its members
+        a set may die.
+        """
+        endless = {name for name, when in self.expires.items() if when < 0}
+        assert not endless, f"keys without a TTL: {endless}"
+        members: dict[str, set[str]] = {}
+        for session_id, sets in named.items():
+            for name in sets:
+                members.setdefault(name, set()).add(session_id)
+        ends = {session_id: self.expires[f"{{{session_id}}}"] - early for session_id in named}
+        for name in self.sets.keys() | members.keys():
+            held, wanted = self.sets.get(name, set()), members.get(name, set())
+            lacks = {session_id for session_id in wanted - held if ends[session_id] > self.now}
+            assert not lacks, f"{name} lacks {lacks}"
+            extra = {session_id for session_id in held - wanted if (name, session_id) not in stale}
+            assert not extra, f"{name} holds {extra}"
+            late = {session_id for session_id in wanted & held if ends[session_id] > self.expires[name]}
+            assert not late, f"{name} dies before {late}"
 
 
 class Keyspace:
@@ -43,6 +123,24 @@ class Keyspace:
                 found[name] = str(kind)
             assert await self.client.pttl(key) > 0, f"the key {name} has no TTL"
         return found
+
+    async def look(self) -> Snapshot:
+        """Return all keys, and what they hold, in one moment. Fails if a key is neither a hash nor a set."""
+        now, *keys = await self.client.eval(_LOOK, 0, f"{self.prefix}:*")
+        seen = Snapshot(now)
+        for key, kind, expires, content in keys:
+            name = key.removeprefix(self.prefix + ":")
+            seen.expires[name] = expires
+            if kind == "set":
+                seen.sets[name] = set(content)
+                continue
+            assert kind == "hash", f"the key {name} is a {kind}"
+            fields = dict(zip(content[::2], content[1::2], strict=True))
+            if name.startswith("_fence:"):
+                seen.fences[name.removeprefix("_fence:")] = fields
+            else:
+                seen.hashes[name[1:-1]] = fields
+        return seen
 
     async def ttl(self, name: str) -> int:
         """Return the TTL of a key, named as in a dump, in milliseconds."""

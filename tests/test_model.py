@@ -31,6 +31,7 @@ from rss import (
 from rss.engine import operations, scripts
 from rss.testing import RedisServer
 from tests.conftest import send_singly
+from tests.keyspace import Keyspace, texts
 
 T = TypeVar("T")
 
@@ -103,9 +104,7 @@ class Model:
 
     def texts(self, name: str, values: dict[str, Any]) -> list[str]:
         """Return the texts of the values that a reference field holds."""
-        value = values.get(name)
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        return list(dict.fromkeys(str(one) for one in listed))
+        return texts(values.get(name))
 
     def sets(self, values: dict[str, Any]) -> set[str]:
         """Return the names of the sets for these values."""
@@ -198,6 +197,7 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         """Make the stores."""
         self.prefix = next(self.prefixes)
+        self.keyspace = Keyspace(self.clients[1], self.prefix)
         reference = Reference(limit[0] or None, limit[1], strict, identity)  # type: ignore[arg-type]
         self.text, self.lifetime = text, 90 * MINUTE if lifetime else 10**12
         # With a page of one session, ending all of a value takes fences; a set of many ids takes several pages.
@@ -227,9 +227,7 @@ class Machine(RuleBasedStateMachine):
     async def _clear(self) -> None:
         for store in self.stores:
             await store.aclose()
-        keys = [key async for key in self.clients[1].scan_iter(match=f"{self.prefix}:*", count=1000)]
-        if keys:
-            await self.clients[1].unlink(*keys)
+        await self.keyspace.clear()
 
     # ------------------------------------------------------------------ operations
 
@@ -626,36 +624,13 @@ class Machine(RuleBasedStateMachine):
         self.do(self._check())
 
     async def _check(self) -> None:
-        model, client = self.model, self.clients[1]
-        keys = [key async for key in client.scan_iter(match=f"{self.prefix}:*", count=1000)]
-        ordered = sorted(keys, key=lambda key: f"{self.prefix}:{{" in key)  # The sets first: time runs on.
-        names = [key.removeprefix(self.prefix + ":") for key in ordered]
-        async with client.pipeline() as pipe:
-            for key, name in zip(ordered, names, strict=True):
-                pipe.pttl(key)
-                if name.startswith(("{", "_fence:")):
-                    pipe.hgetall(key)
-                else:
-                    pipe.smembers(key)
-            replies = await pipe.execute()
-        ttls = dict(zip(names, replies[::2], strict=True))
-        held = dict(zip(names, replies[1::2], strict=True))
-        found = {name[1:-1]: held.pop(name) for name in names if name.startswith("{")}
-        fences = {name.removeprefix("_fence:"): held.pop(name) for name in names if name.startswith("_fence:")}
+        model, seen = self.model, await self.keyspace.look()
 
-        # 2. Every key has a TTL, and a set lives at least as long as its members.
-        assert all(ttl > 0 for ttl in ttls.values())
         # 1. A live session is in the set of each of its values, and in no other.
-        members: dict[str, set[str]] = {}
-        for session_id, session in model.live.items():
-            for name in model.sets(session.values):
-                members.setdefault(name, set()).add(session_id)
-                assert ttls[name] >= ttls[f"{{{session_id}}}"]
-        for name in held.keys() | members.keys():
-            extra = held.get(name, set()) - members.get(name, set())
-            assert members.get(name, set()) <= held.get(name, set())
-            assert all((name, session_id) in model.stale for session_id in extra)
+        # 2. Every key has a TTL, and a set lives at least as long as its members.
+        seen.check({i: model.sets(session.values) for i, session in model.live.items()}, model.stale)
         # 3. What was ended is a tombstone, nothing else is a session, and that has what was written, for as long.
+        found, expires = seen.hashes, seen.expires
         assert {i: fields["_ended"] for i, fields in found.items() if "_ended" in fields} == model.ended
         assert {i: fields["_next"] for i, fields in found.items() if "_next" in fields} == model.leads
         assert found.keys() == model.live.keys() | model.ended.keys()
@@ -663,12 +638,13 @@ class Machine(RuleBasedStateMachine):
             noted = {"_max_age": str(session.full)} if session.age else {}
             assert found[session_id].keys() == {"id", "_created", *noted, *session.values}
             assert noted.items() <= found[session_id].items()
-            assert session.ttl - MINUTE < ttls[f"{{{session_id}}}"] <= session.ttl
+            assert session.ttl - MINUTE < expires[f"{{{session_id}}}"] - seen.now <= session.ttl
         # A fence says what is blocked, as long as it is, and remembers nothing of calls but that they are done.
+        fences = seen.fences
         reasons = {name: fence.pop("why") for name, fence in fences.items() if fence.pop("until", None)}
         assert reasons == {name: f"for-{block}" for name, block in model.blocks.items()}
         for name, block in model.blocks.items():
-            assert BLOCKS[block] - MINUTE < ttls[f"_fence:{name}"] <= BLOCKS[block]
+            assert BLOCKS[block] - MINUTE < expires[f"_fence:{name}"] - seen.now <= BLOCKS[block]
         assert all(call.startswith("call:") for fence in fences.values() for call in fence)
         assert {done for fence in fences.values() for done in fence.values()} <= {"done"}
         assert all(len(fence) <= 1 for fence in fences.values())
