@@ -60,10 +60,10 @@ class Proxy:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            back.close()  # First: this task may be cancelled again while it waits.
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            back.close()
 
 
 @asynccontextmanager
