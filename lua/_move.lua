@@ -35,8 +35,8 @@ local function read_sets(counts)
   end
 end
 
--- The number of references, from the first on, for which a session is in the one set that it is to be in, and in no
--- other. Few writes move a session; `plan_move` looks at the rest. Returns an error if it finds one.
+-- How many references, counted from the first, need no move: the session is in exactly the set that is wanted. Few
+-- writes move a session; `plan_move` looks at the rest. Returns an error if it finds one.
 local function settled(session)
   local held = session.held
   for n = 1, references do

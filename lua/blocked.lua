@@ -10,7 +10,7 @@ local function blocked()
   key = key + 1
   local till = redis.pcall("HGET", KEYS[key], "until")
   if type(till) == "table" then return till end
-  return math.max((tonumber(till or 0)) - clock(), 0)
+  return math.max(tonumber(till or 0) - clock(), 0)
 end
 
 return each(blocked)

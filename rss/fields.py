@@ -209,14 +209,15 @@ def _checked(data: object) -> bytes:
 def _references(references: Iterable[str] | Mapping[str, Reference]) -> dict[str, Reference]:
     if not isinstance(references, Mapping):
         references = dict.fromkeys(listed(references, "references"), Reference())
-    for field, reference in references.items():
-        if any(mark in field_name(field) for mark in ":{}"):
+    checked = {field_name(field): reference for field, reference in references.items()}
+    for field, reference in checked.items():
+        if any(mark in field for mark in ":{}"):
             raise ValueError("the field of a reference must not hold a colon or a brace: they delimit it in keys")
         if not isinstance(reference, Reference):
             raise TypeError("references must be fields, or a mapping of fields to Reference")
-    if sum(reference.identity for reference in references.values()) > 1:
+    if sum(reference.identity for reference in checked.values()) > 1:
         raise ValueError("at most one reference is the identity")
-    return {field_name(field): reference for field, reference in references.items()}
+    return checked
 
 
 def _read_id(_: str, data: bytes) -> str:

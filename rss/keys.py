@@ -27,10 +27,9 @@ def reference_value(value: object, field: str) -> str:
         plain = int.__repr__(value)
     else:
         raise TypeError(f"a value of the reference {field!r} must be a str or an int, not {type(value).__name__}")
-    if not 0 < len(plain) <= 128 and len(text(plain, f"a value of {field!r}").encode()) > 512:
+    text(plain, f"a value of the reference {field!r}")
+    if len(plain) > 128 and len(plain.encode()) > 512:
         raise ValueError(f"a value of the reference {field!r} must not be longer than 512 bytes")
-    if not plain.isascii():
-        text(plain, f"a value of {field!r}")
     return plain
 
 

@@ -14,7 +14,7 @@ from rss.csrf import CSRFTokens
 from rss.durations import Duration, milliseconds
 from rss.errors import SessionEnded, SessionNotFound, StoreUnavailable
 from rss.fields import field_names, listed
-from rss.store import S, SessionStore, renewed
+from rss.store import S, SessionStore, max_age_argument
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{22,342}")  # What `SessionStore.create_session_id` makes.
 
@@ -174,7 +174,7 @@ class Session(Generic[S]):
 
     async def unset(self, fields: Iterable[str], max_age: Duration | None = None) -> None:
         """Take out these fields and renew the session, as `set` does. Does nothing if there is none."""
-        names, age = field_names(fields), renewed(max_age)
+        names, age = field_names(fields), max_age_argument(max_age)
 
         async def unset() -> int:
             return (await self._store.operations.unset(self._id, names, age)).ttl
@@ -212,7 +212,7 @@ class Session(Generic[S]):
 
     async def touch(self, max_age: Duration | None = None) -> bool:
         """Renew the session, as `set` does, without writing to it. Returns False if there is none, or none any more."""
-        age = renewed(max_age)
+        age = max_age_argument(max_age)
 
         async def touch() -> int:
             if ttl := await self._store.operations.touch(self._id, age):
@@ -255,7 +255,7 @@ class Session(Generic[S]):
             token = self._mint(fields, max_age)
             new = self._sessions.id_of(token)
             encoded = self._store.fields.encode(fields)
-            age = "keep" if max_age is None else renewed(max_age)
+            age = "keep" if max_age is None else max_age_argument(max_age)
             ttl = await self._write(lambda: self._store.operations.rotate(self._id, new, encoded, age))
             if ttl is None:
                 await self._create(fields, max_age)
@@ -366,7 +366,9 @@ class Session(Generic[S]):
     def _set(
         self, session_id: str, values: Mapping[str, Any], max_age: Duration | None, mode: Literal["update", "create"]
     ) -> Awaitable[int]:
-        return self._store.operations.set(session_id, self._store.fields.encode(values), renewed(max_age), mode)
+        return self._store.operations.set(
+            session_id, self._store.fields.encode(values), max_age_argument(max_age), mode
+        )
 
     def _mint(self, values: Mapping[str, Any], max_age: Duration | None) -> str:
         """Return a new token; the same again for the same work, if it is not known whether that was done.

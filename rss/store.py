@@ -124,7 +124,7 @@ class SessionStore(Generic[S]):
             await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
-        self._engine.closed = False  # An application may be started again, in tests say.
+        self._engine.reopen()
         try:
             await self.load()
         except BaseException:
@@ -159,14 +159,14 @@ class SessionStore(Generic[S]):
         Raises `LimitExceeded` if a reference refuses it, and `Blocked` if one of its values is blocked.
         """
         session_id, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
-        await self.operations.set(session_id, encoded, renewed(max_age), "create")
+        await self.operations.set(session_id, encoded, max_age_argument(max_age), "create")
         return session_id
 
     async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool | Duration = False) -> S:
         """Return a session with its `id`, or these fields of it; those it does not have are left out.
 
-        With *touch*, renew it in the same round trip; with a duration, such as "1m", only if that time, or half of its
-        lifetime, has passed since it was last renewed. Returns {} if there is no session.
+        With *touch*, renew it in the same round trip; with a duration, such as "1m", only if the last renewal is at
+        least that long ago, or half of its lifetime. Returns {} if there is no session.
         """
         names = None if fields is None else field_names(fields, "id")
         read = await self.operations.get(session_id, names, () if touch is False else _renewal(touch))
@@ -194,7 +194,7 @@ class SessionStore(Generic[S]):
         """
         expected = () if expect is None else self.fields.expect(expect)
         mode: Literal["set", "update"] = "set" if create else "update"
-        await self.operations.set(session_id, self.fields.encode(values), renewed(max_age), mode, expected)
+        await self.operations.set(session_id, self.fields.encode(values), max_age_argument(max_age), mode, expected)
         return values
 
     async def unset(self, session_id: str, fields: Iterable[str], max_age: Duration | None = None) -> None:
@@ -203,7 +203,7 @@ class SessionStore(Generic[S]):
         Raises `IdentityChanged` if the session would lose its identity.
         """
         try:
-            await self.operations.unset(session_id, field_names(fields), renewed(max_age))
+            await self.operations.unset(session_id, field_names(fields), max_age_argument(max_age))
         except SessionEnded:
             raise
         except SessionNotFound:
@@ -225,7 +225,7 @@ class SessionStore(Generic[S]):
         field holds something else or the sum does not fit into 64 bits, and `SessionNotFound` if there is no session.
         Never run twice: if the connection breaks, it is not known whether it was counted.
         """
-        if field_name(field) in self.fields.references:
+        if (field := field_name(field)) in self.fields.references:
             raise ValueError(f"{field!r} is a reference: it cannot be counted")
         if type(by) is not int or not -(2**63) <= by < 2**63:
             raise ValueError("by must be an integer of 64 bits")
@@ -233,7 +233,7 @@ class SessionStore(Generic[S]):
 
     async def touch(self, session_id: str, max_age: Duration | None = None) -> bool:
         """Renew a session as `set` does, and the reference sets it is in. Returns False if there is no session."""
-        return bool(await self.operations.touch(session_id, renewed(max_age)))
+        return bool(await self.operations.touch(session_id, max_age_argument(max_age)))
 
     async def delete(self, session_id: str, *, expect: S | None = None, reason: str = "deleted") -> bool:
         """End a session; for five minutes `ended` tells the *reason*, a short word.
@@ -248,7 +248,7 @@ class SessionStore(Generic[S]):
         return await self.operations.delete(session_id, _reason(reason), expected)
 
     async def ended(self, session_id: str) -> str | None:
-        """Return why a session was ended, for five minutes after; None if it was not, or that is no longer known."""
+        """Return why a session was ended. None if it was not ended, or more than five minutes ago."""
         return (await self.operations.get(session_id, [])).ended
 
     async def rotate(
@@ -270,9 +270,9 @@ class SessionStore(Generic[S]):
         `LimitExceeded` if a reference refuses it, and `Blocked` if a new value is blocked.
         """
         new, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
-        patience = "none" if grace is None else str(milliseconds(grace, "grace"))
-        age = "keep" if max_age is None else renewed(max_age)
-        await self.operations.rotate(session_id, new, encoded, age, patience)
+        grace_age = "none" if grace is None else str(milliseconds(grace, "grace"))
+        age = "keep" if max_age is None else max_age_argument(max_age)
+        await self.operations.rotate(session_id, new, encoded, age, grace_age)
         return new
 
     async def ttl(self, session_id: str) -> timedelta | None:
@@ -282,7 +282,8 @@ class SessionStore(Generic[S]):
 
     async def ids_by(self, field: str, value: str | int) -> list[str]:
         """Return the ids of the sessions with that value of a reference, in no order."""
-        return [session["id"] async for session in self._find(field, value, [])]
+        with self.operations.several():
+            return [session["id"] async for session in self._find(field, value, [], begun=True)]
 
     async def count_by(self, field: str, value: str | int, *, exact: bool = True) -> int:
         """Return how many sessions have that value of a reference.
@@ -324,12 +325,12 @@ class SessionStore(Generic[S]):
         spared = [text(session_id, "an id to keep") for session_id in listed(keep, "keep")]
         if len(spared) > _MOST_KEPT:
             raise ValueError(f"keep must not have more than {_MOST_KEPT:,} ids")
-        closed = "open" if block is None else str(milliseconds(block, "block"))
+        blocked_for = "open" if block is None else str(milliseconds(block, "block"))
         ended = 0
         with self.operations.several():
             while True:
                 page = await self.operations.delete_by(
-                    field, value, position, token=token, reason=_reason(reason), block=closed, keep=spared
+                    field, value, position, token=token, reason=_reason(reason), block=blocked_for, keep=spared
                 )
                 ended, position = ended + page.ended, page.position
                 if position.done:
@@ -344,7 +345,10 @@ class SessionStore(Generic[S]):
         return await self.delete_by(field, value, reason=reason, block=length)
 
     async def unblock(self, field: str, value: str | int) -> bool:
-        """Let sessions join that value of a reference again. Returns False if it was not blocked."""
+        """Let sessions join that value of a reference again. Returns False if it was not blocked.
+
+        It may also return False if the connection broke and the call was run twice.
+        """
         self.fields.number(field)
         return await self.operations.unblock(field, value)
 
@@ -354,13 +358,13 @@ class SessionStore(Generic[S]):
         left = await self.operations.blocked(field, value)
         return timedelta(milliseconds=left) if left else None
 
-    def _find(self, field: str, value: str | int, fields: list[str] | None) -> AsyncIterator[S]:
+    def _find(self, field: str, value: str | int, fields: list[str] | None, *, begun: bool = False) -> AsyncIterator[S]:
         self.get_reference_key(field, value)  # Bad arguments are told now, not at the first step.
 
         async def sessions() -> AsyncIterator[S]:
             position, seen, unreadable = Position(), set[str](), set[bytes]()
             while True:
-                page = await self.operations.find_by(field, value, fields, position)
+                page = await self.operations.find_by(field, value, fields, position, begun=begun)
                 for pairs in page.sessions:
                     try:
                         session = self.fields.decode(pairs)
@@ -381,7 +385,7 @@ class SessionStore(Generic[S]):
         return sessions()
 
 
-def renewed(max_age: Duration | None) -> MaxAge:
+def max_age_argument(max_age: Duration | None) -> MaxAge:
     """Return what the scripts take for the lifetime that a write gives: "renew" if it is None."""
     return "renew" if max_age is None else str(milliseconds(max_age, "max_age"))
 

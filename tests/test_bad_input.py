@@ -85,8 +85,8 @@ VALUES: dict[str, Case] = {
     "a reference of a nested list": ({"ip": [[1]]}, TypeError, "'ip' must be a str or an int, not list"),
     "a reference of a list with None": ({"ip": [None]}, TypeError, "'ip' must be a str or an int, not NoneType"),
     "a reference of a list with a bool": ({"ip": [1, True]}, TypeError, "'ip' must be a str or an int, not bool"),
-    "an empty reference": ({"user_id": ""}, ValueError, "a value of 'user_id' must not be empty"),
-    "an empty reference in a list": ({"ip": ["x", ""]}, ValueError, "a value of 'ip' must not be empty"),
+    "an empty reference": ({"user_id": ""}, ValueError, "a value of the reference 'user_id' must not be empty"),
+    "an empty reference in a list": ({"ip": ["x", ""]}, ValueError, "a value of the reference 'ip' must not be empty"),
     "a long reference": ({"user_id": "ü" * 257}, ValueError, "'user_id' must not be longer than 512 bytes"),
     "a large int in a list": ({"ip": [2**53 + 1]}, ValueError, "must not be beyond 2"),
     "a small int in a list": ({"ip": [-(2**53) - 1]}, ValueError, "must not be beyond 2"),
@@ -106,10 +106,10 @@ VALUE: dict[str, Case] = {
     "a float": (1.0, TypeError, "a value of the reference 'user_id' must be a str or an int, not float"),
     "a list": ([1], TypeError, "a value of the reference 'user_id' must be a str or an int, not list"),
     "bytes": (b"1", TypeError, "a value of the reference 'user_id' must be a str or an int, not bytes"),
-    "empty": ("", ValueError, "a value of 'user_id' must not be empty"),
+    "empty": ("", ValueError, "a value of the reference 'user_id' must not be empty"),
     "long": ("x" * 513, ValueError, "a value of the reference 'user_id' must not be longer than 512 bytes"),
     "a huge int": (10**600, ValueError, "a value of the reference 'user_id' must not be longer than 512 bytes"),
-    "a surrogate": ("\ud800", ValueError, "a value of 'user_id' must be valid Unicode"),
+    "a surrogate": ("\ud800", ValueError, "a value of the reference 'user_id' must be valid Unicode"),
 }
 REFERENCE: dict[str, Case] = {
     "another field": ("name", ValueError, "'name' is not one of the references of this store"),

@@ -192,7 +192,7 @@ async def test_a_fence_stays_small_after_a_caller_died(store: SessionStore, keys
     await store.delete_by("user_id", 1)
     held = await keyspace.client.hgetall(fence)
     assert {"until", "why"} < held.keys()
-    assert [value for field, value in held.items() if field.startswith("call:")] == ["done"]
+    assert [value for field, value in held.items() if str(field).startswith("call:")] == ["done"]
     assert len(held) == 3
     assert await store.ids_by("user_id", 1) == []
     assert await store.blocked("user_id", 1) is not None

@@ -698,10 +698,12 @@ async def test_a_session_on_two_pages_is_seen_once(
     await keyspace.client.hset(store.get_session_key("b"), "x", b"\xff")
     find_by, pages = store.operations.find_by, 0
 
-    async def again(field: str, value: object, fields: Sequence[str] | None, _: Position) -> Found:
+    async def again(
+        field: str, value: object, fields: Sequence[str] | None, _: Position, *, begun: bool = False
+    ) -> Found:
         nonlocal pages
         pages += 1
-        page = await find_by(field, value, fields, Position())
+        page = await find_by(field, value, fields, Position(), begun=begun)
         return page if pages == 2 else Found(page.sessions, Position(b"1"))
 
     monkeypatch.setattr(store.operations, "find_by", again)

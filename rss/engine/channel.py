@@ -18,14 +18,13 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from rss.engine.failures import because
+from rss.engine.failures import with_cause
 from rss.engine.scripts import pack, sha
 
 Answer = Callable[[Any], None]
 Heard = Callable[["Channel"], None]
 Lost = Callable[["Channel", Exception | None], None]
 
-_PUSH: Final = getattr(hiredis, "PushNotification", ())
 _NOTHING: Final = object()  # Returned while no reply is complete. The default, False, could be a reply of RESP3.
 _RESET: Final = struct.pack("ii", 1, 0)
 
@@ -67,7 +66,7 @@ class Channel(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """Whether it was not lost."""
+        """Whether commands can be sent."""
         return self._lost is not None and not self._transport.is_closing()
 
     @property
@@ -90,7 +89,7 @@ class Channel(asyncio.Protocol):
         try:
             self._reader.feed(data)
             while self._lost and (reply := self._reader.gets()) is not _NOTHING:
-                if not isinstance(reply, _PUSH):
+                if not isinstance(reply, hiredis.PushNotification):
                     self._answers.popleft()(reply)
         except Exception as error:  # noqa: BLE001 - replies and requests may no longer match
             self.abort(error)
@@ -106,8 +105,8 @@ class Channel(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None:  # Else its destructor warns that it was not closed.
-            connection._reader = connection._writer = None  # noqa: SLF001 - see _writer
+        if connection is not None:
+            _release(connection)
         self._report(exc)
 
     def abort(self, error: Exception | None = None) -> None:
@@ -145,7 +144,7 @@ async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, los
 
     def hung_up(_: Channel, error: Exception | None) -> None:
         if not greeted.done():
-            greeted.set_result(because(redis.exceptions.ConnectionError("Redis hung up"), error))
+            greeted.set_result(with_cause(redis.exceptions.ConnectionError("Redis hung up"), error))
 
     try:
         connection.retry = Retry(NoBackoff(), 0)  # The lane decides how often to try.
@@ -155,14 +154,13 @@ async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, los
         channel.send(_GREETING, [greeted.set_result])
         channel.begin(await greeted, lost)
     except BaseException:
-        with contextlib.suppress(redis.exceptions.ConnectionError, RuntimeError):
-            _writer(connection).transport.abort()
+        _release(connection)
         raise
     return channel
 
 
 def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:
-    """Return the stream of a connection: the one place that uses private names of redis-py, with `connection_lost`.
+    """Return the stream of a connection: the one place that uses private names of redis-py, with `_release`.
 
     Methods of the connection must not be called once its transport has another protocol.
     """
@@ -170,6 +168,15 @@ def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:
     if reader is None or writer is None or reader.at_eof():  # A protocol that is set later is not told of an EOF.
         raise redis.exceptions.ConnectionError("Redis closed the connection at once")
     return writer
+
+
+def _release(connection: AbstractConnection) -> None:
+    """Close what is open of a connection. Otherwise its destructor warns that it was not closed."""
+    writer = connection._writer  # noqa: SLF001 - see _writer
+    connection._reader = connection._writer = None  # noqa: SLF001 - see _writer
+    if writer is not None:
+        with contextlib.suppress(RuntimeError):  # The event loop is closed.
+            writer.transport.abort()
 
 
 def _keep_alive(sock: socket.socket | None, connection: AbstractConnection, patience: float) -> None:

@@ -6,7 +6,7 @@ batch. The batches of several kinds go out in one write: a volley.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,11 +18,20 @@ from rss.engine.scripts import pack
 # The size of a volley in bytes, roughly. A single call may be larger.
 _MAX_BYTES: Final = 131_072
 _BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
+# Seconds for which refusals are remembered after the wait that followed the last one.
+_REMEMBERED: Final = 1.0
 
 
 def backoff(failures: int) -> float:
     """Return how many seconds to wait before the next attempt, after so many failures in a row."""
     return _BACKOFF.compute(min(failures, 10))  # More than 1,000 would raise OverflowError.
+
+
+def expire(calls: Iterable[Call], now: float, error: Exception | None) -> None:
+    """Answer the calls whose deadline has passed. *error*: the last one, if any."""
+    for call in calls:
+        if call.deadline <= now and not call.done():
+            call.expire(error)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +42,8 @@ class Operation:
     script: str
     #: The shared parts that it needs: some of `scripts.PARTS`.
     parts: tuple[str, ...]
-    #: Whether it is idempotent: a second run does the same again, or recognises the work of the first.
+    #: Whether it may run twice: a second run does the same again, or recognises the work of the first. Its reply may
+    #: differ, as that of a second delete.
     repeatable: bool = True
     #: False if one call may keep Redis busy for as long as a whole batch: a page of a reference set.
     batched: bool = True
@@ -48,26 +58,26 @@ Kind = tuple[Operation, int, tuple[str, ...]]
 class Queue:
     """The calls of one kind that wait, the oldest first."""
 
-    __slots__ = ("calls", "held_until", "kind", "refusals", "trouble")
+    __slots__ = ("calls", "error", "held_until", "kind", "refusals")
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.calls: deque[Call] = deque()
         #: How many times in a row Redis refused to run them; the last error; the loop's time of the next attempt.
         self.refusals = 0
-        self.trouble: Exception | None = None
+        self.error: Exception | None = None
         self.held_until = 0.0
 
-    def hold(self, trouble: Exception, now: float, *, at_once: bool = False) -> None:
+    def hold(self, error: Exception, now: float, *, at_once: bool = False) -> None:
         """Note that Redis refused. The next attempt waits, except that the first one may be made *at_once*."""
         if self.refusals or not at_once:
             self.held_until = now + backoff(self.refusals + 1)
         self.refusals += 1
-        self.trouble = trouble
+        self.error = error
 
     def release(self) -> None:
         """Note that Redis ran them."""
-        self.refusals, self.trouble, self.held_until = 0, None, 0.0
+        self.refusals, self.error, self.held_until = 0, None, 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -160,29 +170,15 @@ class Waiting:
                 break
         return batches
 
-    def expire(self, now: float, trouble: Exception | None) -> float:
-        """Answer the calls whose deadline has passed. Returns the loop's time when to look again.
-
-        In a queue the oldest call is the first to expire, so only the first ones are looked at: unless calls were put
-        back behind others.
-        """
-        soonest = float("inf")
+    def expire(self, now: float, error: Exception | None) -> None:
+        """Answer the calls whose deadline has passed, and forget those whose caller is gone. *error*: the last one."""
         for kind, queue in list(self._queues.items()):
-            calls = queue.calls
-            if calls and calls[-1].losses > 1:
-                for call in calls:
-                    if call.deadline <= now:
-                        call.expire(queue.trouble or trouble)
-                    elif not call.done():
-                        soonest = min(soonest, call.deadline)
-            while calls and (calls[0].deadline <= now or calls[0].done()):
-                calls.popleft().expire(queue.trouble or trouble)
-                self.count -= 1
-            if calls:
-                soonest = min(soonest, calls[0].deadline, queue.held_until if queue.held_until > now else soonest)
-            elif queue.held_until <= now:
+            expire(queue.calls, now, queue.error or error)
+            queue.calls = deque(call for call in queue.calls if not call.done())
+            # A batch that is in flight may be refused again: its queue must know of the refusals until then.
+            if not queue.calls and queue.held_until + _REMEMBERED <= now:
                 del self._queues[kind]
-        return soonest
+        self.count = sum(len(queue.calls) for queue in self._queues.values())
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """Answer all of them with an error."""

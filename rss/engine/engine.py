@@ -16,7 +16,8 @@ from rss.engine.scripts import Scripts
 from rss.errors import StoreUnavailable
 from rss.keys import Plain
 
-#: The most calls that may wait in a lane. More would only make all of them late.
+#: The most calls that may wait in a lane. More would only make all of them late. Calls whose caller is gone count for a
+#: moment.
 MAX_PENDING: Final = 10_000
 
 
@@ -61,7 +62,7 @@ class Engine:
         lane = node.main if operation.batched else node.pages
         size = sum(map(len, args)) if operation.sized else 0
         call = Call(loop, keys, args, size, loop.time() + self._timeout)
-        if lane.waiting.count < MAX_PENDING or lane.has_room(MAX_PENDING):
+        if lane.waiting.count < MAX_PENDING:
             lane.put((operation, partition, shared), call)
         else:
             # In the next turn: a caller that tries again at once must not keep the loop from sending what waits.
@@ -81,6 +82,10 @@ class Engine:
         finally:
             self._operations.discard(done)
             done.cancel()
+
+    def reopen(self) -> None:
+        """Take calls again, as after a restart of the application in a test."""
+        self.closed = False
 
     async def drain(self) -> None:
         """Wait until every caller has a reply."""
@@ -119,7 +124,10 @@ class Engine:
         self._node = self._finalizer = None
 
     def after_fork(self) -> None:
-        """Begin anew in a child process. The connections are the parent's: closing them here would close them there."""
+        """Begin anew in a child process, without closing the connections: they are the parent's.
+
+        To close them would take them out of the selector, which the parent shares, and end TLS.
+        """
         self._forget()
         self._operations.clear()
 

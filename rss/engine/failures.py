@@ -60,6 +60,8 @@ _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
 
 def code_of(error: BaseException) -> str:
     """Return the code of an error of Redis, such as "OOM", if it is one of those listed above; else ""."""
+    if _first_word(error) in _REFUSALS:  # What follows may be a text of the user, such as a reason.
+        return ""
     for kind, code in _CLASSES.items():  # While redis-py connects, it wraps errors in a ConnectionError.
         if isinstance(error, kind) or isinstance(error.__cause__, kind):
             return code
@@ -75,14 +77,13 @@ def code_of(error: BaseException) -> str:
 
 def error_for(error: BaseException) -> Exception | None:
     """Return what a caller gets for an error of Redis: a new exception each time. None if a retry may help."""
-    code, text = code_of(error), str(error).removeprefix("ERR ")
+    code, text = code_of(error), str(error)
     if code in _PASSING or (not code and not isinstance(error, redis.exceptions.ResponseError)):
         return None
     if code:
-        return because(StoreUnavailable(f"Redis refuses: {code}"), error)
-    word, _, rest = text.partition(" ")
-    if refusal := _REFUSALS.get(word):
-        return refusal(rest)
+        return with_cause(StoreUnavailable(f"Redis refuses: {code}"), error)
+    if refusal := _REFUSALS.get(_first_word(error)):
+        return refusal(text.removeprefix("ERR ").partition(" ")[2])
     if "unknown command" in text:  # No cause: it would show keys.
         return SessionError("Redis does not know the command EVALSHA: it has no Lua")
     if "WRONGTYPE" in text:
@@ -93,15 +94,19 @@ def error_for(error: BaseException) -> Exception | None:
         words = f"this user of Redis has no permission for {what}: see the ACL rule in the README"
     else:
         words = "Redis refused the operation: the cause says why"
-    return because(SessionError(words), error)
+    return with_cause(SessionError(words), error)
+
+
+def _first_word(error: BaseException) -> str:
+    return str(error).removeprefix("ERR ").partition(" ")[0]
 
 
 def final_error_for(error: BaseException) -> Exception:
     """Return what a caller gets for an error of Redis, even if a retry might help."""
-    return error_for(error) or because(StoreUnavailable(f"Redis refuses: {code_of(error)}"), error)
+    return error_for(error) or with_cause(StoreUnavailable(f"Redis refuses: {code_of(error)}"), error)
 
 
-def because(error: _E, cause: BaseException | None) -> _E:
+def with_cause(error: _E, cause: BaseException | None) -> _E:
     """Return an error with its cause, which shows in a traceback."""
     error.__cause__ = cause
     return error

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Final
@@ -14,8 +13,8 @@ from redis.asyncio.connection import AbstractConnection
 
 from rss.engine.call import Call
 from rss.engine.channel import Channel, open_channel
-from rss.engine.coalesce import Batch, Kind, Waiting, backoff
-from rss.engine.failures import DEMOTED, because, code_of, error_for, final_error_for
+from rss.engine.coalesce import Batch, Kind, Waiting, backoff, expire
+from rss.engine.failures import DEMOTED, code_of, error_for, final_error_for, with_cause
 from rss.engine.scripts import Scripts
 from rss.errors import SessionError, StoreUnavailable
 from rss.keys import Plain
@@ -28,8 +27,8 @@ ROOM: Final = 100
 _SILENCE: Final = 2.0
 # The most seconds that one attempt to connect may take.
 _CONNECTING: Final = 10.0
-# Seconds. Deadlines this close together share a timer.
-_MOMENT: Final = 0.005
+# The most seconds between two looks at deadlines, refusals and silence.
+_TICK: Final = 0.05
 _BROKEN: Final = "the connection broke: it is not known what was done"
 _PROTOCOL: Final = "Protocol error"
 
@@ -49,6 +48,8 @@ class Node:
         self.layout = layout
         #: Seconds of silence after which a channel is doubted.
         self.patience = min(timeout / 3, _SILENCE)
+        #: Seconds between two looks at deadlines, refusals and silence.
+        self.tick = min(timeout / 20, _TICK)
         self.loop = asyncio.get_running_loop()
         #: Empty: timers and callbacks must not keep the context of a request.
         self.context = contextvars.Context()
@@ -110,22 +111,20 @@ class Lane:
         self._node = node
         self._volleys = volleys
         self._channel: Channel | None = None
-        self._flying: deque[Batch] = deque()  # What was sent through the channel and has no reply yet.
+        self._in_flight: deque[Batch] = deque()  # What was sent through the channel and has no reply yet.
         self._demoted = False  # The server is no master: the channel is closed as soon as it owes no reply.
         self._must_load = False  # The scripts are gone: they are loaded as soon as the channel owes no reply.
         self._load_error: Exception | None = None
         self._dialling: asyncio.Task[None] | None = None
         self._failures = 0  # In a row.
-        self._trouble: Exception | None = None  # The last failure, until a reply comes.
+        self._error: Exception | None = None  # The last failure, until a reply comes.
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
-        self._due = 0.0
-        self._watched = 0.0  # The loop's time of the last `_watch`.
 
     def __iter__(self) -> Iterator[Call]:
         """Iterate over all calls without a reply, and over some whose caller is gone."""
         yield from self.waiting
-        for batch in self._flying:
+        for batch in self._in_flight:
             yield from batch.calls
 
     # Calls go.
@@ -148,24 +147,26 @@ class Lane:
             return
         channel, now = self._channel, self._node.loop.time()
         try:
-            self._look_at(now + self._node.patience)
+            self._watch_later()
             if channel is None:
                 self._dial()
                 return
             while self.waiting.count and (room := self._free(channel)):
                 batches = self.waiting.take(room, now)
-                if not batches:  # Redis refused these kinds a moment ago.
-                    self._look_at(now + _MOMENT)
+                if not batches:  # Redis refused these kinds a moment ago: `_watch` tries again.
                     return
-                self._flying.extend(batches)
+                self._in_flight.extend(batches)
                 self._send(channel, batches)
         except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
             self._give_up(error)
 
     def _free(self, channel: Channel) -> int:
-        """Return how many calls the next volley may have: 0 if nothing may be sent now."""
+        """Return how many calls the next volley may have: 0 if nothing may be sent now.
+
+        It is half of all calls, rounded up: the other half is in flight, or follows.
+        """
         volleys, calls = 0, self.waiting.count
-        for batch in self._flying:
+        for batch in self._in_flight:
             volleys += batch.last
             calls += len(batch.calls)
         waits = volleys and (self._must_load or self._demoted)
@@ -186,29 +187,25 @@ class Lane:
 
     def _answered(self, batch: Batch, reply: Any) -> None:
         """Hand out the replies of a batch: the oldest that is in flight."""
-        if reply.__class__ is list and reply:
+        if reply.__class__ is list and 0 < len(reply) <= len(batch.calls):
             if len(reply) < len(batch.calls):  # The script stopped early, because it had done enough.
                 self.waiting.put_back(batch, len(reply))
                 del batch.calls[len(reply) :]
-            self._failures, self._trouble = 0, None
+            self._failures, self._error = 0, None
             if batch.queue.refusals:
                 batch.queue.release()
             self._scheduled = True  # The callers run here; `heard` sends what they want next.
             for call, own in zip(batch.calls, reply, strict=False):
-                if call.done():
-                    continue
-                if isinstance(own, Exception):
-                    call.set_exception(final_error_for(own))
-                else:
-                    call.reply(own)
-            if self._flying:  # Unless a caller has closed the store.
-                self._flying.popleft()
+                if not call.done():
+                    call.answer(final_error_for(own) if isinstance(own, Exception) else own)
+            if self._in_flight and self._in_flight[0] is batch:  # Unless a caller has closed the store.
+                self._in_flight.popleft()
         elif not isinstance(reply, Exception) or (_PROTOCOL in str(reply) and len(batch.calls) > 1):
             # Either nobody knows whose reply this is, or one call makes Redis hang up: sending each again shows which.
             raise reply if isinstance(reply, Exception) else redis.exceptions.ConnectionError("Redis sent nonsense")
         else:
             self._refused(batch, reply)
-            self._flying.popleft()
+            self._in_flight.popleft()
 
     def _refused(self, batch: Batch, error: Exception) -> None:
         """Handle an error in place of the replies: Redis did not run the script, or it failed at its first session."""
@@ -236,7 +233,7 @@ class Lane:
         if channel is self._channel:
             if self._dialling:
                 self._dialling.cancel()
-            if self._demoted and not self._flying:
+            if self._demoted or (self is self._node.repair and not self.waiting.count):
                 self.hang_up()
         self._flush()
 
@@ -263,9 +260,9 @@ class Lane:
             try:
                 async with asyncio.timeout(min(self._node.patience * 2 ** min(self._failures, 5), _CONNECTING)):
                     channel = await self._node.open(self)
-            except (redis.exceptions.RedisError, OSError) as error:  # TimeoutError is an OSError.
+            except Exception as error:  # noqa: BLE001 - whatever it is, also of a hook of the user, a retry may help
                 self._failures += 1
-                self._trouble = error.with_traceback(None)
+                self._error = error.with_traceback(None)
                 if error_for(error):  # Such as a wrong password.
                     self.waiting.fail(functools.partial(final_error_for, error))
             else:
@@ -290,21 +287,21 @@ class Lane:
             return
         self._channel, self._demoted, self._must_load, self._load_error = None, False, False, None
         self._failures += 1
-        self._trouble = because(redis.exceptions.ConnectionError("the connection was lost"), error)
-        flying, self._flying = self._flying, deque()
-        for batch in flying:
+        self._error = with_cause(redis.exceptions.ConnectionError("the connection was lost"), error)
+        in_flight, self._in_flight = self._in_flight, deque()
+        for batch in in_flight:
             try:
                 if batch.queue.kind[0].repeatable:
-                    self._node.repair.put_again(batch, self._trouble)
+                    self._node.repair.retry(batch, self._error)
                     continue
             except Exception as mistake:  # noqa: BLE001 - no caller may be left without an answer
-                self._trouble = mistake
+                self._error = mistake
             for call in batch.calls:
-                call.fail(because(StoreUnavailable(_BROKEN), self._trouble))
+                call.fail(with_cause(StoreUnavailable(_BROKEN), self._error))
         self._scheduled = False  # `heard` may not be called any more.
         self._schedule()
 
-    def put_again(self, batch: Batch, trouble: Exception) -> None:
+    def retry(self, batch: Batch, error: Exception) -> None:
         """Retry calls that were in flight on a channel that broke. One of them may have broken it."""
         for call in batch.calls:
             call.losses += 1
@@ -312,61 +309,33 @@ class Lane:
         # A call that breaks every channel goes behind the others, and is retried at growing intervals.
         queue = self.waiting.put_back(batch, behind=losses > 1)
         if losses > 2:
-            queue.hold(trouble, self._node.loop.time())
-        self._trouble = trouble
+            queue.hold(error, self._node.loop.time())
+        self._error = error
         self._schedule()
 
     # Time passes.
 
-    def has_room(self, most: int) -> bool:
-        """Return whether fewer than *most* calls wait.
-
-        Calls that are late, or whose caller is gone, do not count. To find them takes time, so they are looked for at
-        most every five milliseconds.
-        """
-        if self.waiting.count >= most and self._node.loop.time() > self._watched + _MOMENT:
-            self._watch()
-        return self.waiting.count < most
-
-    def _look_at(self, when: float) -> None:
-        """Call `_watch` at that time of the loop, or a moment before or after it."""
-        if self._timer is None or self._due > when + _MOMENT:
-            if self._timer:
-                self._timer.cancel()
-            self._timer = self._node.loop.call_at(when, self._watch, context=self._node.context)
-            self._due = when  # A timer of uvloop does not tell its time once that has come.
+    def _watch_later(self) -> None:
+        if self._timer is None:
+            self._timer = self._node.loop.call_later(self._node.tick, self._watch, context=self._node.context)
 
     def _watch(self) -> None:
-        """Answer the calls whose deadline has passed, and doubt a silent channel. Repeats as long as calls wait."""
+        """Answer late calls, doubt a silent channel, and send what was held back: every tick while calls wait."""
         self._timer = None
-        now = self._watched = self._node.loop.time()
+        now = self._node.loop.time()
         try:
             if self._channel and not self._channel.usable:  # `lost` has not been called yet, or has failed.
                 self.lost(self._channel, None)
-            when = min(self.waiting.expire(now, self._trouble), self._expire(now))
-            if self._flying and self._channel:
-                doubt = self._channel.heard_at + self._node.patience
-                if doubt <= now:
-                    self._dial()
-                    doubt = now + self._node.patience
-                when = min(when, doubt)
-            if when < math.inf:
-                self._look_at(max(when, now + _MOMENT))
-            if self.waiting.count:
+            for batch in self._in_flight:
+                expire(batch.calls, now, batch.queue.error or self._error)
+            self.waiting.expire(now, self._error)
+            if self._in_flight and self._channel and self._channel.heard_at + self._node.patience <= now:
+                self._dial()
+            if self.waiting.count or self._in_flight:
                 self._schedule()
+                self._watch_later()
         except Exception as error:  # noqa: BLE001 - no caller may be left without an answer
             self._give_up(error)
-
-    def _expire(self, now: float) -> float:
-        """Answer the calls in flight whose deadline has passed. Return the loop's time when to look again."""
-        soonest = math.inf
-        for batch in self._flying:
-            for call in batch.calls:
-                if call.deadline <= now:
-                    call.expire(batch.queue.trouble or self._trouble)
-                elif not call.done():
-                    soonest = min(soonest, call.deadline)
-        return soonest
 
     def close(self) -> None:
         """Close the channel. Calls without a reply get `StoreUnavailable`."""
@@ -374,13 +343,13 @@ class Lane:
             self._timer.cancel()
             self._timer = None
         with contextlib.suppress(RuntimeError):  # The event loop is closed: no caller waits any more.
-            self._fail(lambda: because(StoreUnavailable("the store was closed"), self._trouble))
+            self._fail(lambda: with_cause(StoreUnavailable("the store was closed"), self._error))
             if self._dialling:
                 self._dialling.cancel()
 
     def _give_up(self, error: BaseException) -> None:
         """Answer all callers after a bug, here or in redis-py."""
-        self._fail(lambda: because(SessionError(f"a bug in redis-session-sets: {type(error).__name__}"), error))
+        self._fail(lambda: with_cause(SessionError(f"a bug in redis-session-sets: {type(error).__name__}"), error))
 
     def _fail(self, error: Callable[[], Exception]) -> None:
         channel, self._channel = self._channel, None
@@ -390,6 +359,6 @@ class Lane:
             else:
                 channel.abort()
         self.waiting.fail(error)
-        while self._flying:
-            for call in self._flying.popleft().calls:
+        while self._in_flight:
+            for call in self._in_flight.popleft().calls:
                 call.fail(error())

@@ -1,7 +1,7 @@
 """The operations: what each of them is, and a typed method that sends it and reads the reply.
 
 A method here takes what `rss.fields` has encoded, builds the keys, and returns the reply with names instead of places.
-How an argument is written on the wire is said by the header of the script.
+The header of each script says how its arguments are written.
 """
 
 from collections.abc import Iterable, Sequence
@@ -188,12 +188,16 @@ class Operations:
         ttl: int = await self.engine.run(ROTATE, keys, args, shared=values.counts)
         return ttl
 
-    async def find_by(self, field: str, value: object, fields: Sequence[str] | None, at: Position) -> Found:
-        """Read a page of the sessions with a value."""
+    async def find_by(
+        self, field: str, value: object, fields: Sequence[str] | None, at: Position, *, begun: bool = False
+    ) -> Found:
+        """Read a page of the sessions with a value. *begun*: also while the store closes, see `several`."""
         number = self._fields.number(field)
         wanted = _ALL if fields is None else (str(len(fields)), *fields)
         args: list[str | bytes] = [*wanted, number, at.cursor, _PAGE, str(len(at.left)), *at.left]
-        cursor, left, *sessions = await self.engine.run(FIND_BY, (self.layout.reference(field, value),), args)
+        cursor, left, *sessions = await self.engine.run(
+            FIND_BY, (self.layout.reference(field, value),), args, begun=begun
+        )
         return Found(sessions, Position(cursor, tuple(left)))
 
     async def delete_by(

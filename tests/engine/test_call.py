@@ -2,37 +2,46 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from redis.asyncio import Redis
 
 from rss import SessionStore
 from rss.engine.call import Call
+from rss.engine.channel import Answer, Channel
 from tests.conftest import LOOPS
 from tests.engine.callers import outcomes
 
 _NAME: contextvars.ContextVar[str] = contextvars.ContextVar("_NAME", default="nobody")
 
 
-async def _scripts(admin: Redis) -> int:
-    stats = await admin.info("commandstats")
-    return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
+async def test_what_callers_call_next_is_sent_before_the_loop_turns(
+    url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the replies of a read were handed out, the next batch of the same callers is on its way."""
+    del admin
+    received, real = Channel.data_received, Channel.send
+    sent: list[int] = []
+    turns: list[list[int]] = []
 
+    def send(channel: Channel, data: bytes, answers: Iterable[Answer]) -> None:
+        sent.append(data.count(b"EVALSHA"))
+        real(channel, data, answers)
 
-async def test_what_the_callers_of_a_batch_call_next_is_the_next_batch(url: str, admin: Redis) -> None:
-    """Twenty callers that each read five times cost ten scripts: two volleys a time. The last may be smaller ones."""
+    def data_received(channel: Channel, data: bytes) -> None:
+        sent.clear()
+        received(channel, data)
+        turns.append([*sent])
+
+    monkeypatch.setattr(Channel, "send", send)
+    monkeypatch.setattr(Channel, "data_received", data_received)
     async with SessionStore.from_url(url) as store:
-        for n in range(20):
-            await store.set(str(n), {"n": n})
-        before = await _scripts(admin)
-
-        async def work(n: int) -> None:
-            for _ in range(5):
-                await store.get(str(n))
-
-        await asyncio.gather(*(work(n) for n in range(20)))
-        assert 10 <= await _scripts(admin) - before <= 12
+        await store.load()
+        turns.clear()
+        for _ in range(20):
+            await store.get("session")
+    assert turns == [[1]] * 20 + [[]]  # After the last reply nothing was called.
 
 
 async def test_a_caller_ends_the_others_of_its_batch(url: str, admin: Redis) -> None:
@@ -120,7 +129,7 @@ def test_a_caller_that_ends_the_program(
 
 
 async def test_a_reply_runs_its_caller_at_once() -> None:
-    """When `reply` returns, the caller has gone on to what it awaits next."""
+    """When `answer` returns, the caller has gone on to what it awaits next."""
     loop = asyncio.get_running_loop()
     call, done = Call(loop, (), (), 0, 0.0), loop.create_future()
     steps: list[str] = []
@@ -130,16 +139,30 @@ async def test_a_reply_runs_its_caller_at_once() -> None:
         await asyncio.sleep(0)
         steps.append("later")
 
-    def reply() -> None:
-        call.reply("at once")
+    def tell() -> None:
+        call.answer("at once")
         done.set_result([*steps])
 
     task = asyncio.create_task(wait())
     await asyncio.sleep(0)
-    loop.call_soon(reply)
+    loop.call_soon(tell)
     assert await done == ["at once"]
     await task
     assert steps == ["at once", "later"]
+
+
+async def test_inside_of_a_task_the_caller_goes_on_later() -> None:
+    """No task can run inside of another one: the reply waits for the next turn."""
+    call = Call(asyncio.get_running_loop(), (), (), 0, 0.0)
+
+    async def wait() -> object:
+        return await call
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    call.answer("later")
+    assert not task.done()
+    assert await task == "later"
 
 
 async def test_a_call_is_a_future() -> None:
@@ -151,14 +174,17 @@ async def test_a_call_is_a_future() -> None:
     async def wait(for_call: Call) -> object:
         return await for_call
 
-    for end in ("reply", "set_exception", "cancel"):
+    for end in ("answer", "set_result", "set_exception", "cancel"):
         one, told = call(), list[object]()
         task, other = asyncio.create_task(wait(one)), asyncio.create_task(wait(one))
         shielded = asyncio.shield(one)
         one.add_done_callback(told.append)
         await asyncio.sleep(0)
-        if end == "reply":
-            asyncio.get_running_loop().call_soon(one.reply, "result")
+        if end == "answer":
+            asyncio.get_running_loop().call_soon(one.answer, "result")
+            assert [*await asyncio.gather(task, other, shielded)] == ["result"] * 3
+        elif end == "set_result":
+            one.set_result("result")
             assert [*await asyncio.gather(task, other, shielded)] == ["result"] * 3
         elif end == "set_exception":
             one.set_exception(ValueError("told"))

@@ -158,19 +158,23 @@ async def test_no_more_calls_wait_than_the_limit(url: str, admin: Redis, monkeyp
 
 
 async def test_callers_that_are_gone_make_room(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only calls whose callers wait count for the limit."""
-    monkeypatch.setattr(engine, "MAX_PENDING", 100)
+    """Only calls whose callers wait count for the limit, also if others wait before them."""
+    monkeypatch.setattr(engine, "MAX_PENDING", 60)
     async with SessionStore.from_url(url, timeout=20) as store:
         async with stopped(admin):
+            first = [asyncio.ensure_future(store.touch(str(n))) for n in range(40)]
+            await asyncio.sleep(0.05)  # They are in flight.
+            first += [asyncio.ensure_future(store.touch(str(n))) for n in range(10)]
             for _ in range(3):
-                calls = [asyncio.ensure_future(store.touch(str(n))) for n in range(100)]
+                calls = [asyncio.ensure_future(store.touch(str(n))) for n in range(50)]
                 await asyncio.sleep(0.05)
                 for call in calls:
                     call.cancel()
                 assert {type(one) for one in await outcomes(calls)} == {asyncio.CancelledError}
-            calls = [asyncio.ensure_future(store.touch(str(n))) for n in range(100)]
+                await asyncio.sleep(0.15)  # They are looked for every 50 ms.
+            calls = [asyncio.ensure_future(store.touch(str(n))) for n in range(50)]
             await asyncio.sleep(0.05)
-        assert await outcomes(calls) == [False] * 100
+        assert await outcomes(first + calls) == [False] * 100
 
 
 async def test_a_storm_of_cancellations_while_connections_break(url: str, admin: Redis) -> None:
@@ -494,10 +498,10 @@ async def test_no_context_of_a_request_lives_on(url: str, admin: Redis, monkeypa
 # ---------------------------------------------------------------------- nobody waits for ever
 
 
-# What the event loop calls, and what answers callers: an exception right there has nobody left to tell. All that these
-# call is broken.
-_OUTERMOST = {"data_received", "connection_lost", "resume_writing", "_flush", "_dialled", "watch", "_watch"}
-_ANSWERS = {"fail", "_fail", "give_up", "_give_up", "close", "aclose"}
+# What the event loop calls, and what answers callers, as all of `Call` does: an exception right there has nobody left
+# to tell. All that these call is broken.
+_OUTERMOST = {"data_received", "connection_lost", "resume_writing", "_flush", "_dialled", "_watch"}
+_ANSWERS = {"fail", "_fail", "_give_up", "close", "aclose"}
 
 
 def _functions() -> list[tuple[Any, str]]:
