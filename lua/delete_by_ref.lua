@@ -27,9 +27,6 @@ local ids = args(left)
 local token, reason, block, kept = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3]), tonumber(ARGV[arg + 4])
 arg = arg + 4
 
--- A fence has at most about so many marks when a call begins.
-local MARKS = 20000
-
 -- Let the fence live as long as it matters.
 local function keep_fence()
   local till = tonumber(redis.call("HGET", fence, "until") or 0)
@@ -43,8 +40,8 @@ local function allow_writes() redis.call("HDEL", fence, "call:" .. token) end
 local function close()
   allow_writes()
   local till = clock() + block
-  local longer = till > tonumber(redis.call("HGET", fence, "until") or 0)
-  if longer then redis.call("HSET", fence, "until", till, "why", reason) end
+  local before = tonumber(redis.call("HGET", fence, "until") or 0)
+  if till > before then redis.call("HSET", fence, "until", till, "why", reason) end
   keep_fence()
 end
 
@@ -59,7 +56,7 @@ end
 -- Without marks, a call that is under way begins anew where it is, and may end sessions that joined meanwhile.
 local function begin(keep)
   allow_writes()
-  if redis.call("HLEN", fence) > MARKS then forget() end
+  if redis.call("HLEN", fence) > 20000 then forget() end
   local round = redis.call("HINCRBY", fence, "round", 1)
   redis.call("HINCRBY", fence, "calls", 1)
   redis.call("HSET", fence, "call:" .. token, round, "reason", reason)
@@ -99,8 +96,7 @@ local function delete_by()
   if round == "done" then return { "0", {}, 0 } end
   local keep = read_keep(not round)
   for _, id in ipairs(keep) do spared[id] = true end
-  if block and not round then close() end
-  if round then keep_fence() end
+  if round then keep_fence() elseif block then close() end
   round = tonumber(round or nil) or size > page and begin(keep)
 
   if left == 0 then
@@ -116,11 +112,8 @@ local function delete_by()
     if joined then redis.call("HDEL", fence, "id:" .. id) end
     if not session.ended then ended = ended + 1 end
   end)
-  if #rest > 0 then
-    round = round or begin(keep)
-  elseif round and cursor == "0" then
-    finish()
-  end
+  if #rest > 0 and not round then begin(keep) end
+  if #rest == 0 and round and cursor == "0" then finish() end
   return { cursor, rest, ended }
 end
 
