@@ -2,10 +2,12 @@
 
 import asyncio
 import faulthandler
+import functools
+import gc
+import importlib.metadata
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import settings
 from redis.asyncio import Redis
 
 from rss import SessionStore
-from rss.engine import lane
+from rss.engine import lane, scripts
 from tests.keyspace import Keyspace
 from tests.secrecy import Secrecy
 from tests.servers import own_server
@@ -33,6 +35,10 @@ settings.register_profile("quick", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("quick")
 
+# What would be done again for each connection and each store: redis-py looks up its own version, a store reads scripts.
+for module, name in ((importlib.metadata, "version"), (scripts, "read")):
+    setattr(module, name, functools.cache(getattr(module, name)))
+
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
 try:
     import uvloop
@@ -44,8 +50,7 @@ else:
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run the contract of the store on every event loop, the rest on asyncio's own."""
-    loops = LOOPS if item.path.name == "test_store.py" else {"asyncio": LOOPS["asyncio"]}
-    return {name: partial(loop_with_limit, new) for name, new in loops.items()}
+    return LIMITED if item.path.name == "test_store.py" else {"asyncio": LIMITED["asyncio"]}
 
 
 def loop_with_limit(new: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
@@ -64,6 +69,12 @@ def loop_with_limit(new: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.Abs
     return loop
 
 
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that was imported and collected: some tests call it a hundred times."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
     """End the process if a teardown hangs. pytest's own limit is over when a test has failed."""
@@ -79,6 +90,10 @@ def send_singly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch coalescing off: every call is a script of its own."""
     monkeypatch.setattr(lane, "ROOM", 1)
     monkeypatch.setattr(lane, "VOLLEYS", 32)
+
+
+# The same objects for all tests: fixtures that are asynchronous are shared only by tests with an equal loop factory.
+LIMITED = {name: functools.partial(loop_with_limit, new) for name, new in LOOPS.items()}
 
 
 @pytest.fixture(scope="module", name="url")

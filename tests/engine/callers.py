@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Iterable
 
+import pytest
 from redis.asyncio import Redis
+from redis.backoff import EqualJitterBackoff
 
 from rss import SessionStore
 
@@ -26,3 +28,23 @@ async def works(store: SessionStore, calls: int = 50) -> bool:
 async def kill(admin: Redis) -> None:
     """Cut all connections but that of the administrator."""
     await admin.client_kill_filter(_type="normal", skipme=True)
+
+
+class Hours:
+    """Lets what waits for Redis see hours of failures in a moment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = EqualJitterBackoff.compute
+        self.attempts = 0
+
+        def compute(backoff: EqualJitterBackoff, failures: int) -> float:
+            self.attempts += 1
+            assert real(backoff, failures) <= 0.25
+            return 0
+
+        monkeypatch.setattr(EqualJitterBackoff, "compute", compute)
+
+    async def pass_by(self) -> None:
+        """Return after more attempts than a float has powers of two."""
+        while self.attempts < 1100:
+            await asyncio.sleep(0.001)

@@ -20,19 +20,13 @@ from redis.credentials import CredentialProvider
 
 from rss import SessionError, SessionStore, StoreUnavailable
 from tests.engine.callers import kill, outcomes, works
-from tests.servers import connections, fake, own_server, serving, wired
+from tests.servers import connections, fake, ones, own_server, serving, wired
 
 # With RESP2 and without a name of the library, redis-py sends nothing when it connects. Newer versions have
 # driver_info, and warn about the older names.
 SILENT: dict[str, Any] = {"protocol": 2} | dict.fromkeys(
     ("driver_info",) if "driver_info" in inspect.signature(Redis).parameters else ("lib_name", "lib_version")
 )
-
-
-def _ones(command: list[bytes]) -> bytes:
-    """Answer as `touch` does for sessions that are all alive."""
-    keys = int(command[2])
-    return b"*%d\r\n" % keys + b":1\r\n" * keys
 
 
 # ---------------------------------------------------------------------- as the client connects
@@ -234,6 +228,73 @@ async def test_pushes_are_ignored(url: str, admin: Redis) -> None:
         await store.aclose()
 
 
+@pytest.mark.parametrize(("given", "idle"), [({}, 15), ({socket.TCP_KEEPIDLE: 33}, 33)], ids=["ours", "the client's"])
+async def test_the_system_probes_a_silent_peer(url: str, admin: Redis, given: dict[int, int], idle: int) -> None:
+    """As the client says, if it does; and it gives up what is not acknowledged when callers do."""
+    del admin
+    options: list[int] = []
+
+    async def look(connection: Any) -> None:
+        await connection.on_connect()
+        sock = connection._writer.get_extra_info("socket")
+
+        def read() -> None:
+            options.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            options.extend(
+                sock.getsockopt(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPIDLE, socket.TCP_USER_TIMEOUT)
+            )
+
+        asyncio.get_running_loop().call_soon(read)  # When the engine has begun to use it.
+
+    keep_alive: dict[str, Any] = {"socket_keepalive": True, "socket_keepalive_options": given}
+    async with wired(url) as wire, Redis.from_url(wire.url, redis_connect_func=look, **keep_alive) as client:
+        store = SessionStore(client, timeout=7)
+        await store.load()
+        assert options == [1, idle, 7000]
+        await store.aclose()
+
+
+class _Refusing:
+    """A transport that takes no bytes when it is told to."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.refuses = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self.refuses:
+            raise RuntimeError("the handler is closed")
+        self._transport.write(data)
+
+
+async def test_a_transport_that_raises(url: str, admin: Redis) -> None:
+    """As that of uvloop does if the peer has just gone: the connection is replaced, and the call is run."""
+    del admin
+    transports: list[_Refusing] = []
+
+    async def wrap(connection: Any) -> None:
+        await connection.on_connect()
+        transports.append(_Refusing(connection._writer.transport))
+        connection._writer._transport = transports[-1]
+
+    async with Redis.from_url(url, redis_connect_func=wrap) as client:
+        store = SessionStore(client, timeout=20)
+        await store.set("a", {"n": 1})
+        for transport in transports:
+            transport.refuses = True
+        assert await store.get("a", ["n"]) == {"id": "a", "n": 1}
+        assert await store.touch("a")
+        for transport in transports:
+            transport.refuses = True
+        with pytest.raises(StoreUnavailable, match="not known what was done"):
+            await store.increment("a", "n")
+        assert await works(store)
+        await store.aclose()
+
+
 # ---------------------------------------------------------------------- replies that match nothing
 
 
@@ -241,7 +302,7 @@ async def test_a_reply_to_nothing_reaches_nobody() -> None:
     """The connection is given up, and the next caller gets its own reply on another one."""
     once = [b"*1\r\n:7\r\n"]
 
-    async with fake(lambda command: _ones(command) + (once.pop() if once else b"")) as server:
+    async with fake(lambda command: ones(command) + (once.pop() if once else b"")) as server:
         store = SessionStore.from_url(server.url)
         assert await store.touch("a")
         assert await outcomes(store.operations.touch(f"b{n}", "renew") for n in range(20)) == [1] * 20
@@ -252,7 +313,7 @@ async def test_a_reply_to_nothing_reaches_nobody() -> None:
 @pytest.mark.parametrize("where", ["before", "after", "instead"])
 async def test_a_wrong_reply_to_the_greeting(where: str) -> None:
     """Or more than one: such a connection is not used, and another is made, at intervals that grow."""
-    async with fake(_ones) as server:
+    async with fake(ones) as server:
         setattr(server, where, b"$3\r\nold\r\n")
         store = SessionStore.from_url(server.url, timeout=1)
         with pytest.raises(StoreUnavailable, match="within the deadline: ConnectionError"):
@@ -273,7 +334,7 @@ async def test_replies_that_no_script_gives(reply: bytes) -> None:
         store = SessionStore.from_url(server.url, timeout=0.5)
         for found in await outcomes([store.touch("a"), store.increment("b", "n")]):
             assert isinstance(found, SessionError)
-        server.script = _ones
+        server.script = ones
         assert await store.touch("a")
         await store.aclose()
 
