@@ -212,6 +212,20 @@ async def test_aclose_waits_for_what_has_begun(url: str, admin: Redis) -> None:
             await call
 
 
+async def test_aclose_waits_for_all_pages(url: str, admin: Redis) -> None:
+    """A count or a list of ids that has begun is complete."""
+    del admin
+    store = SessionStore.from_url(url, references=["user_id"])
+    await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(1000)))
+    counting = asyncio.ensure_future(store.count_by("user_id", 1))
+    listing = asyncio.ensure_future(store.ids_by("user_id", 1))
+    await asyncio.sleep(0)
+    await store.aclose()
+    assert counting.done()
+    assert await counting == 1000
+    assert len(await listing) == 1000
+
+
 async def test_aclose_waits_for_an_operation_between_two_calls(url: str, admin: Redis) -> None:
     """An operation that consists of several calls may have none under way for a moment."""
     del admin
