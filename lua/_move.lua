@@ -60,10 +60,12 @@ local function changes_identity(session)
   return after and (before[1] ~= after[1] or before[2] ~= after[2])
 end
 
--- Whether the data of the n-th reference names a set. Reading a long list takes time: once enough is spent, a member of
--- the set is taken to name it, as promised.
+-- Whether the data of the n-th reference names a set. Reading a long list takes time: once enough is spent, a list is
+-- taken to name it, since its session is a member.
 local function names(n, held, set)
-  return held and (set_of(n, held) == set or spent >= ENOUGH or has(sets_of(n, held), set))
+  local one = held and set_of(n, held)
+  if one or not held or held == "" or held == "null" then return one == set end
+  return spent >= ENOUGH or has(sets_of(n, held), set)
 end
 
 -- Make room in a set for one more session: add the oldest to the sessions to evict, and other surplus to those that go

@@ -506,3 +506,21 @@ def test_sets_outlive_a_session_however_it_is_renewed(redis_server: RedisServer,
             await keyspace.clear()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("user", [2, "two", None])
+async def test_a_limit_ends_no_session_of_another_value(
+    client: Redis, keyspace: Keyspace, user: int | str | None
+) -> None:
+    """An id that was left in a full set, and stands for another user's session by now, is never evicted from there."""
+    limit = 1000  # So many members that a script has spent its time before it has looked at all of them.
+    store = SessionStore(client, references={"user_id": Reference(limit=limit)}, prefix=keyspace.prefix)
+    await store.set("other", {"user_id": user})
+    await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(limit - 1)))
+    key = store.get_reference_key("user_id", 1)
+    await keyspace.client.hincrby(store.get_session_key("other"), "_created", -1000)  # The oldest is evicted.
+    for _ in range(20):
+        await keyspace.client.sadd(key, "other")
+        await store.create({"user_id": 1})
+        assert await store.ended("other") is None
+    assert await store.count_by("user_id", 1) == limit
