@@ -241,7 +241,8 @@ async def serving(
         server.close()
         for _ in range(5):  # What was accepted a moment ago is served a few turns later.
             for task, writer in running.items():
-                writer.transport.abort()
+                with suppress(AttributeError):  # TLS that was closed twice, on Python 3.11.2.
+                    writer.transport.abort()
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await asyncio.sleep(0)

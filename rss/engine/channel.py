@@ -106,7 +106,7 @@ class Channel(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            _release(connection)
+            _take_stream(connection)
         self._report(exc)
 
     def abort(self, error: Exception | None = None) -> None:
@@ -154,13 +154,15 @@ async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, los
         channel.send(_GREETING, [greeted.set_result])
         channel.begin(await greeted, lost)
     except BaseException:
-        _release(connection)
+        if (writer := _take_stream(connection)) is not None:
+            with contextlib.suppress(RuntimeError):  # The event loop is closed.
+                writer.transport.abort()
         raise
     return channel
 
 
 def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:
-    """Return the stream of a connection: the one place that uses private names of redis-py, with `_release`.
+    """Return the stream of a connection: the one place that uses private names of redis-py, with `_take_stream`.
 
     Methods of the connection must not be called once its transport has another protocol.
     """
@@ -170,13 +172,11 @@ def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:
     return writer
 
 
-def _release(connection: AbstractConnection) -> None:
-    """Close what is open of a connection. Otherwise its destructor warns that it was not closed."""
+def _take_stream(connection: AbstractConnection) -> asyncio.StreamWriter | None:
+    """Take the stream out of a connection, if there is one. The destructor would warn that it was not closed."""
     writer = connection._writer  # noqa: SLF001 - see _writer
     connection._reader = connection._writer = None  # noqa: SLF001 - see _writer
-    if writer is not None:
-        with contextlib.suppress(RuntimeError):  # The event loop is closed.
-            writer.transport.abort()
+    return writer
 
 
 def _keep_alive(sock: socket.socket | None, connection: AbstractConnection, patience: float) -> None:
