@@ -121,22 +121,23 @@ local function plan_join(plan, n, set)
 end
 
 -- Look at the fences of the sets that the session joins, the first so many, and leaves. A blocked value cannot be
--- joined. While delete_by_ref works through a set, a session that was in it from the beginning ends as it leaves, or it
--- would escape. A session that joins is marked, and keeps its mark if only its id changes. Returns an error if the
--- session cannot join.
+-- joined. While delete_by_ref works through a set, a session that it would end ends as it leaves, or it would escape. A
+-- session that joins is marked, and keeps its mark if only its id changes. Returns an error if the session cannot join.
 local function pass_fences(plan, session, joined)
   plan.marks = {}
   for i = 1, #plan.fences do
     local fence = plan.fences[i]
-    local found = redis.pcall("HMGET", fence, "round", "reason", "id:" .. session.held[1], "until", "why")
+    local found = redis.pcall("HMGET", fence, "round", "open", "reason", "id:" .. session.held[1], "until", "why")
     if found.err then return found end
-    local round, since, till = tonumber(found[1] or nil), tonumber(found[3] or 0), tonumber(found[4] or 0)
+    local round, open, mark, till = found[1], found[2] or "", found[4] or "0", tonumber(found[5] or 0)
     if i <= joined and till > now then
-      return redis.error_reply("RSSBLOCKED " .. found[4] .. " " .. found[5] .. " " .. state[4 + plan.numbers[i]])
+      return redis.error_reply("RSSBLOCKED " .. found[5] .. " " .. found[6] .. " " .. state[4 + plan.numbers[i]])
     end
-    if round and i > joined and since < round then plan.doomed = found[2] end
+    for number in string.gmatch(i > joined and open or "", "%d+") do
+      if not spares(mark, tonumber(number)) then plan.doomed = found[3] end
+    end
     if round and (i <= joined or plan.stays and plan.stays[fence]) then
-      plan.marks[#plan.marks + 1] = { fence, "id:" .. plan.id, i <= joined and round or since }
+      plan.marks[#plan.marks + 1] = { fence, "id:" .. plan.id, i <= joined and round or mark }
     end
   end
 end

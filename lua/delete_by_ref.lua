@@ -1,6 +1,6 @@
 --[[
   End a page of the sessions in a reference set: of those that were in it when the first page began. Block its value, if
-  that is wanted. `_fence.lua` says what the fence holds. Needs session, write, end, page.
+  that is wanted. `_fence.lua` says what the fence holds. Needs session, write, end, fence, page, rounds.
 
   KEYS        the reference set, "rss:<field>:{<value>}"; its fence, "rss:_fence:<field>:{<value>}"
   ARGV        the stems, then
@@ -17,8 +17,8 @@
   long; and how many sessions it ended.
 
   A call that needs several pages has a round in the fence: rounds are counted as calls begin, and sessions that join
-  are marked with the latest. A call spares the sessions that joined in its round or a later one. When no call is left,
-  the fence forgets the marks.
+  are marked with the latest. A call spares the sessions that joined in its round or a later one, and those that it
+  keeps. When no call is left, the fence forgets the marks.
 ]]
 local set, fence, n, cursor = KEYS[1], KEYS[2], tonumber(ARGV[3]), ARGV[4]
 local page, left = tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -27,51 +27,13 @@ local ids = args(left)
 local token, reason, block, kept = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3]), tonumber(ARGV[arg + 4])
 arg = arg + 4
 
--- Let the fence live as long as it matters.
-local function keep_fence()
-  local till = tonumber(redis.call("HGET", fence, "until") or 0)
-  redis.call("PEXPIREAT", fence, math.max(clock() + tombstone, till))
-end
-
--- Redis takes an HSET without memory only after another write of the script, and sessions must end also then.
-local function allow_writes() redis.call("HDEL", fence, "call:" .. token) end
-
 -- Block the value. A longer block stays as it is.
 local function close()
-  allow_writes()
+  allow_writes(fence, token)
   local till = clock() + block
   local before = tonumber(redis.call("HGET", fence, "until") or 0)
   if till > before then redis.call("HSET", fence, "until", till, "why", reason) end
-  keep_fence()
-end
-
--- Forget all but the block.
-local function forget()
-  local blocked = redis.call("HMGET", fence, "until", "why")
-  redis.call("UNLINK", fence)
-  if blocked[1] then redis.call("HSET", fence, "until", blocked[1], "why", blocked[2]) end
-end
-
--- Give this call a round. A caller that died never finishes its call, so marks could pile up while others recur.
--- Without marks, a call that is under way begins anew where it is, and may end sessions that joined meanwhile.
-local function begin(keep)
-  allow_writes()
-  if redis.call("HLEN", fence) > 20000 then forget() end
-  local round = redis.call("HINCRBY", fence, "round", 1)
-  redis.call("HINCRBY", fence, "calls", 1)
-  redis.call("HSET", fence, "call:" .. token, round, "reason", reason)
-  local marks = {}
-  for i, id in ipairs(keep) do marks[2 * i - 1], marks[2 * i] = "id:" .. id, round end
-  spread("HSET", fence, marks, 1, #marks)
-  keep_fence()
-  return round
-end
-
--- Forget this call, and with the last one all but the block and that this call is done, in case it is sent again.
-local function finish()
-  if redis.call("HINCRBY", fence, "calls", -1) <= 0 then forget() end
-  redis.call("HSET", fence, "call:" .. token, "done")
-  keep_fence()
+  keep_fence(fence)
 end
 
 -- The ids to keep, and on the first page the ids that they lead to; later the fence has marks of both.
@@ -96,24 +58,24 @@ local function delete_by()
   if round == "done" then return { "0", {}, 0 } end
   local keep = read_keep(not round)
   for _, id in ipairs(keep) do spared[id] = true end
-  if round then keep_fence() elseif block then close() end
-  round = tonumber(round or nil) or size > page and begin(keep)
+  if round then keep_fence(fence) elseif block then close() end
+  round = tonumber(round or nil) or size > page and begin(fence, token, reason, keep)
 
   if left == 0 then
     local scanned = round and redis.call("SSCAN", set, cursor, "COUNT", page)
     cursor, ids = scanned and scanned[1] or "0", scanned and scanned[2] or redis.call("SMEMBERS", set)
   end
   local rest = each_of(ids, function(id)
-    local joined = round and redis.call("HGET", fence, "id:" .. id)
-    if spared[id] or (joined and tonumber(joined) >= round) then return end
+    local mark = round and redis.call("HGET", fence, "id:" .. id)
+    if spared[id] or (mark and spares(mark, round)) then return end
     local session = member(id, n, set)
     if not session then return leave(set, id) end
     bury(session, session.ended or reason)
-    if joined then redis.call("HDEL", fence, "id:" .. id) end
+    if mark then redis.call("HDEL", fence, "id:" .. id) end
     if not session.ended then ended = ended + 1 end
   end)
-  if #rest > 0 and not round then begin(keep) end
-  if #rest == 0 and round and cursor == "0" then finish() end
+  if #rest > 0 and not round then begin(fence, token, reason, keep) end
+  if #rest == 0 and round and cursor == "0" then finish(fence, token, round) end
   return { cursor, rest, ended }
 end
 

@@ -33,7 +33,9 @@ TOUCH: Final = Operation("touch", ("sets", "session", "renew"))
 DELETE: Final = Operation("delete_with_refs", ("sets", "session", "expect", "end"))
 ROTATE: Final = Operation("rotate_with_refs", _MOVE, sized=True)
 FIND_BY: Final = Operation("find_by_ref", (*_READ, "page"), batched=False)
-DELETE_BY: Final = Operation("delete_by_ref", ("sets", "session", "write", "end", "page"), batched=False, sized=True)
+DELETE_BY: Final = Operation(
+    "delete_by_ref", ("sets", "session", "write", "end", "fence", "page", "rounds"), batched=False, sized=True
+)
 COUNT_BY: Final = Operation("count_by_ref", ())
 BLOCKED: Final = Operation("blocked", ())
 UNBLOCK: Final = Operation("unblock", ())

@@ -10,7 +10,7 @@ import hiredis
 from rss.references import Reference
 
 #: The shared parts, in the order in which they stand before a script. `_store.lua` stands before all of them.
-PARTS: Final = ("sets", "session", "read", "write", "expect", "renew", "end", "fence", "page", "move")
+PARTS: Final = ("sets", "session", "read", "write", "expect", "renew", "end", "fence", "page", "move", "rounds")
 
 _FOLDER: Final = Path(__file__).parents[1] / "lua"
 _PLAIN: Final = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
