@@ -3,7 +3,7 @@
     round             the number of calls of delete_by_ref that have begun
     open              the rounds of those that are not done, each behind a space: " 3 5"
     call:<token>      the round of a call that is not done, or "done"
-    reason            the reason of the last call, for sessions that leave the set meanwhile
+    reason:<round>    the reason of a call that is not done, for sessions that leave the set meanwhile
     id:<id>           the mark of a session: the round in which it joined, or 0, and the rounds of the calls that keep
                       it, each behind a space: "0 5"
     until, why        until when, in milliseconds, nothing may join the value, and the reason

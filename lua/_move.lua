@@ -127,14 +127,14 @@ local function pass_fences(plan, session, joined)
   plan.marks = {}
   for i = 1, #plan.fences do
     local fence = plan.fences[i]
-    local found = redis.pcall("HMGET", fence, "round", "open", "reason", "id:" .. session.held[1], "until", "why")
+    local found = redis.pcall("HMGET", fence, "round", "open", "id:" .. session.held[1], "until", "why")
     if found.err then return found end
-    local round, open, mark, till = found[1], found[2] or "", found[4] or "0", tonumber(found[5] or 0)
+    local round, open, mark, till = found[1], found[2] or "", found[3] or "0", tonumber(found[4] or 0)
     if i <= joined and till > now then
-      return redis.error_reply("RSSBLOCKED " .. found[5] .. " " .. found[6] .. " " .. state[4 + plan.numbers[i]])
+      return redis.error_reply("RSSBLOCKED " .. found[4] .. " " .. found[5] .. " " .. state[4 + plan.numbers[i]])
     end
     for number in string.gmatch(i > joined and open or "", "%d+") do
-      if not spares(mark, tonumber(number)) then plan.doomed = found[3] end
+      if not spares(mark, tonumber(number)) then plan.doomed = redis.call("HGET", fence, "reason:" .. number) end
     end
     if round and (i <= joined or plan.stays and plan.stays[fence]) then
       plan.marks[#plan.marks + 1] = { fence, "id:" .. plan.id, i <= joined and round or mark }

@@ -26,10 +26,12 @@ local function horizon(ttl)
 end
 
 -- Let a set live as long as a session. *before* is its PTTL: -2 for a new set. A set without a TTL, which others made,
--- keeps none. PEXPIREAT, because PEXPIRE counts from the time of the command, where time runs on in scripts.
+-- keeps none. PEXPIREAT, because PEXPIRE counts from the time of the command, where time runs on in scripts. There a
+-- PTTL is also read later than `now`, and looks too short: hence some milliseconds to spare.
+local SPARE = 100
 local function outlive(set, ttl, before)
   local till = horizon(ttl)
-  if before == -2 or (before >= 0 and now + before < till) then redis.call("PEXPIREAT", set, till) end
+  if before == -2 or (before >= 0 and now + before < till) then redis.call("PEXPIREAT", set, till + SPARE) end
 end
 
 -- Take dead ids out of sets. *samples* holds sets and some of their members: set, members, ...

@@ -33,7 +33,7 @@ local function begin(fence, token, reason, keep)
   if redis.call("HLEN", fence) > MARKS then forget(fence) end
   local round = redis.call("HINCRBY", fence, "round", 1)
   local open = (redis.call("HGET", fence, "open") or "") .. " " .. round
-  redis.call("HSET", fence, "call:" .. token, round, "reason", reason, "open", open)
+  redis.call("HSET", fence, "call:" .. token, round, "reason:" .. round, reason, "open", open)
   local names, marks = {}, {}
   for i, id in ipairs(keep) do names[i] = "id:" .. id end
   for first = 1, #names, 1000 do
@@ -53,6 +53,7 @@ local function finish(fence, token, round)
   local open = string.gsub((redis.call("HGET", fence, "open") or "") .. " ", " " .. round .. " ", " ", 1)
   open = string.sub(open, 1, -2)
   if open == "" then forget(fence) else redis.call("HSET", fence, "open", open) end
+  redis.call("HDEL", fence, "reason:" .. round)
   redis.call("HSET", fence, "call:" .. token, "done")
   keep_fence(fence)
 end

@@ -11,6 +11,8 @@ Content = dict[str, str] | set[str] | str
 
 #: A reference set may live so many times as long as its longest-lived member.
 SLACK = 33 / 32
+#: And so many milliseconds more.
+SPARE = 100
 
 # Looks at all keys in one moment. On Redis 6.2 and 7.0 the clock runs on inside scripts, so it is read before and after
 # a TTL, until both are the same. A key that is there stays meanwhile; a PTTL of 0 says that its time is over.
@@ -66,12 +68,11 @@ class Snapshot:
         """Return the fields of sessions that are alive."""
         return {i: f for i, f in self.hashes.items() if "_ended" not in f and self.expires[f"{{{i}}}"] > self.now}
 
-    def check(self, named: Mapping[str, set[str]], stale: Container[tuple[str, str]], early: int = 0) -> None:
+    def check(self, named: Mapping[str, set[str]], stale: Container[tuple[str, str]]) -> None:
         """Check promises 1 and 2: which ids are in sets, and how long keys live.
 
         *named*: the ids of all live sessions, and the sets that each must be in. *stale*: sets and ids that may be in
-        them though no live session has that value, because it expired. *early*: so many milliseconds before its members
-        a set may die.
+        them though no live session has that value, because it expired.
         """
         endless = {name for name, when in self.expires.items() if when < 0}
         assert not endless, f"keys without a TTL: {endless}"
@@ -79,7 +80,7 @@ class Snapshot:
         for session_id, sets in named.items():
             for name in sets:
                 members.setdefault(name, set()).add(session_id)
-        ends = {session_id: self.expires[f"{{{session_id}}}"] - early for session_id in named}
+        ends = {session_id: self.expires[f"{{{session_id}}}"] for session_id in named}
         for name in self.sets.keys() | members.keys():
             held, wanted = self.sets.get(name, set()), members.get(name, set())
             lacks = {session_id for session_id in wanted - held if ends[session_id] > self.now}

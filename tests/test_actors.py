@@ -39,7 +39,7 @@ from rss import (
 )
 from rss.engine import operations, scripts
 from tests.conftest import send_singly
-from tests.keyspace import SLACK, Keyspace, Snapshot, texts
+from tests.keyspace import SLACK, SPARE, Keyspace, Snapshot, texts
 from tests.servers import connections
 
 T = TypeVar("T")
@@ -49,9 +49,6 @@ ACTORS = 30
 VALUES: dict[str, list[str | int]] = {"user_id": [1, "1", 2, "[1]"], "ip": ["a", "b"]}
 #: Seconds by which two clocks may differ: that of the server and that of this process.
 MARGIN = 0.005
-#: Milliseconds by which a set may die before its members on Redis 6.2 and 7.0, where time runs on inside a script: a
-#: known defect.
-EARLY = 30
 TOMBSTONE = operations.TOMBSTONE
 #: The longest grace, and the longest of other times that are kept under keys that are no sessions. Milliseconds.
 GRACE = 1000
@@ -151,10 +148,9 @@ class Ending:
 class Ledger:
     """What calls were told, and whether others may be told what they are."""
 
-    def __init__(self, setting: Setting, early: int) -> None:
-        """Begin with nothing. *early*: so many milliseconds before its members a set may die."""
+    def __init__(self, setting: Setting) -> None:
+        """Begin with nothing."""
         self.setting = setting
-        self.early = early
         self.stories: dict[str, Story] = {}
         self.tokens: dict[str, Token] = {}
         #: The stories of ids.
@@ -212,8 +208,6 @@ class Ledger:
             reasons.add("evicted")
         if setting.lifetime:
             reasons.add("expired")
-        if self.early:
-            reasons.add("revoked")
         return reasons
 
     # ------------------------------------------------------------------ writes
@@ -298,7 +292,7 @@ class Ledger:
         sets = {i: self.sets(session) for i, session in live.items()}
         ids = {(name, i) for name, held in seen.sets.items() for i in held}
         there = live.keys() | {i for i, fields in seen.hashes.items() if "_ended" in fields}
-        seen.check(sets, {(name, i) for name, i in ids if i not in there or self.revives(i)}, self.early)
+        seen.check(sets, {(name, i) for name, i in ids if i not in there or self.revives(i)})
         self.check_times(seen)
         self.check_limits(sets.values())
         origins = Counter(session["origin"] for session in live.values())
@@ -328,7 +322,7 @@ class Ledger:
         for name, when in seen.expires.items():
             left = when - seen.now
             if name in seen.sets:
-                assert left <= longest * SLACK + 1, f"{name} lives too long"
+                assert left <= longest * SLACK + SPARE + 1, f"{name} lives too long"
             elif name.startswith("_fence:") or "_ended" in seen.hashes[name[1:-1]]:
                 assert left <= max(setting.tombstone, GRACE), f"{name} lives too long"
             else:
@@ -823,8 +817,6 @@ class Actor:
         """End all sessions of a value, but for some."""
         ledger, key, kept = self.ledger, f"{name}:{{{value}}}", [*keep]
         reason, until = ledger.ends(time.monotonic(), kept), time.time() + (block or 0) / 1000
-        if kept:
-            ledger.lift(key)  # A block that is at work spares what this call keeps: a known defect.
         certain, lifts = block and not kept and not ledger.lifting[key], ledger.lifts[key]
         if block and not kept and self.rng.random() < 0.5:
             call = self.store.block(name, value, ms(block), reason=reason)
@@ -836,8 +828,6 @@ class Actor:
             ledger.left_fences.add(key)
             raise
         ledger.endings[reason].done, ledger.endings[reason].count = time.monotonic(), ended
-        if kept:
-            ledger.lifting[key] -= 1
         if certain and ledger.lifts[key] == lifts:
             ledger.blocks[key] = max(until, ledger.blocks.get(key, 0))
 
@@ -848,7 +838,6 @@ class Actor:
         for _ in range(self.rng.randrange(4)):
             with suppress(Nothing):
                 own.append(await self.make({name: value, "own": "yes"}, ms(max(self.setting.ages))))
-        # Not what other actors have just made: a call that keeps it makes theirs spare it too, which is a known defect.
         keep = [session_id for session_id in [self.pick(), self.pick()] if self.rng.random() < 0.2]
         await self.sign_out(name, value, keep, self.rng.choice([None, None, 30]))
         await self.expect_over(own)
@@ -956,8 +945,7 @@ async def _play(setting: Setting, url: str, admin: Redis, seed: str, lengths: tu
                 timeout=30,
             )
             stores.append(await stack.enter_async_context(store))
-        version = [int(part) for part in (await admin.info("server"))["redis_version"].split(".")]
-        ledger = Ledger(setting, EARLY if version < [7, 2] else 0)
+        ledger = Ledger(setting)
         stage = Stage(ledger, stores, keyspace, random.Random(seed))
         actors = [Actor(stage, f"{seed}, actor {n}") for n in range(ACTORS)]
         for _ in range(acts):

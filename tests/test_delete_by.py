@@ -194,9 +194,9 @@ async def test_what_one_call_keeps_another_one_ends(
         async def between(ids: set[str] = ids, left: list[str] = left, *, rotates: bool = rotates) -> None:
             if not left:
                 left += [session_id for session_id in ids if await others.ttl(session_id)][-1:]
-                assert await others.delete_by("user_id", 1, keep=left)
+                assert await others.delete_by("user_id", 1, keep=left, reason="others")
                 if rotates:
-                    with pytest.raises(SessionEnded):
+                    with pytest.raises(SessionEnded, match="blocked"):
                         await others.rotate(left[0])
 
         with monkeypatch.context() as patch:
