@@ -583,7 +583,8 @@ async def test_behind_sentinels(tmp_path: Path) -> None:
         stack.enter_context(own_server("--port", str(ports[1]), *bound, "--replicaof", "127.0.0.1", str(ports[0])))
         watch = stack.enter_context(sentinel(tmp_path, ports[0]))
         async with Redis(port=watch, decode_responses=True) as guard, Redis(port=ports[0]) as first:
-            await until(first, "replication", "connected_slaves", 1)
+            async with Redis(port=ports[1]) as second:
+                await until(second, "replication", "master_link_status", "up")
             async with asyncio.timeout(30):
                 while not await guard.sentinel_slaves("main"):
                     await asyncio.sleep(0.02)
@@ -593,7 +594,10 @@ async def test_behind_sentinels(tmp_path: Path) -> None:
                 await store.set("a", {"user_id": 1, "n": 0})
                 await store.set("b", {"user_id": 1})
                 await store.delete("b")
-                await first.wait(1, 5000)
+                # WAIT is about the writes of its own connection, and what came before them.
+                async with first.client() as connection:
+                    await connection.set("last", 1)
+                    assert await connection.wait(1, 5000) == 1
                 master.close()
                 assert await store.touch("a")
                 assert await store.increment("a", "n") == 1
