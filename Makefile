@@ -25,7 +25,7 @@ serve: $(VENV)/.serve
 test: $(VENV)/.test
 	$(IN)/python -m pytest $(WORKERS) $(ARGS)
 
-# The same, and which lines and branches of rss/ it runs: it fails unless that is all of them.
+# The same, and which lines and branches of rss/ it runs: it fails unless that is nearly all of them.
 coverage: $(VENV)/.test
 	$(IN)/coverage erase
 	$(IN)/coverage run -m pytest $(WORKERS) $(ARGS)

@@ -46,7 +46,7 @@ class Channel(asyncio.Protocol):
         self._heard = heard
         self._lost: Lost | None = lost
         self._loop = asyncio.get_running_loop()
-        self._connection: AbstractConnection | None = connection  # Its destructor would close the transport.
+        self._connection = connection  # Its destructor would close the transport.
         self._transport = cast("asyncio.Transport", _writer(connection).transport)
         self._reader = hiredis.Reader(replyError=redis.exceptions.ResponseError, notEnoughData=_NOTHING)
         self._answers: deque[Answer] = deque()
@@ -100,13 +100,10 @@ class Channel(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
-        if self._lost:
-            self._heard(self)
+        self._heard(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            _take_stream(connection)
+        _take_stream(self._connection)
         self._report(exc)
 
     def abort(self, error: Exception | None = None) -> None:
@@ -168,7 +165,8 @@ def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:
     """
     reader, writer = connection._reader, connection._writer  # noqa: SLF001 - see above
     if reader is None or writer is None or reader.at_eof():  # A protocol that is set later is not told of an EOF.
-        raise redis.exceptions.ConnectionError("Redis closed the connection at once")
+        # A matter of one turn of the event loop: no test can hit it at will.
+        raise redis.exceptions.ConnectionError("Redis closed the connection at once")  # pragma: no cover - see above
     return writer
 
 

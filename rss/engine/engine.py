@@ -123,7 +123,7 @@ class Engine:
             self._finalizer.detach()
         self._node = self._finalizer = None
 
-    def after_fork(self) -> None:
+    def after_fork(self) -> None:  # pragma: no cover - it runs in a child process, which a test ends at once
         """Begin anew in a child process, without closing the connections: they are the parent's.
 
         To close them would take them out of the selector, which the parent shares, and end TLS.
@@ -141,10 +141,10 @@ def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:
 _ENGINES: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
 
 
-def _after_fork() -> None:
+def _after_fork() -> None:  # pragma: no cover - it runs in a child process, which a test ends at once
     for engine in list(_ENGINES):
         engine.after_fork()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - it is missing on Windows
     os.register_at_fork(after_in_child=_after_fork)
