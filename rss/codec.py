@@ -24,8 +24,8 @@ def _refuse(constant: str) -> float:
 _loads = json.JSONDecoder(parse_constant=_refuse).decode
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
-# What a JSON text can begin with; "" is none. Most texts that begin with a digit are not numbers but addresses, dates
-# or ids, so a pattern decides, not the parser.
+# The characters that a JSON text can begin with. Most texts that begin with a digit are no numbers: they are addresses,
+# dates or ids. So a pattern decides, not the parser.
 _JSON_STARTS = frozenset('"[{-0123456789tfn \t\n\r')
 _NUMBER_STARTS = frozenset("-0123456789")
 _ZERO = ord("0")

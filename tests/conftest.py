@@ -35,7 +35,7 @@ settings.register_profile("quick", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("quick")
 
-# What would be done again for each connection and each store: redis-py looks up its own version, a store reads scripts.
+# Cached for speed: redis-py looks up its own version for each connection, and each store reads all scripts.
 for module, name in ((importlib.metadata, "version"), (scripts, "read")):
     setattr(module, name, functools.cache(getattr(module, name)))
 

@@ -120,7 +120,7 @@ class Token:
 
 @dataclass
 class Story:
-    """What is known of one session, over all of its ids. Its field `origin` says which story it belongs to."""
+    """One session, over all of its ids. Its field `origin` says which story it belongs to."""
 
     #: When it was begun.
     began: float

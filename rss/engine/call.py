@@ -12,7 +12,7 @@ _Callback = Callable[["Call"], object]
 
 
 class Call(asyncio.Future[Any]):
-    """What one caller wants, and the future that its coroutine awaits.
+    """A call of one caller: what is sent for it, and the future that its coroutine awaits.
 
     A common future wakes its caller in the next turn of the event loop. `answer` runs the caller at once. So by the end
     of a read all callers have made their next calls, and one write sends them. Where few calls are made at a time, that
@@ -40,7 +40,7 @@ class Call(asyncio.Future[Any]):
         self.deadline: Final = deadline
         #: How many channels broke while it was in flight.
         self.losses = 0
-        self._waiter: tuple[_Callback, contextvars.Context] | None = None  # What wakes the task that awaits.
+        self._waiter: tuple[_Callback, contextvars.Context] | None = None  # The callback that wakes the awaiting task.
 
     def add_done_callback(self, fn: _Callback, /, *, context: contextvars.Context | None = None) -> None:
         """Add a callback, as any future. A task registers its wake-up with a context: the first one is kept apart."""

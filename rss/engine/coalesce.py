@@ -36,7 +36,7 @@ def expire(calls: Iterable[Call], now: float, error: Exception | None) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation:
-    """What the engine must know of a script."""
+    """The properties of a script that the engine needs."""
 
     #: Its name in `lua/`.
     script: str

@@ -60,7 +60,7 @@ _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
 
 def code_of(error: BaseException) -> str:
     """Return the code of an error of Redis, such as "OOM", if it is one of those listed above; else ""."""
-    if _first_word(error) in _REFUSALS:  # What follows may be a text of the user, such as a reason.
+    if _first_word(error) in _REFUSALS:  # The rest may be a text of the user, such as a reason.
         return ""
     for kind, code in _CLASSES.items():  # While redis-py connects, it wraps errors in a ConnectionError.
         if isinstance(error, kind) or isinstance(error.__cause__, kind):

@@ -111,7 +111,7 @@ class Lane:
         self._node = node
         self._volleys = volleys
         self._channel: Channel | None = None
-        self._in_flight: deque[Batch] = deque()  # What was sent through the channel and has no reply yet.
+        self._in_flight: deque[Batch] = deque()  # Batches that have no reply yet.
         self._demoted = False  # The server is no master: the channel is closed as soon as it owes no reply.
         self._must_load = False  # The scripts are gone: they are loaded as soon as the channel owes no reply.
         self._load_error: Exception | None = None

@@ -63,7 +63,7 @@ async def test_a_caller_ends_the_others_of_its_batch(url: str, admin: Redis) -> 
 
 
 async def test_a_caller_closes_the_store(url: str, admin: Redis) -> None:
-    """What was called at the same time still gets its reply."""
+    """Calls that were made at the same time still get their replies."""
     del admin
     store = SessionStore.from_url(url)
     await store.load()
@@ -166,7 +166,7 @@ async def test_inside_of_a_task_the_caller_goes_on_later() -> None:
 
 
 async def test_a_call_is_a_future() -> None:
-    """Whoever else waits for it, and however it ends, each is told once."""
+    """All who wait for it are told once, however it ends."""
 
     def call() -> Call:
         return Call(asyncio.get_running_loop(), (), (), 0, 0.0)

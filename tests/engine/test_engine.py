@@ -523,8 +523,8 @@ async def test_no_context_of_a_request_lives_on(url: str, admin: Redis, monkeypa
 # ---------------------------------------------------------------------- nobody waits for ever
 
 
-# What the event loop calls, and what answers callers, as all of `Call` does: an exception right there has nobody left
-# to tell. All that these call is broken.
+# Functions that the event loop calls, and functions that answer callers, as all of `Call` does. Nobody would be left to
+# tell of an exception there. All other functions are broken in turn.
 _OUTERMOST = {"data_received", "connection_lost", "resume_writing", "_flush", "_dialled", "_watch"}
 _ANSWERS = {"fail", "_fail", "_give_up", "close", "aclose"}
 

@@ -1,4 +1,4 @@
-"""What Redis says becomes the right error for the right caller."""
+"""An error of Redis becomes the right error for the right caller."""
 
 import pytest
 import redis.exceptions
@@ -57,7 +57,7 @@ def test_an_error_that_redis_py_has_a_class_for() -> None:
 
 
 async def test_a_hook_of_the_user_that_fails_is_retried(url: str, admin: Redis) -> None:
-    """Whatever it raises, a later attempt to connect may succeed. At the deadline the error says what failed."""
+    """A later attempt to connect may succeed, whatever the hook raised. At the deadline the error says what failed."""
     del admin
     attempts = 0
 

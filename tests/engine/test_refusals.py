@@ -1,4 +1,4 @@
-"""What Redis refuses to run: what passes is waited for, and what lasts is told at once."""
+"""Redis refuses to run a script: a passing refusal is waited for, a lasting one is told at once."""
 
 import asyncio
 
@@ -112,7 +112,7 @@ async def test_what_is_refused_keeps_no_other_kind_waiting(code: str) -> None:
     "error",
     [
         "NOAUTH Authentication required.",
-        "ERR Protocol error: unauthenticated bulk length",  # What a large command gets instead.
+        "ERR Protocol error: unauthenticated bulk length",  # The reply to a large command.
         "OOM command not allowed",
         "MISCONF Errors writing to the AOF file",
     ],
