@@ -27,8 +27,9 @@ def reference_value(value: object, field: str) -> str:
         plain = int.__repr__(value)
     else:
         raise TypeError(f"a value of the reference {field!r} must be a str or an int, not {type(value).__name__}")
-    text(plain, f"a value of the reference {field!r}")
-    if len(plain) > 128 and len(plain.encode()) > 512:
+    if plain.isascii() and 0 < len(plain) <= 512:  # Nearly always, and quick.
+        return plain
+    if len(text(plain, f"a value of the reference {field!r}").encode()) > 512:
         raise ValueError(f"a value of the reference {field!r} must not be longer than 512 bytes")
     return plain
 

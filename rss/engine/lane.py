@@ -194,12 +194,14 @@ class Lane:
             self._failures, self._error = 0, None
             if batch.queue.refusals:
                 batch.queue.release()
-            self._scheduled = True  # The callers run here; `heard` sends what they want next.
+            self._scheduled = True  # The callers run here; what they call next is sent below.
             for call, own in zip(batch.calls, reply, strict=False):
                 if not call.done():
                     call.answer(final_error_for(own) if isinstance(own, Exception) else own)
             if self._in_flight and self._in_flight[0] is batch:  # Unless a caller has closed the store.
                 self._in_flight.popleft()
+            # Now, not after the whole read: Redis shall work while the replies to the next batch are handed out.
+            self._flush()
         elif not isinstance(reply, Exception) or (_PROTOCOL in str(reply) and len(batch.calls) > 1):
             # Either nobody knows whose reply this is, or one call makes Redis hang up: sending each again shows which.
             raise reply if isinstance(reply, Exception) else redis.exceptions.ConnectionError("Redis sent nonsense")
