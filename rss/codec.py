@@ -29,7 +29,7 @@ _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 _JSON_STARTS = frozenset('"[{-0123456789tfn \t\n\r')
 _NUMBER_STARTS = frozenset("-0123456789")
 _ZERO = ord("0")
-_is_number = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?[ \t\n\r]*").fullmatch
+_is_number = re.compile(r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+[ \t\n\r]*+").fullmatch
 
 
 def _is_like_json(text: str) -> bool:

@@ -55,26 +55,29 @@ class Fields:
         named: list[tuple[str, str]] = []
         counts: list[str] = []
         for field in self.references:
-            if field in values:
-                texts = self._texts(field, values[field])
-                named += [(field, value) for value in texts]
+            if field not in values:
+                counts.append("keep")
+            elif (value := values[field]) is None:
+                counts.append("0")
+            elif isinstance(value, list):
+                texts = self._texts(field, value)
+                named += [(field, one) for one in texts]
                 counts.append(str(len(texts)))
             else:
-                counts.append("keep")
+                named.append((field, reference_value(value, field)))
+                counts.append("1")
         if len(named) > _MOST_VALUES:
             raise ValueError(f"a write must not have more than {_MOST_VALUES} reference values")
         return Encoded(pairs, named, tuple(counts))
 
-    def _texts(self, field: str, value: Any) -> list[str]:
-        """Return the texts that stand for the values of a reference."""
-        if not isinstance(value, list):
-            return [] if value is None else [reference_value(value, field)]
+    def _texts(self, field: str, values: list[Any]) -> list[str]:
+        """Return the texts that stand for several values of a reference."""
         reference = self.references[field]
         if reference.identity:
             raise ValueError(f"{field!r} is the identity: it has one value, not a list")
-        if any(isinstance(one, int) and abs(one) > 2**53 for one in value):
+        if any(isinstance(value, int) and abs(value) > 2**53 for value in values):
             raise ValueError(f"an integer in a list of the reference {field!r} must not be beyond 2**53")
-        texts = list(dict.fromkeys(reference_value(one, field) for one in value))
+        texts = list(dict.fromkeys(reference_value(value, field) for value in values))
         if reference.limit and len(texts) > min(_MOST_LIMITED, _MOST_MEMBERS // reference.limit):
             raise ValueError(
                 f"{field!r} has a limit: a list must not have more than {_MOST_LIMITED} values, nor more than "
@@ -87,7 +90,7 @@ class Fields:
         encode = self._encoders[field]
         try:
             data = encode(field, value)
-            if type(data) is bytes or (type(data) is str and data.isascii()):
+            if (type(data) is str and data.isascii()) or type(data) is bytes:
                 return data
             return _checked(data)
         except (TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """The layout of keys, and the ids in them: the only place that knows the grammar of either."""
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,7 +73,11 @@ class Plain:
 
     def reference(self, field: str, value: object) -> str:
         """Return the key of a reference set."""
-        return f"{self.prefix}:{str.__str__(field)}:{{{reference_value(value, field)}}}"
+        return self.references([(str.__str__(field), reference_value(value, field))])[0]
+
+    def references(self, texts: Iterable[tuple[str, str]]) -> list[str]:
+        """Return the keys of reference sets, each of a field and the text that stands for the value."""
+        return [f"{self.prefix}:{field}:{{{value}}}" for field, value in texts]
 
     def fence(self, field: str, value: object) -> str:
         """Return the key of the fence of a reference set: `_fence.lua` says what it holds."""

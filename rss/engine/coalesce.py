@@ -80,6 +80,12 @@ class Queue:
         self.refusals, self.error, self.held_until = 0, None, 0.0
 
 
+class _Queues(dict[Kind, Queue]):
+    def __missing__(self, kind: Kind) -> Queue:
+        queue = self[kind] = Queue(kind)
+        return queue
+
+
 @dataclass(slots=True, eq=False)
 class Batch:
     """The calls of one EVALSHA."""
@@ -105,21 +111,15 @@ class Waiting:
     def __init__(self) -> None:
         #: How many there are. Calls whose caller is gone may be among them.
         self.count = 0
-        self._queues: dict[Kind, Queue] = {}  # The next one to be served is first.
+        self._queues = _Queues()  # The next one to be served is first.
 
     def __iter__(self) -> Iterator[Call]:
         for queue in self._queues.values():
             yield from queue.calls
 
-    def _queue(self, kind: Kind) -> Queue:
-        queue = self._queues.get(kind)
-        if queue is None:
-            queue = self._queues[kind] = Queue(kind)
-        return queue
-
     def put(self, kind: Kind, call: Call) -> None:
         """Let a call wait behind the others of its kind."""
-        self._queue(kind).calls.append(call)
+        self._queues[kind].calls.append(call)
         self.count += 1
 
     def put_back(self, batch: Batch, start: int = 0, *, behind: bool = False) -> Queue:
@@ -127,7 +127,7 @@ class Waiting:
 
         Returns their queue. The batch may come from another lane.
         """
-        queue, calls = self._queue(batch.queue.kind), batch.calls[start:]
+        queue, calls = self._queues[batch.queue.kind], batch.calls[start:]
         if behind:
             queue.calls.extend(calls)
         else:

@@ -61,7 +61,7 @@ class Engine:
             node = self._begin(loop)
         lane = node.main if operation.batched else node.pages
         size = sum(map(len, args)) if operation.sized else 0
-        call = Call(loop, keys, args, size, loop.time() + self._timeout)
+        call = Call.make(loop, keys, args, size, loop.time() + self._timeout)
         if lane.waiting.count < MAX_PENDING:
             lane.put((operation, partition, shared), call)
         else:

@@ -195,9 +195,13 @@ class Lane:
             if batch.queue.refusals:
                 batch.queue.release()
             self._scheduled = True  # The callers run here; what they call next is sent below.
+            # No task can run inside of another one.
+            answer = Call.answer if asyncio.current_task() is None else Call.set_result
             for call, own in zip(batch.calls, reply, strict=False):
-                if not call.done():
-                    call.answer(final_error_for(own) if isinstance(own, Exception) else own)
+                if isinstance(own, Exception):
+                    call.fail(final_error_for(own))
+                elif not call.done():
+                    answer(call, own)
             if self._in_flight and self._in_flight[0] is batch:  # Unless a caller has closed the store.
                 self._in_flight.popleft()
             # Now, not after the whole read: Redis shall work while the replies to the next batch are handed out.

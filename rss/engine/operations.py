@@ -4,7 +4,7 @@ A method here takes what `rss.fields` has encoded, builds the keys, and returns 
 The header of each script says how its arguments are written.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple, cast
@@ -157,7 +157,7 @@ class Operations:
         expected: Sequence[str | bytes] = (),
     ) -> int:
         """Write a session and return its TTL in milliseconds."""
-        keys = [self.layout.session(session_id), *self._sets(values)]
+        keys = [self.layout.session(session_id), *self.layout.references(values.references)]
         args = [max_age, *expected, str(len(values.pairs)), *values.pairs]
         shared = (mode, str(len(expected) // 3), *values.counts)
         ttl: int = await self.engine.run(SET_EXPECTING if expected else SET, keys, args, shared=shared)
@@ -185,7 +185,7 @@ class Operations:
 
     async def rotate(self, session_id: str, new: str, values: Encoded, max_age: MaxAge, grace: str = "none") -> int:
         """Give a session a new id and return its TTL in milliseconds; *grace*: milliseconds, or "none"."""
-        keys = [self.layout.session(session_id), self.layout.session(new), *self._sets(values)]
+        keys = [self.layout.session(session_id), self.layout.session(new), *self.layout.references(values.references)]
         args = [new, grace, max_age, str(len(values.pairs)), *values.pairs]
         ttl: int = await self.engine.run(ROTATE, keys, args, shared=values.counts)
         return ttl
@@ -231,6 +231,3 @@ class Operations:
     def several(self) -> AbstractContextManager[None]:
         """Return a context in which several calls are one operation: a store that closes waits for all of it."""
         return self.engine.operation()
-
-    def _sets(self, values: Encoded) -> Iterable[str]:
-        return [self.layout.reference(field, value) for field, value in values.references]

@@ -131,7 +131,7 @@ def test_a_caller_that_ends_the_program(
 async def test_a_reply_runs_its_caller_at_once() -> None:
     """When `answer` returns, the caller has gone on to what it awaits next."""
     loop = asyncio.get_running_loop()
-    call, done = Call(loop, (), (), 0, 0.0), loop.create_future()
+    call, done = Call.make(loop, (), (), 0, 0.0), loop.create_future()
     steps: list[str] = []
 
     async def wait() -> None:
@@ -151,25 +151,27 @@ async def test_a_reply_runs_its_caller_at_once() -> None:
     assert steps == ["at once", "later"]
 
 
-async def test_inside_of_a_task_the_caller_goes_on_later() -> None:
-    """No task can run inside of another one: the reply waits for the next turn."""
-    call = Call(asyncio.get_running_loop(), (), (), 0, 0.0)
+async def test_a_transport_may_read_inside_of_a_task(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No task can run inside of another one: then callers go on in the next turn, and all of them do."""
+    del admin
+    received, reads = Channel.data_received, set[asyncio.Task[None]]()
 
-    async def wait() -> object:
-        return await call
+    async def receive(channel: Channel, data: bytes) -> None:
+        received(channel, data)
 
-    task = asyncio.create_task(wait())
-    await asyncio.sleep(0)
-    call.answer("later")
-    assert not task.done()
-    assert await task == "later"
+    monkeypatch.setattr(
+        Channel, "data_received", lambda channel, data: reads.add(asyncio.create_task(receive(channel, data)))
+    )
+    async with SessionStore.from_url(url) as store:
+        assert await asyncio.gather(*(store.get(str(n)) for n in range(5))) == [{}] * 5
+    await asyncio.gather(*reads)
 
 
 async def test_a_call_is_a_future() -> None:
     """All who wait for it are told once, however it ends."""
 
     def call() -> Call:
-        return Call(asyncio.get_running_loop(), (), (), 0, 0.0)
+        return Call.make(asyncio.get_running_loop(), (), (), 0, 0.0)
 
     async def wait(for_call: Call) -> object:
         return await for_call

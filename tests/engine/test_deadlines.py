@@ -19,7 +19,7 @@ _KIND = (GET, 0, ("all",))
 
 
 def _calls(*deadlines: float) -> list[Call]:
-    return [Call(asyncio.get_running_loop(), (), (), 0, deadline) for deadline in deadlines]
+    return [Call.make(asyncio.get_running_loop(), (), (), 0, deadline) for deadline in deadlines]
 
 
 async def test_calls_that_were_put_back_in_another_order() -> None:
