@@ -171,7 +171,7 @@ class Workers:
     def measure(self, operation: str, tasks: Sequence[int], *, rounds: int, seconds: float) -> list[Cell]:
         """Measure an operation of all workers that have it, print the results and return them.
 
-        "delete" must be the last: it removes the sessions of the others.
+        "create" and "delete" must be the last: they remove the sessions of the others.
         """
         row = [worker for worker in self.workers if operation in worker.operations]
         cells: list[Cell] = []
@@ -188,6 +188,9 @@ class Workers:
         return cells
 
     def _turn(self, worker: Worker, cell: Cell, seconds: float, *, keep: bool) -> None:
+        if cell.operation == "create":  # Otherwise each turn has more sessions in Redis than the one before.
+            server.clear(self._admin)
+            worker.ask(operation="fill", count=worker.sessions)
         if cell.operation == "delete":
             worker.ask(operation="fill", count=min(_DELETED, 1000 + 400 * cell.tasks))
         before = server.seconds(self._admin)

@@ -3,7 +3,7 @@
 import json as json_module
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -414,8 +414,8 @@ async def test_no_script_knows_the_grammar_of_keys(
         def session(self, session_id: str) -> str:
             return f"{self.prefix}:session<{session_id}>"
 
-        def reference(self, field: str, value: object) -> str:
-            return f"{self.prefix}:sets/{field}=<{value}>"
+        def references(self, texts: Iterable[tuple[str, str]]) -> list[str]:
+            return [f"{self.prefix}:sets/{field}=<{value}>" for field, value in texts]
 
         def fence(self, field: str, value: object) -> str:
             return self.reference(f"_fence:{field}", value)
