@@ -144,7 +144,7 @@ class Model:
 
     def cannot_join(self, old: dict[str, Any], new: dict[str, Any]) -> type[SessionError] | None:
         """Return what a write raises that leads from one to the other."""
-        if self.evicted(old, new, set()) is None:
+        if self.evicted(old, new) is None:
             return LimitExceeded
         return Blocked if self.blocked(old, new) else None
 
@@ -162,8 +162,8 @@ class Model:
         del self.live[session_id]
         self.ended[session_id] = reason
 
-    def evicted(self, old: dict[str, Any], new: dict[str, Any], evicted: set[str]) -> set[str] | None:
-        """Return who goes for a session to get these values, None if it is refused; *evicted* decides among equals."""
+    def evicted(self, old: dict[str, Any], new: dict[str, Any]) -> set[str] | None:
+        """Return who goes for a session to get these values, None if it is refused."""
         victims: set[str] = set()
         for text in self.texts("user_id", new):
             if not self.limit or text in self.texts("user_id", old):
@@ -172,7 +172,7 @@ class Model:
             surplus = len(others) - self.limit + 1
             if surplus > 0 and self.on_limit == "refuse":
                 return None
-            by_age = sorted(others, key=lambda i: (self.live[i].created, i not in evicted))
+            by_age = sorted(others, key=lambda i: self.live[i].created)
             victims |= set(by_age[: max(0, surplus)])
         return victims
 
@@ -605,23 +605,20 @@ class Machine(RuleBasedStateMachine):
         self, session_id: str, values: dict[str, Any], age: str | None, was: dict[str, Any] | None = None
     ) -> None:
         """Note in the model what a write did."""
-        live = [*self.model.live]
-        evicted = {i for i, reason in zip(live, self.hgets(live, "_ended"), strict=True) if reason == "evicted"}
         before = self.model.live.pop(session_id, None)
-        for victim in self.model.evicted(was or {}, values, evicted) or ():
+        for victim in self.model.evicted(was or {}, values) or ():
             self.model.end(victim, "evicted")
-        created = int(self.hgets([session_id], "_created")[0] or 0)
+        created = int(self.observer.hget(f"{self.prefix}:{{{session_id}}}", "_created") or 0)
+        while before is None and self._milliseconds() <= created:
+            pass  # Of two sessions of the same millisecond, either one may be the older one: a run must be repeatable.
         assert before is None or before.created == created
         self.model.stale -= {(name, session_id) for name in self.model.sets(values)}
         self.model.live[session_id] = Session(values, 0, before.age if before else None, created)
         self.renew(session_id, age)
 
-    def hgets(self, session_ids: list[str], name: str) -> list[Any]:
-        """Return what stands in the hash of each session."""
-        with self.observer.pipeline(transaction=False) as pipe:
-            for session_id in session_ids:
-                pipe.hget(f"{self.prefix}:{{{session_id}}}", name)
-            return pipe.execute()
+    def _milliseconds(self) -> int:
+        seconds, microseconds = self.observer.time()
+        return int(seconds * 1000 + microseconds // 1000)
 
     def check(self) -> None:
         """Check promises 1 to 3 over the whole keyspace, and what fences hold."""
