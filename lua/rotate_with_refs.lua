@@ -1,15 +1,18 @@
 --[[
-  Give sessions a new id, and write fields of them. Data, age and references stay. Needs move.
+  Give sessions a new id, write fields of them and take others out. All else stays. Needs move.
 
   KEYS        for each session: its hash, "rss:{<id>}"; its new hash; then the reference sets for its new values,
               "rss:<field>:{<value>}"
   ARGV        the stems, then
-    sets              for each reference the number of new reference sets of each session, "keep" if its field is not
-                      written; then for each session
+    gone              how many fields of each session are taken out
+    sets              for each reference the number of new reference sets of each session, "keep" if its field is
+                      neither written nor taken out; then for each session
     id                its new id
     grace             milliseconds for which the old id still leads to it, if its identity stays; or "none"
-    max_age           milliseconds to live from now on, and after later writes; or "keep": leave its TTL alone
+    max_age           milliseconds to live from now on, and after later writes; or "renew": as long as before; or
+                      "keep": leave its TTL alone
     values            number of fields and values, then field, value, ...
+    gone              the names of the fields that are taken out
 
   Returns for each session its TTL in milliseconds, or
     RSSNOTFOUND       if there is none
@@ -18,16 +21,16 @@
     RSSBLOCKED until reason field
                       if a value of that field is blocked, until then in milliseconds
 ]]
-local counts = 2
+local gone, counts = tonumber(ARGV[3]), 3
 arg = counts + references
 
 local function rotate()
   local old, new, id = KEYS[key + 1], KEYS[key + 2], ARGV[arg + 1]
   local grace, given, first = tonumber(ARGV[arg + 2]), tonumber(ARGV[arg + 3]), arg + 5
-  local last = first + ARGV[arg + 4] - 1
-  key, arg = key + 2, last
+  local keep, last = ARGV[arg + 3] == "keep", first + ARGV[arg + 4] - 1
+  key, arg = key + 2, last + gone
   read_sets(counts)
-  spent = spent + 5 + (last - first) * (last - first > 256 and 1 or 0.3)
+  spent = spent + 5 + (arg - first) * (arg - first > 256 and 1 or 0.3)
 
   local session = look(old)
   if session and session.ended == "rotated" then
@@ -42,7 +45,7 @@ local function rotate()
   -- An id that was planted before a login must not lead into the session after it.
   if changes_identity(session) then grace = nil end
 
-  local ttl = given and lifetime(session, given) or session.ttl
+  local ttl = keep and session.ttl or lifetime(session, given)
   enter(plan, session, nil, ttl)
   redis.call("RENAME", old, new)
   local leave_sets = undo
@@ -52,8 +55,9 @@ local function rotate()
   end
   redis.call("HSET", new, "id", id, unpack(ARGV, first, math.min(first + 999, last)))
   spread("HSET", new, ARGV, first + 1000, last)
+  spread("HDEL", new, ARGV, last + 1, arg)
   undo = false
-  if given then
+  if not keep then
     expire(session, new, given, ttl)
   elseif not session.held[3] then
     redis.call("HSET", new, "_created", now)

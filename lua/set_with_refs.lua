@@ -1,19 +1,21 @@
 --[[
-  Write fields of sessions, move these between reference sets and renew them; make those that are not there.
-  Needs expect, move.
+  Write fields of sessions and take others out, move the sessions between reference sets and renew them; make those
+  that are not there. Needs expect, move.
 
   KEYS        for each session: its hash, "rss:{<id>}"; then the reference sets for its new values,
               "rss:<field>:{<value>}"
   ARGV        the stems, then
     mode              "set"; "update" if they must be there; "create" if they are new, or made by the same call before
     expectations      how many fields of each session are expected to hold something
-    sets              for each reference the number of new reference sets of each session, "keep" if its field is not
-                      written; then for each session
+    gone              how many fields of each session are taken out; only of sessions that must be there
+    sets              for each reference the number of new reference sets of each session, "keep" if its field is
+                      neither written nor taken out; then for each session
     max_age           milliseconds to live from now on, and after later writes; or "renew": as long as before
     expected          for each field: its name; "holds", "lacks", or "lacks_or_holds"; the data, "" for "lacks"
     values            number of fields and values, then field, value, ...
+    gone              the names of the fields that are taken out
 
-  Returns for each session its TTL in milliseconds, or
+  Returns for each session its TTL in milliseconds; 0 if nothing would be left of it, and so it was ended; or
     RSSNOTFOUND       if it is to be updated and there is none
     RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
     RSSCONFLICT       if it differs from what is expected
@@ -22,16 +24,28 @@
     RSSBLOCKED until reason field
                       if a value of that field is blocked, until then in milliseconds
 ]]
-local mode, expectations, counts = ARGV[3], tonumber(ARGV[4]), 4
+local mode, expectations, gone, counts = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), 5
 arg = counts + references
+
+-- Whether the fields that are taken out are all that a session has.
+local function empties(session, first, last)
+  local held, left = session.held, redis.call("HLEN", session.key) - 1
+  for i = 3, 4 do
+    if held[i] then left = left - 1 end
+  end
+  for _, value in ipairs(redis.call("HMGET", session.key, unpack(ARGV, first, last))) do
+    if value then left = left - 1 end
+  end
+  return left == 0
+end
 
 local function set()
   local name, given, expected = KEYS[key + 1], tonumber(ARGV[arg + 1]), arg + 2
   local first = expected + 3 * expectations + 1
   local last = first + ARGV[first - 1] - 1
-  key, arg = key + 1, last
+  key, arg = key + 1, last + gone
   read_sets(counts)
-  spent = spent + 3 + (last - first) * (last - first > 256 and 1 or 0.3)
+  spent = spent + 3 + (arg - first) * (arg - first > 256 and 1 or 0.3)
 
   local session
   if mode ~= "create" or redis.call("EXISTS", name) == 1 then session = find(name) end
@@ -44,9 +58,14 @@ local function set()
   if expectations > 0 and differs(session, expected, expectations) then
     return redis.error_reply("RSSCONFLICT the session has changed")
   end
+  if gone > 0 and last < first and empties(session, last + 1, arg) then
+    bury(session, "deleted")
+    return 0
+  end
   local found = session.ttl and settled(session) or 0
   if found == references and session.ttl then
     spread("HSET", session.key, ARGV, first, last)
+    spread("HDEL", session.key, ARGV, last + 1, arg)
     return renew(session, given)
   end
   if session.ttl and changes_identity(session) then
@@ -59,6 +78,7 @@ local function set()
   enter(plan, session, not session.ttl and name, ttl)
   if session.ttl then
     spread("HSET", session.key, ARGV, first, last)
+    spread("HDEL", session.key, ARGV, last + 1, arg)
     undo = false
   else
     if mode ~= "create" and redis.call("EXISTS", name) == 1 then redis.call("UNLINK", name) end

@@ -7,13 +7,14 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from rss.errors import StoreUnavailable
-from rss.session import Session, Sessions
+from rss.session import Session, Sessions, checked
 
 #: Where an application keeps its sessions: `request.config_dict[SESSIONS]` finds them in a sub-application too.
 SESSIONS: Final = web.AppKey("rss_sessions", Sessions[Any])
 #: Where a request keeps its session.
 SESSION: Final = web.RequestKey("rss_session", Session[Any])
+
+_ERRORS: Final = {503: web.HTTPServiceUnavailable, 409: web.HTTPConflict, 401: web.HTTPUnauthorized}
 
 _logger = logging.getLogger("rss")
 
@@ -21,9 +22,10 @@ _logger = logging.getLogger("rss")
 def setup(app: web.Application, sessions: Sessions[Any]) -> None:
     """Give each request its session, and each response its cookie; open the store with the application and close it.
 
-    Where a handler lets `StoreUnavailable` pass, the response is 503.
+    If a handler lets an error of its session pass, the response is 503 (Redis does not answer), 409 (the request raced
+    a login) or 401 (the session has ended).
     """
-    app[SESSIONS] = sessions
+    app[SESSIONS] = checked(sessions, "setup(app, Sessions(store))")
     app.cleanup_ctx.append(_open)
     app.middlewares.insert(0, _attach)
     # A cookie that is set in a response by now is too late: its headers are made.
@@ -31,7 +33,7 @@ def setup(app: web.Application, sessions: Sessions[Any]) -> None:
 
 
 async def get_session(request: web.Request) -> Session[Any]:
-    """Return the session of a request. Raises RuntimeError where `setup` was not called for the application."""
+    """Return the session of a request. Raises RuntimeError if `setup` was not called for the application."""
     try:
         return request[SESSION]
     except KeyError:
@@ -45,15 +47,19 @@ async def _open(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
-    cookies = "; ".join(request.headers.getall("Cookie", ()))
-    session = request[SESSION] = request.app[SESSIONS].create_session(cookies)
+    sessions, session = request.app[SESSIONS], request.get(SESSION)
+    if session is None or session.sessions is not sessions:  # An application around this one may have the same.
+        cookies = "; ".join(request.headers.getall("Cookie", ()))
+        session = request[SESSION] = sessions.create_session(cookies, scheme=request.scheme)
     try:
         return await handler(request)
-    except StoreUnavailable as error:
-        if session.sent:
+    except Exception as error:
+        status = session.status_for(error)
+        if session.sent or status is None:
             raise
-        _logger.error("503: %s", error)  # noqa: TRY400 - the application is not at fault
-        raise web.HTTPServiceUnavailable from error
+        _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
+        # An error of HTTP, not a response: middlewares of the application may make a page of it.
+        raise _ERRORS[status] from error
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -62,4 +68,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         headers = response.headers
         vary = ", ".join(headers.getall("Vary", ())) or None
         for name, value in session.take_headers(headers.get("Cache-Control"), vary):
-            headers.add(name, value)
+            if name == "Cache-Control":
+                headers[name] = value
+            else:
+                headers.add(name, value)

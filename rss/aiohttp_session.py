@@ -8,20 +8,34 @@ import aiohttp_session
 from aiohttp import web
 
 import rss.aiohttp
-from rss.session import Sessions, field_of, item_of
+from rss.dict_session import end, field_of, item_of
+from rss.session import Sessions
 
 # The field that tells when it was made, as aiohttp-session counts.
 _CREATED: Final = "aiohttp_session.created"
-# What was loaded for a request, and the fields of it as they were.
-_LOADED: Final = web.RequestKey("rss_aiohttp_session", tuple[aiohttp_session.Session, dict[str, Any]])
+
+
+class _Session(aiohttp_session.Session):
+    """A session that was loaded."""
+
+    #: The fields as they were.
+    before: dict[str, Any]
+    #: Whether it ends, and items that were set after that go into a new one.
+    cleared = False
+
+    def invalidate(self) -> None:
+        self.cleared = True
+        super().invalidate()
+
+    clear = invalidate
 
 
 def setup(app: web.Application, sessions: Sessions[Any]) -> None:
     """Do what `aiohttp_session.setup` does, with a storage of ours.
 
-    `aiohttp_session.get_session(request)` works as before. When it was changed, the fields that differ are written.
-    An `invalidate` ends the session, and `new_session` gives it a new id. `rss.aiohttp.get_session(request)` is the
-    same session, for what only that can.
+    `aiohttp_session.get_session(request)` works as before. If it was changed, the fields that differ are written, in
+    one script. `invalidate`, `clear` and `new_session` end the session, and what is set then goes into a new one.
+    `rss.aiohttp.get_session(request)` is the same session, with the verbs that a dict does not have.
     """
     rss.aiohttp.setup(app, sessions)
     aiohttp_session.setup(app, Storage())
@@ -30,7 +44,7 @@ def setup(app: web.Application, sessions: Sessions[Any]) -> None:
 class Storage(aiohttp_session.AbstractStorage):
     """Keeps the sessions of aiohttp-session in the session of the request. Its cookie is set by `rss.aiohttp`.
 
-    Of the names of items, `id` and those that begin with `_` get a dot before them in Redis.
+    In Redis the item names `id`, and those that begin with an underscore, get a dot before them.
     """
 
     async def load_session(self, request: web.Request) -> aiohttp_session.Session:
@@ -39,24 +53,21 @@ class Storage(aiohttp_session.AbstractStorage):
         session_id = fields.pop("id", None)
         items = {item_of(field): value for field, value in fields.items() if field != _CREATED}
         data: aiohttp_session.SessionData = {"created": fields.get(_CREATED, int(time.time())), "session": items}
-        session = aiohttp_session.Session(session_id, data=data, new=session_id is None)
-        request[_LOADED] = session, copy.deepcopy(fields)
+        session = _Session(session_id, data=data, new=session_id is None)
+        session.before = copy.deepcopy(fields)
         return session
 
     async def save_session(
         self, request: web.Request, response: web.StreamResponse, session: aiohttp_session.Session
     ) -> None:
-        """Write what differs from what was loaded; end the session if nothing is left."""
+        """Write what differs from what was loaded. If nothing is left in Redis, the session ends."""
         del response
         handle = await rss.aiohttp.get_session(request)
-        if session.empty:
-            await handle.delete()
-            return
-        loaded, before = request.get(_LOADED, (None, {}))
-        created = before.get(_CREATED, session.created)
-        if session is not loaded:  # It is of `new_session`: what was there before goes, and so does its id.
-            before, created = dict(await handle.get()), session.created
-            if before.pop("id", None) is not None:
-                await handle.rotate()
-        after = {field_of(item): value for item, value in session.items()}
-        await handle.replace(before, {_CREATED: created, **after}, session.max_age)
+        before, after = {}, {field_of(item): value for item, value in session.items()}
+        if isinstance(session, _Session) and not session.cleared:
+            before = session.before
+        else:  # It was cleared, or is of `new_session`.
+            await end(handle, after)
+        if after:
+            after[_CREATED] = before.get(_CREATED, session.created)
+        await handle.replace(before, after, session.max_age)

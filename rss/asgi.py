@@ -3,10 +3,25 @@
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Final, Protocol
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from rss.errors import StoreUnavailable
-from rss.session import Session, Sessions
+from rss.dict_session import DictSession
+from rss.session import Session, Sessions, checked
+
+if TYPE_CHECKING:
+
+    class _Connection(Protocol):
+        """A request or a WebSocket of Starlette, FastAPI, Litestar or Quart."""
+
+        @property
+        def scope(self) -> Any: ...
+
+else:
+    try:  # FastAPI injects a connection where this class is the annotation: so `Depends(get_session)` works.
+        from starlette.requests import HTTPConnection as _Connection
+    except ImportError:
+        _Connection = Any
 
 _Message = MutableMapping[str, Any]
 _Scope = MutableMapping[str, Any]
@@ -17,58 +32,103 @@ _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 #: Where the session of a request is in its scope.
 KEY: Final = "rss.session"
 
-# What carries headers to the client, once for each request.
+# The messages that carry headers to the client: one of them for each request.
 _BEGINNINGS: Final = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
 
 _logger = logging.getLogger("rss")
 
 
-class _Connection(Protocol):
-    """A request or a WebSocket of Starlette, FastAPI, Litestar or Quart."""
-
-    @property
-    def scope(self) -> Any: ...
-
-
 class SessionMiddleware:
     """Gives each request and each WebSocket its session, in `scope["rss.session"]`, and the response its cookie.
 
-    Where the application lets `StoreUnavailable` pass, the response is 503, and so is a 500 that it makes of that.
+    *dict_session*: also give it `scope["session"]`, a dict: that is `request.session` in Starlette and FastAPI, also in
+    `def` endpoints. It is read when a request with a cookie begins, and what was changed is written when the response
+    begins. `rss.dict_session.DictSession` says how.
+
+    If the application lets an error of its session pass, the response is 503 (Redis does not answer), 409 (the request
+    raced a login) or 401 (the session has ended). So is a 500 that the application makes of such an error.
     """
 
-    def __init__(self, app: Any, sessions: Sessions[Any]) -> None:
+    def __init__(self, app: Any, sessions: Sessions[Any], *, dict_session: bool = False) -> None:
         self._app: _App = app
-        self._sessions = sessions
+        self._sessions = checked(sessions, "SessionMiddleware(app, Sessions(store))")
+        self._dict_session = dict_session
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        session: Session[Any] | None = scope.get(KEY)
+        if session is not None and session.sessions is self._sessions:  # Another middleware of them is around this one.
+            await self._app(scope, receive, send)
+            return
         cookies = "; ".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie")
-        session = scope[KEY] = self._sessions.create_session(cookies)
-
-        async def send_with_cookie(message: _Message) -> None:
-            if message["type"] in _BEGINNINGS:  # Changed in a copy: the application may send the same one to others.
-                headers = list(message.get("headers", ()))
-                message = {**message, "headers": headers + _headers(session, headers)}
-                if session.unavailable and message.get("status") == 500:
-                    message["status"] = 503
-            await send(message)
-
+        session = scope[KEY] = self._sessions.create_session(cookies, scheme=scope.get("scheme", "http"))
+        response = _Response(scope, session, send)
         try:
-            await self._app(scope, receive, send_with_cookie)
-        except (StoreUnavailable, ExceptionGroup) as raised:
-            error: BaseException = raised
-            while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # Of a task group.
-                error = error.exceptions[0]
-            if session.sent or not isinstance(error, StoreUnavailable):
+            if self._dict_session:
+                response.items = scope["session"] = DictSession(session, await session.peek())
+            await self._app(scope, receive, response.send)
+        except Exception as error:
+            status = session.status_for(_only(error))
+            if session.sent or status is None:
                 raise
-            _logger.error("503: %s", error)  # noqa: TRY400 - the application is not at fault
-            await _refuse(scope, send_with_cookie)
+            _logger.error("%d: %s", status, _only(error))  # noqa: TRY400 - the application is not at fault
+            await response.refuse(status)
+
+
+class _Response:
+    """The response to one request."""
+
+    def __init__(self, scope: _Scope, session: Session[Any], send: _Send) -> None:
+        self.items: DictSession | None = None
+        self._scope = scope
+        self._session = session
+        self._send = send
+        self._refused = False
+
+    async def send(self, message: _Message) -> None:
+        """Send what the application sends, with the headers of the session."""
+        if message["type"] in _BEGINNINGS:
+            if self.items is not None:
+                await self.items.save()
+            failure = self._session.failure
+            if failure and message.get("status") == HTTPStatus.INTERNAL_SERVER_ERROR:
+                await self.refuse(self._session.status_for(failure) or HTTPStatus.INTERNAL_SERVER_ERROR)
+            else:
+                await self._begin(message)
+        elif not self._refused:
+            await self._send(message)
+
+    async def refuse(self, status: int) -> None:
+        """Answer with an error, in place of whatever the application sends."""
+        self._refused = True
+        kind = "websocket.http.response" if self._scope["type"] == "websocket" else "http.response"
+        if kind == "http.response" or kind in (self._scope.get("extensions") or ()):
+            headers = [(b"content-type", b"text/plain; charset=utf-8")]
+            await self._begin({"type": f"{kind}.start", "status": status, "headers": headers})
+            body = HTTPStatus(status).phrase.encode()
+            await self._send({"type": f"{kind}.body", "body": body, "more_body": False})
+        else:
+            await self._send(
+                {"type": "websocket.close", "code": 1013 if status == HTTPStatus.SERVICE_UNAVAILABLE else 1008}
+            )
+
+    async def _begin(self, message: _Message) -> None:
+        # A copy is changed: the application may send the same message to others.
+        headers = [(bytes(name).lower(), bytes(value)) for name, value in message.get("headers", ())]
+        own = (
+            b", ".join(value for name, value in headers if name == wanted).decode("latin-1") or None
+            for wanted in (b"cache-control", b"vary")
+        )
+        added = [(name.lower().encode(), value.encode("latin-1")) for name, value in self._session.take_headers(*own)]
+        if any(name == b"cache-control" for name, _ in added):
+            headers = [(name, value) for name, value in headers if name != b"cache-control"]
+        await self._send({**message, "headers": headers + added})
 
 
 async def get_session(connection: _Connection) -> Session[Any]:
-    """Return the session of a request or a WebSocket. Raises RuntimeError where there is no `SessionMiddleware`."""
+    """Return the session of a request or a WebSocket. Raises RuntimeError if there is no `SessionMiddleware`."""
     try:
         session: Session[Any] = connection.scope[KEY]
     except KeyError:
@@ -79,8 +139,9 @@ async def get_session(connection: _Connection) -> Session[Any]:
 def lifespan(sessions: Sessions[Any]) -> Callable[[Any], AbstractAsyncContextManager[None]]:
     """Return what opens the store when the application starts and closes it at its end.
 
-    For Starlette, FastAPI and Litestar, as their argument `lifespan`. Others: `async with sessions.store`.
+    For Starlette, FastAPI and Litestar, as their argument `lifespan`. In others: `async with sessions.store`.
     """
+    checked(sessions, "lifespan(Sessions(store))")
 
     @asynccontextmanager
     async def opened(_: object) -> AsyncIterator[None]:
@@ -90,20 +151,8 @@ def lifespan(sessions: Sessions[Any]) -> Callable[[Any], AbstractAsyncContextMan
     return opened
 
 
-def _headers(session: Session[Any], headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    present: dict[bytes, list[str]] = {}
-    for name, value in headers:
-        present.setdefault(bytes(name).lower(), []).append(bytes(value).decode("latin-1"))
-    own = (", ".join(present[name]) if name in present else None for name in (b"cache-control", b"vary"))
-    return [(name.lower().encode(), value.encode("latin-1")) for name, value in session.take_headers(*own)]
-
-
-async def _refuse(scope: _Scope, send: _Send) -> None:
-    """Answer that the service is not available now."""
-    kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
-    if kind == "http.response" or kind in (scope.get("extensions") or ()):
-        headers = [(b"content-type", b"text/plain; charset=utf-8")]
-        await send({"type": f"{kind}.start", "status": 503, "headers": headers})
-        await send({"type": f"{kind}.body", "body": b"Service Unavailable", "more_body": False})
-    else:
-        await send({"type": "websocket.close", "code": 1013})
+def _only(error: BaseException) -> BaseException:
+    """Return the error in the groups that task groups make of a single one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

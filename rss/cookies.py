@@ -1,9 +1,11 @@
 """The session cookie: how it is read from a request and written into a response."""
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final, Literal
 
 _NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
@@ -19,7 +21,8 @@ class CookiePolicy:
 
     *name*: in production best "__Host-session-id": browsers then take it from this host alone, over TLS, so that no
     sibling domain can plant one. It asks for *secure*, the path "/" and no *domain*, which is checked.
-    *persistent*: whether the cookie outlives the browser, as long as the session does; else it ends with the browser.
+    *persistent*: whether the cookie outlives the browser; else it ends with the browser.
+    *partitioned*: whether it belongs to the site that embeds this one (CHIPS); it needs *secure*.
 
     Raises ValueError for what browsers would refuse, and for what could break out of the header.
     """
@@ -31,6 +34,7 @@ class CookiePolicy:
     http_only: bool = True
     same_site: Literal["lax", "strict", "none"] = "lax"
     persistent: bool = True
+    partitioned: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -43,30 +47,32 @@ class CookiePolicy:
             raise ValueError("same_site must be 'lax', 'strict' or 'none'")
         if self.same_site == "none" and not self.secure:
             raise ValueError("browsers refuse a cookie with same_site 'none' that is not secure")
+        if self.partitioned and not self.secure:
+            raise ValueError("browsers refuse a cookie that is partitioned and not secure")
         prefix = self.name.lower()
         if prefix.startswith("__secure-") and not self.secure:
             raise ValueError("browsers refuse a cookie named __Secure-... that is not secure")
         if prefix.startswith("__host-") and not (self.secure and self.path == "/" and self.domain is None):
             raise ValueError("browsers refuse a cookie named __Host-... that is not secure, or has a domain or a path")
 
-    def read(self, header: str) -> str | None:
-        """Return the value of the cookie in a Cookie header; None if there is none, or if there are different ones.
+    def read(self, header: str) -> list[str]:
+        """Return the different values that the cookie has in a Cookie header: nearly always one, or none.
 
-        Who can set cookies for a sibling domain or another path may add one, and which of them is the right one cannot
-        be told. Nothing is unquoted, and what is wrong with other cookies does not matter.
+        A sibling domain, or a page on another path, can set a cookie of the same name, and the order does not tell
+        which value is the right one. Values are not unquoted. Cookies of other names may be malformed.
         """
-        values = set()
+        values: dict[str, None] = {}
         if self.name in header:
             for pair in header.split(";"):
                 name, equals, value = pair.partition("=")
                 if equals and name.strip(" \t") == self.name:
-                    values.add(value.strip(" \t"))
-        return values.pop() if len(values) == 1 else None
+                    values[value.strip(" \t")] = None
+        return [*values]
 
-    def write(self, value: str, ttl: int) -> str:
-        """Return a Set-Cookie header for a session that has so many milliseconds left to live."""
-        # Rounded up: 0 would remove it.
-        return self._line(value, f"; Max-Age={-(-ttl // 1000)}" if self.persistent else "")
+    def write(self, value: str, max_age: timedelta) -> str:
+        """Return a Set-Cookie header for a cookie that browsers keep for so long, unless it ends with the browser."""
+        # Round up: Max-Age=0 would delete the cookie.
+        return self._line(value, f"; Max-Age={math.ceil(max_age.total_seconds())}" if self.persistent else "")
 
     def clear(self) -> str:
         """Return a Set-Cookie header that removes the cookie."""
@@ -75,7 +81,9 @@ class CookiePolicy:
     def _line(self, value: str, age: str) -> str:
         domain = f"; Domain={self.domain}" if self.domain else ""
         flags = ("; HttpOnly" if self.http_only else "") + ("; Secure" if self.secure else "")
-        return f"{self.name}={value}; Path={self.path}{domain}{age}{flags}; SameSite={self.same_site.capitalize()}"
+        partitioned = "; Partitioned" if self.partitioned else ""
+        site = self.same_site.capitalize()
+        return f"{self.name}={value}; Path={self.path}{domain}{age}{flags}; SameSite={site}{partitioned}"
 
 
 class Signer:

@@ -28,6 +28,8 @@ class Encoded(NamedTuple):
     references: list[tuple[str, str]]
     #: For each reference of the store how many of these there are, "keep" if its field is not written.
     counts: tuple[str, ...]
+    #: The fields that are taken out.
+    gone: tuple[str, ...] = ()
 
 
 class Fields:
@@ -42,8 +44,11 @@ class Fields:
         self._encoders = _Cached(self._encoder)
         self._decoders = _Cached(self._decoder)
 
-    def encode(self, values: Mapping[str, Any]) -> Encoded:
-        """Return what a write of these values sends. Raises TypeError or ValueError, which name the field."""
+    def encode(self, values: Mapping[str, Any], gone: tuple[str, ...] = ()) -> Encoded:
+        """Return what a write of these values sends. Raises TypeError or ValueError, which name the field.
+
+        *gone*: names of other fields, each once, that are taken out.
+        """
         items = _items(values, "values")
         if len(items) > _MOST_FIELDS:
             raise ValueError(f"values must not have more than {_MOST_FIELDS:,} fields")
@@ -51,12 +56,12 @@ class Fields:
         for field, value in items:
             pairs += (field, self.encode_value(field, value))
         if not self.references:
-            return Encoded(pairs, [], ())
+            return Encoded(pairs, [], (), gone)
         named: list[tuple[str, str]] = []
         counts: list[str] = []
         for field in self.references:
             if field not in values:
-                counts.append("keep")
+                counts.append("0" if field in gone else "keep")
             elif (value := values[field]) is None:
                 counts.append("0")
             elif isinstance(value, list):
@@ -68,7 +73,7 @@ class Fields:
                 counts.append("1")
         if len(named) > _MOST_VALUES:
             raise ValueError(f"a write must not have more than {_MOST_VALUES} reference values")
-        return Encoded(pairs, named, tuple(counts))
+        return Encoded(pairs, named, tuple(counts), gone)
 
     def _texts(self, field: str, values: list[Any]) -> list[str]:
         """Return the texts that stand for several values of a reference."""

@@ -1,38 +1,48 @@
-"""Sessions of a web application, without a framework: what a request handler holds, and the cookie behind it."""
+"""Sessions of a web application, without a framework: the handle of a request, and the cookie behind it."""
 
 import asyncio
 import base64
 import copy
+import enum
 import hashlib
 import hmac
+import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Final, Generic, Literal, cast
 
 from rss.cookies import CookiePolicy, Signer
 from rss.csrf import CSRFTokens
 from rss.durations import Duration, milliseconds
-from rss.errors import SessionEnded, SessionNotFound, StoreUnavailable
+from rss.errors import IdentityChanged, SessionEnded, SessionNotFound, StoreUnavailable
 from rss.fields import field_names, listed
 from rss.store import S, SessionStore, max_age_argument
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{22,342}")  # What `SessionStore.create_session_id` makes.
+# Browsers keep no cookie for longer.
+_LONGEST: Final = timedelta(days=400)
+_SCALARS: Final = frozenset({str, int, float, bool, bytes, type(None)})
+
+_logger = logging.getLogger("rss")
 
 
 class Sessions(Generic[S]):
-    """The sessions of an application: a store and the policy of the cookie. Adapters make a `Session` a request.
+    """The sessions of an application: a store, and how cookies are made. Adapters make a `Session` for each request.
 
-    *secret_keys*: sign the cookie, so that what a client makes up does not get as far as Redis; the first one signs,
-    all of them verify. Not needed for security: a token cannot be guessed. Needs itsdangerous.
+    *secret_keys*: keys that sign the cookie, so that Redis is not asked for tokens that a client made up. The first one
+    signs, all of them verify. Security does not need it: a token cannot be guessed. It needs itsdangerous.
     *cookie*: its name and attributes.
-    *rolling*: reading a session renews it when that time has passed since it was last renewed; None for never, then
-    only writes do.
-    *hash_ids*: the cookie holds a token, and Redis sees only its SHA-256, which is the id of the session. So nobody who
-    reads Redis, its log or a backup can take a session over, and an id may be shown to people. Without it the cookie
-    holds the id.
-    *on_unavailable*: what reading does when Redis gives no answer: "raise" `StoreUnavailable`, or take the client for
-    "anonymous" in this request. A write raises it in any case.
+    *rolling*: reading a session renews it if that time has passed since it was last renewed. None: only writes do.
+    *hash_ids*: the cookie holds a token, and Redis only its SHA-256, the id of the session. So a reader of Redis, its
+    log or a backup cannot take a session over, and an id may be shown to people. False: the cookie holds the id.
+    *on_unavailable*: what reading does if Redis does not answer. "raise": it raises `StoreUnavailable`. "anonymous":
+    the request has no session. A write raises in any case.
     """
+
+    __slots__ = (
+        "_cookie_age", "_signer", "_warned", "cookie", "hash_ids", "idle", "on_unavailable", "store", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -44,6 +54,11 @@ class Sessions(Generic[S]):
         hash_ids: bool = True,
         on_unavailable: Literal["raise", "anonymous"] = "raise",
     ) -> None:
+        if not isinstance(store, SessionStore):
+            hint = "SessionStore.from_url(url)" if isinstance(store, str) else "SessionStore(client)"
+            raise TypeError(f"store must be a SessionStore, not {type(store).__name__}: Sessions({hint})")
+        if not isinstance(cookie, CookiePolicy):
+            raise TypeError(f"cookie must be a CookiePolicy, not {type(cookie).__name__}")
         if on_unavailable not in ("raise", "anonymous"):
             raise ValueError("on_unavailable must be 'raise' or 'anonymous'")
         self.store = store
@@ -55,16 +70,20 @@ class Sessions(Generic[S]):
         #: Milliseconds since the last renewal after which reading renews a session; None for never.
         self.idle = None if rolling is None else str(milliseconds(rolling, "rolling"))
         self._signer = None if secret_keys is None else Signer(listed(secret_keys, "secret_keys"))
+        self._cookie_age = _LONGEST if store.max_lifetime is None else min(store.max_lifetime, _LONGEST)
+        self._warned = set[str]()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.store!r}, cookie={self.cookie!r})"
 
-    def create_session(self, cookies: str = "") -> "Session[S]":
-        """Return the session of a request with this Cookie header; several are joined by a semicolon.
+    def create_session(self, cookies: str = "", *, scheme: str = "https") -> "Session[S]":
+        """Return the session of a request with this Cookie header. Join several headers by a semicolon.
 
-        Nothing is read yet, and nothing is made until it is written to.
+        *scheme*: that of the request. On "http" a warning tells once that browsers may drop a Secure cookie.
+
+        Nothing is read yet, and no session is made before the first write.
         """
-        return Session(self, cookies)
+        return Session(self, cookies, scheme)
 
     def get_reference_key(self, field: str, value: str | int) -> str:
         """Return the key of a reference set: see `SessionStore.get_reference_key`."""
@@ -76,347 +95,572 @@ class Sessions(Generic[S]):
             return token
         return base64.urlsafe_b64encode(hashlib.sha256(token.encode()).digest()).rstrip(b"=").decode()
 
-    def read_token(self, cookies: str) -> str | None:
-        """Return the token in a Cookie header; None if there is none that could be one of ours."""
-        value = self.cookie.read(cookies)
-        if value is not None and self._signer is not None:
-            value = self._signer.unsign(value)
-        return value if value is not None and _TOKEN.fullmatch(value) else None
+    def read_tokens(self, cookies: str) -> list[str]:
+        """Return the different tokens in a Cookie header that could be ours: nearly always one, or none.
 
-    def write_token(self, token: str, ttl: int) -> str:
-        """Return the Set-Cookie header for a token, whose session has so many milliseconds to live."""
-        return self.cookie.write(self._signer.sign(token) if self._signer else token, ttl)
+        There are several if a sibling domain, or a page on another path, has set a cookie of the same name.
+        """
+        values: Iterable[str | None] = self.cookie.read(cookies)
+        if self._signer is not None:
+            values = map(self._signer.unsign, cast("list[str]", values))
+        return [value for value in values if value is not None and _TOKEN.fullmatch(value)]
+
+    def write_token(self, token: str) -> str:
+        """Return the Set-Cookie header for a token.
+
+        The cookie lives for `max_lifetime`, at most 400 days: Redis decides how long the session lives.
+        """
+        return self.cookie.write(self._signer.sign(token) if self._signer else token, self._cookie_age)
+
+    def warn_once(self, warning: str) -> None:
+        """Log a warning, unless it was logged before."""
+        if warning not in self._warned:
+            self._warned.add(warning)
+            _logger.warning(warning)
+
+
+class _State(enum.Enum):
+    """What is known in a request about its session. The values are what `repr` shows."""
+
+    #: A token came. Redis was not asked yet.
+    UNREAD = "not looked at"
+    #: There is none. A write makes one.
+    ABSENT = "none"
+    ALIVE = "alive"
+    #: It was alive in this request and has ended, or it was rotated: a write raises, except a login.
+    GONE = "ended"
+    #: Redis did not answer, and the client is taken for anonymous: a write raises.
+    UNREADABLE = "unreadable"
+
+
+class _Cookie:
+    """What the client holds, and what the response must tell it."""
+
+    __slots__ = ("_came", "_held", "_removed", "_scheme", "_sessions", "others", "sent", "token")
+
+    def __init__(self, sessions: Sessions[Any], cookies: str, scheme: str) -> None:
+        tokens = sessions.read_tokens(cookies)
+        #: The token of the session; None if there is none, or if several came: nobody can tell which one is right.
+        self.token = tokens[0] if len(tokens) == 1 else None
+        #: Several tokens, if they came.
+        self.others = tokens if len(tokens) > 1 else []
+        #: Whether the response has begun: it can tell nothing more.
+        self.sent = False
+        self._sessions = sessions
+        self._held = self.token
+        self._came = sessions.cookie.name in cookies  # Whatever it holds.
+        self._removed = False
+        self._scheme = scheme
+
+    def check(self) -> None:
+        """Raise RuntimeError if no new token can be told any more."""
+        if self.sent:
+            raise RuntimeError("the response has begun: it cannot tell the client the id of a new session")
+
+    def adopt(self, token: str) -> None:
+        """Let the client get a new token."""
+        self.check()
+        self.token = token
+
+    def remove(self) -> None:
+        """Let the client forget its token."""
+        self.token, self.others, self._removed = None, [], True
+
+    def take(self) -> list[str]:
+        """Return the Set-Cookie headers of the response, which begins now."""
+        if self.sent:
+            return []
+        self.sent = True
+        if self.token is None:
+            return [self._sessions.cookie.clear()] if self._removed and self._came else []
+        if self.token == self._held:
+            return []
+        if self._sessions.cookie.secure and self._scheme in ("http", "ws"):
+            self._sessions.warn_once(
+                "A Secure cookie was set on plain http, where clients may drop it. In production, use https; behind a "
+                "proxy that ends TLS, let the server trust its X-Forwarded-Proto. For development, use "
+                "CookiePolicy(secure=False)."
+            )
+        return [self._sessions.write_token(self.token)]
 
 
 class Session(Generic[S]):
-    """The session of a request, if it has one: read when it is asked for, made when it is first written to.
+    """The session of a request. It is read when it is first asked for, and made when it is first written to.
 
-    It is read once, however often `get` is called, and what is written by it shows. A request without a session, and
-    one whose cookie belongs to none, gets one with a new id by the first write: `set`, `rotate` or `create_csrf_token`.
-    A session that was there in this request and ended meanwhile is not made again: a write raises `SessionEnded` or
-    `SessionNotFound`, and nothing is written.
+    It is read once, however often `get` is called; own writes show. A request without a session gets one, with a new
+    id, by the first write: `set`, `rotate` or `create_csrf_token`. So does a request whose cookie belongs to none.
 
-    The cookie leaves with the headers of the response. After that no new id can be told to the client: a write that
-    would make one raises RuntimeError. Writes to a session that the client knows go on.
+    A session that was alive in this request and has ended meanwhile is not made again: a write raises `SessionEnded` or
+    `SessionNotFound`. So does a write that races a login with the old cookie: `SessionEnded` with the reason "rotated".
+    Only a login, which is a write of an identity or a `rotate` with values, makes a session then.
 
-    What `SessionStore` raises is raised here too: `StoreUnavailable` never means that there is no session.
+    If the store has an identity, a write that changes it gives the session a new id, as `rotate` does.
+
+    The response sets the cookie if its token is new, and removes it after `delete`. Once the response has begun, a
+    write that needs a new id raises RuntimeError. Writes to a session that the client knows go on.
+
+    The errors of `SessionStore` are raised here too: `StoreUnavailable` never means that there is no session.
     """
 
-    def __init__(self, sessions: Sessions[S], cookies: str) -> None:
+    __slots__ = (
+        "_cookie", "_due", "_id", "_kept", "_lock", "_next", "_state", "_store", "_values",
+        "accessed", "ended", "failure", "is_new", "sessions",
+    )  # fmt: skip
+
+    def __init__(self, sessions: Sessions[S], cookies: str, scheme: str) -> None:
+        #: The sessions of the application.
+        self.sessions = sessions
         #: Whether it was made in this request.
         self.is_new = False
-        #: Why the session of this cookie was ended, as far as that is still known and it was looked at.
+        #: Why the session of this cookie ended; None if it has not, if that is no longer known, or if it was not looked
+        #: at.
         self.ended: str | None = None
         #: Whether the response depends on the session.
         self.accessed = False
-        #: Whether reading renews it when that is due; if not, `due` tells that it is.
-        self.renews = True
-        self.due = False
-        #: Whether Redis gave no answer for it.
-        self.unavailable = False
-        #: Whether the response has begun: what leads to a new id is refused from then on.
-        self.sent = False
-        self._sessions = sessions
+        #: The last `StoreUnavailable` or `SessionNotFound` that a call of it raised.
+        self.failure: StoreUnavailable | SessionNotFound | None = None
         self._store = sessions.store
-        self._token = sessions.read_token(cookies)
+        self._cookie = _Cookie(sessions, cookies, scheme)
+        self._state = _State.UNREAD if self._cookie.token else _State.ABSENT
+        self._id = sessions.id_of(self._cookie.token) if self._cookie.token else ""
+        self._values: dict[str, Any] | None = None  # None: not read, or it is not known what was written.
+        self._due = False  # Whether it was read without being renewed, and a renewal is due.
+        self._kept = False  # Whether it stays when nothing is left of it: a form has a CSRF token of it.
         self._next: tuple[str, object] | None = None  # A token that is about to be its, and what is written with it.
-        self._guessed = False  # It could not be read, and was taken for none.
-        self._id = sessions.id_of(self._token) if self._token else ""
-        self._alive: bool | None = None if self._token else False  # None: not looked at yet.
-        self._told = True  # Whether the client has this token.
-        self._cookie_came = sessions.cookie.name in cookies  # Whatever it holds.
-        self._values: dict[str, Any] | None = None
-        self._cookie: str | None = None
         self._lock = asyncio.Lock()
 
     def __repr__(self) -> str:
-        state = "new" if self.is_new else {None: "not looked at", True: "alive", False: "none"}[self._alive]
-        return f"<{type(self).__name__}: {state}>"
+        return f"<{type(self).__name__}: {'new' if self.is_new else self._state.value}>"
 
     @property
     def id(self) -> str | None:
-        """Its id; None if there is no session, or if it was not looked at yet.
+        """Its id; None if there is no session, or if it was neither read nor written yet.
 
-        With `hash_ids` it may be shown, as on a page of one's devices: nobody can take the session over by it.
+        With `hash_ids` it may be shown, as on a page of devices: nobody can take the session over by it.
         """
-        return self._id if self._alive and self._values != {} else None
+        return self._id if self._state is _State.ALIVE else None
+
+    @property
+    def sent(self) -> bool:
+        """Whether the response has begun: no new id can be told to the client."""
+        return self._cookie.sent
 
     def get_key(self) -> str:
-        """Return the key of its hash in Redis. Raises `SessionNotFound` where `id` is None."""
+        """Return the key of its hash in Redis. Raises `SessionNotFound` if `id` is None."""
         if self.id is None:
             raise SessionNotFound("there is no session in this request, or it was not looked at yet")
         return self._store.get_session_key(self.id)
 
+    # Reading.
+
     async def get(self, fields: Iterable[str] | None = None) -> S:
         """Return the session with its `id`, or these fields of it; {} if there is none.
 
-        The first call reads all of it, and renews it if that is due; later ones read nothing. What is returned may be
-        changed: only `set` writes.
+        The first call reads all of it, and renews it if that is due. Later calls read nothing. To change what is
+        returned writes nothing: only `set` does.
         """
         names = None if fields is None else {"id", *field_names(fields, "id")}
         async with self._lock:
             values = await self._read()
         return cast("S", {name: _copied(values[name]) for name in values if names is None or name in names})
 
-    async def set(self, values: S, max_age: Duration | None = None) -> S:
-        """Write these fields, renew the session, from now on for *max_age* if that is given, and return the values.
+    async def peek(self) -> S:
+        """Return what `get` returns, without renewing the session, and without making the response depend on it.
 
-        Makes one if there is none. Raises `LimitExceeded` if a reference refuses it.
+        For adapters that read the session before the application asks for it.
         """
         async with self._lock:
-            ttl = await self._write(lambda: self._set(self._id, values, max_age, "update"))
-            if ttl is None:
-                await self._create(values, max_age)
-            else:
-                self._owe(ttl)
-                self._note(values)
+            values = await self._load(renew=False)
+        return cast("S", {name: _copied(value) for name, value in values.items()})
+
+    async def _read(self) -> dict[str, Any]:
+        """Return the values of the session for the application: {} if there is none."""
+        self.accessed = True
+        if self._due:  # It is read again, since a read renews also where a server takes no writes: not at all, then.
+            self._values, self._due = None, False
+        return await self._load(renew=True)
+
+    async def _load(self, *, renew: bool) -> dict[str, Any]:
+        if self._state not in (_State.UNREAD, _State.ALIVE):
+            return {}
+        if self._values is None:
+            idle = self.sessions.idle
+            renewal = () if idle is None else ("after" if renew else "check", idle)
+            try:
+                read = await self._answer(self._store.operations.get(self._id, None, renewal))
+            except StoreUnavailable:
+                if self.sessions.on_unavailable == "raise":
+                    raise
+                self.failure, self._state = None, _State.UNREADABLE
+                return {}
+            if not read.ttl:
+                self._lose(read.ended)
+                return {}
+            self._values, self._state = self._store.fields.decode(read.pairs), _State.ALIVE
+            self._due = read.state == b"due"
+        return self._values
+
+    # Writing.
+
+    async def set(self, values: S, max_age: Duration | None = None) -> S:
+        """Write these fields, renew the session, and return the values. Makes a session if there is none.
+
+        *max_age*: how long the session lives from now on, and after later writes.
+
+        A write that changes the identity gives the session a new id, as `rotate` does. Raises `LimitExceeded` if a
+        reference refuses the session, and `Blocked` if a value is blocked.
+        """
+        async with self._lock:
+            await self._change(values, (), max_age)
         return values
 
     async def unset(self, fields: Iterable[str], max_age: Duration | None = None) -> None:
         """Take out these fields and renew the session, as `set` does. Does nothing if there is none."""
-        names, age = field_names(fields), max_age_argument(max_age)
+        names, age = tuple(dict.fromkeys(field_names(fields))), max_age_argument(max_age)
 
         async def unset() -> int:
             return (await self._store.operations.unset(self._id, names, age)).ttl
 
         async with self._lock:
-            ttl = await self._write(unset)
-            if ttl is None:
-                return
-            self._owe(ttl)
-            self._values = {k: v for k, v in self._values.items() if k not in names} if self._values else None
+            try:
+                done = await self._write(unset)
+            except IdentityChanged:
+                await self._rotate({}, names, age)
+            else:
+                if done is not None:
+                    self._note({}, names)
 
     async def replace(
         self, before: Mapping[str, Any], after: Mapping[str, Any], max_age: Duration | None = None
     ) -> bool:
         """Write the fields that differ between two states of the session, and take out those that are gone.
 
-        For frameworks in which a session is a dict. What others wrote in between stays, also in this request by the
-        other methods: only what differs here is written. If nothing does, it is at most renewed, for *max_age*, and
-        False is returned.
+        For frameworks in which a session is a dict. It is one script. What others wrote in between stays, also if the
+        other methods of this session did. If nothing is left then, the session ends, unless a CSRF token was made for
+        it in this request. If nothing differs, it is at most renewed, for *max_age*, and False is returned.
         """
         encode, held = self._store.fields.encode_value, self._values or before
-        gone = [field for field in before if field not in after and held.get(field) == before[field]]
+        gone = tuple(field for field in before if field not in after and held.get(field) == before[field])
         changed = {
             field: value
             for field, value in after.items()
             if field not in before or encode(field, value) != encode(field, before[field])
         }
-        if gone:  # First: if only one of the two succeeds, the session holds rather too little than too much.
+        if gone and not changed and self._kept:
             await self.unset(gone, max_age)
-        if changed:
-            await self.set(cast("S", changed), max_age)
-        if max_age is not None and not gone and not changed:
+        elif gone or changed:
+            async with self._lock:
+                await self._change(changed, gone, max_age)
+        elif max_age is not None:
             await self.touch(max_age)
         return bool(gone or changed)
 
     async def touch(self, max_age: Duration | None = None) -> bool:
         """Renew the session, as `set` does, without writing to it. Returns False if there is none, or none any more."""
         age = max_age_argument(max_age)
+        async with self._lock:
+            return await self._touch(age)
 
+    async def delete(self, *, reason: str = "deleted") -> bool:
+        """End the session and remove the cookie. Returns False if there was none.
+
+        *reason*: a short word, which `ended` tells for five minutes.
+
+        It is done even if the request is cancelled meanwhile. If the client sent several cookies of the name, it ends
+        the session of each. A later write in this request makes another session.
+        """
+        async with self._lock:
+            self.accessed = True
+            ids = [self._id] if self._cookie.token else [self.sessions.id_of(token) for token in self._cookie.others]
+            self._values = None  # If this is cancelled, it is not known what is left.
+            ending = asyncio.gather(*(self._store.delete(session_id, reason=reason) for session_id in ids))
+            deleted = any(await self._answer(asyncio.shield(ending)))
+            if not deleted and self._cookie.token and await self._answer(self._store.ended(self._id)) == "rotated":
+                self._lose("rotated")  # A login has told the client another token, which must not be removed.
+            else:
+                self._forget()
+        return deleted
+
+    async def rotate(self, values: S | None = None, max_age: Duration | None = None) -> None:
+        """Give the session a new id, as at a login, and write these values. Its data and age stay.
+
+        *max_age*: as in `set`; without it the TTL stays too.
+
+        The old id has ended, and so have the CSRF tokens. Makes a session if there is none, with these values; also if
+        it has ended meanwhile, or was rotated by the same form sent twice, provided that *values* hold an identity. If
+        the store has no identity, any values do.
+
+        Raises `LimitExceeded` if a reference refuses the session, and `Blocked` if a value is blocked.
+        """
+        age = "keep" if max_age is None else max_age_argument(max_age)
+        async with self._lock:
+            await self._rotate(values or {}, (), age)
+
+    async def _change(self, values: Mapping[str, Any], gone: tuple[str, ...], max_age: Duration | None) -> None:
+        """Write fields and take others out, in one script. Makes a session if there is none."""
+        encoded, age = self._store.fields.encode(values, gone), max_age_argument(max_age)
+        login = self._store.fields.identity is not None and self._signs_in(values)
+        try:
+            ttl = await self._write(lambda: self._store.operations.set(self._id, encoded, age, "update"), login=login)
+        except IdentityChanged:
+            await self._rotate(values, gone, age)
+            return
+        except SessionEnded:
+            if values or not gone:
+                raise
+            self.failure = None  # What is to go has gone with the session.
+            return
+        if ttl is None:
+            if values or not gone:
+                await self._create(values, age)
+        elif ttl == 0:
+            self._forget()
+        else:
+            self._note(values, gone)
+
+    async def _rotate(self, values: Mapping[str, Any], gone: tuple[str, ...], age: str) -> None:
+        token = self._mint(values, age)
+        new, encoded = self.sessions.id_of(token), self._store.fields.encode(values, gone)
+        ttl = await self._write(
+            lambda: self._store.operations.rotate(self._id, new, encoded, age), login=self._signs_in(values)
+        )
+        if ttl is None:
+            await self._create(values, age)
+            return
+        self._adopt(token, new)
+        if self._values:
+            self._values["id"] = new
+        self._note(values, gone)
+
+    async def _touch(self, age: str) -> bool:
         async def touch() -> int:
             if ttl := await self._store.operations.touch(self._id, age):
                 return ttl
             raise SessionNotFound("there is no such session")
 
-        async with self._lock:
-            try:
-                ttl = await self._write(touch)
-            except SessionNotFound:
-                ttl = None
-            if ttl is not None:
-                self._owe(ttl)
-        return ttl is not None
+        try:
+            return await self._write(touch) is not None
+        except SessionNotFound:
+            self.failure = None
+            return False
 
-    async def delete(self, *, reason: str = "deleted") -> bool:
-        """End the session and remove the cookie; for five minutes `ended` tells the *reason*. False if there is none.
+    async def _create(self, values: Mapping[str, Any], age: str) -> None:
+        token = self._mint(values, age)
+        session_id, encoded = self.sessions.id_of(token), self._store.fields.encode(values)
+        max_age = "renew" if age == "keep" else age
+        await self._answer(self._store.operations.set(session_id, encoded, max_age, "create"))
+        self.is_new, self._values = True, {"id": session_id}
+        self._adopt(token, session_id)
+        self._note(values, ())
 
-        Done even if the request is cancelled meanwhile. A later write in this request makes another session.
+    async def _write(self, operation: Callable[[], Awaitable[int]], *, login: bool = False) -> int | None:
+        """Run an operation on the session and return its TTL.
+
+        Returns None if there is no session and one may be made: *login* says so for a session that is gone.
         """
-        async with self._lock:
-            self.accessed = True
-            deleted = False
-            self._values = None  # Should this be cancelled, it is not known what is left.
-            if self._alive is not False:
-                deleted = await self._answer(asyncio.shield(self._store.delete(self._id, reason=reason)))
-            self._token, self._id, self._alive, self._values = None, "", False, None
-            self.is_new, self._next = False, None
-            self._cookie = self._sessions.cookie.clear() if self._cookie_came and not self.sent else None
-        return deleted
+        self.accessed = True
+        if self._state is _State.UNREADABLE:  # What is written may follow from what could not be read.
+            self.failure = StoreUnavailable("the session could not be read in this request")
+            raise self.failure
+        if self._state is _State.GONE and not login:
+            self.failure = SessionEnded(self.ended) if self.ended else SessionNotFound("there is no such session")
+            raise self.failure
+        if self._state in (_State.ABSENT, _State.GONE):
+            return None
+        try:
+            ttl: int = await self._answer(operation())
+        except SessionNotFound as error:
+            if self._lose(error.reason if isinstance(error, SessionEnded) else None) and not login:
+                self.failure = error
+                raise
+            return None
+        except (StoreUnavailable, asyncio.CancelledError):
+            self._values = None  # It is not known what was written.
+            raise
+        self._state = _State.ALIVE
+        return ttl
 
-    async def rotate(self, values: S | None = None, max_age: Duration | None = None) -> None:
-        """Give the session a new id, as is due at a login, and write these values. Its data and age stay.
+    # What became of it.
 
-        Without *max_age* its TTL stays, too; with it, the session is renewed, and keeps that for later. The old id has
-        ended, and so have the CSRF tokens. Makes a session if there is none, with these values.
+    async def _answer(self, operation: Awaitable[Any]) -> Any:
+        try:
+            return await operation
+        except StoreUnavailable as error:
+            self.failure = error
+            raise
+
+    def _lose(self, reason: str | None) -> bool:
+        """Note that there is no session under the id, and return whether it is gone, rather than absent.
+
+        *reason*: why it ended, if that is known.
         """
-        fields: Any = values or {}
+        gone = self._state is _State.ALIVE or reason == "rotated"
+        self.ended, self._values, self._due = reason, None, False
+        self._state = _State.GONE if gone else _State.ABSENT
+        return gone
+
+    def _forget(self) -> None:
+        """Note that the session was ended here, and let the client forget its token."""
+        self._cookie.remove()
+        self._state, self._id, self._values = _State.ABSENT, "", None
+        self.is_new, self._next, self._due = False, None, False
+
+    def _adopt(self, token: str, session_id: str) -> None:
+        """Note that the session lives under a new token."""
+        self._cookie.adopt(token)
+        self._state, self._id, self._next = _State.ALIVE, session_id, None
+
+    def _note(self, values: Mapping[str, Any], gone: Iterable[str]) -> None:
+        """Note what was written, if the rest is known."""
+        self._due = False
+        if self._values:
+            for field in gone:
+                self._values.pop(field, None)
+            self._values.update(self._store.fields.as_stored(values))
+
+    def _mint(self, values: Mapping[str, Any], age: str) -> str:
+        """Return a new token. It is the same again for the same work, if it is not known whether that was done.
+
+        Scripts recognise by the id that goes with it what they have done.
+        """
+        self._cookie.check()
+        work = dict(values), age
+        if self._next is None or self._next[1] != work:
+            self._next = self._store.create_session_id(), work
+        return self._next[0]
+
+    def _signs_in(self, values: Mapping[str, Any]) -> bool:
+        """Whether a rotation with these values is a login."""
+        identity = self._store.fields.identity
+        return bool(values) if identity is None else values.get(identity) is not None
+
+    # The other sessions of the same identity.
+
+    async def find_all(self, fields: Iterable[str] | None = None) -> AsyncIterator[S]:
+        """Iterate over the sessions of this identity, this one among them, as `SessionStore.find_by` does.
+
+        There are none if nobody is signed in. Raises RuntimeError if the store has no identity.
+        """
+        field, value = await self._identity()
+        if value is not None:
+            async for session in self._store.find_by(field, value, fields):
+                yield session
+
+    async def delete_other(self, session_id: str, *, reason: str = "deleted") -> bool:
+        """End another session of the same identity. Returns False if there is none with this id, or it is this one.
+
+        Raises RuntimeError if the store has no identity.
+        """
+        field, value = await self._identity()
+        if value is None or session_id == self.id:
+            return False
+        expected = cast("S", {field: value})
+        return cast("bool", await self._answer(self._store.delete(session_id, expect=expected, reason=reason)))
+
+    async def delete_others(self, *, reason: str = "deleted") -> int:
+        """End all other sessions of the same identity, and return how many that were.
+
+        Raises RuntimeError if the store has no identity.
+        """
+        field, value = await self._identity()
+        if value is None or self.id is None:
+            return 0
+        keep = [self.id]
+        return cast("int", await self._answer(self._store.delete_by(field, value, keep=keep, reason=reason)))
+
+    async def delete_all(self, *, reason: str = "deleted", block: Duration | None = None) -> int:
+        """End all sessions of the same identity, this one too, remove the cookie, and return how many that were.
+
+        *block*: for so long nobody can sign in as this identity: see `SessionStore.delete_by`.
+
+        Raises RuntimeError if the store has no identity.
+        """
+        field, value = await self._identity()
+        if value is None:
+            return 0
         async with self._lock:
-            token = self._mint(fields, max_age)
-            new = self._sessions.id_of(token)
-            encoded = self._store.fields.encode(fields)
-            age = "keep" if max_age is None else max_age_argument(max_age)
-            ttl = await self._write(lambda: self._store.operations.rotate(self._id, new, encoded, age))
-            if ttl is None:
-                await self._create(fields, max_age)
-            else:
-                self._adopt(token, new, ttl)
-                if self._values:
-                    self._values["id"] = new
-                self._note(fields)
+            self._values = None  # If this is cancelled, it is not known what is left.
+            ending = asyncio.ensure_future(self._store.delete_by(field, value, reason=reason, block=block))
+            ended = await self._answer(asyncio.shield(ending))
+            self._forget()
+        return cast("int", ended)
+
+    async def _identity(self) -> tuple[str, Any]:
+        field = self._store.fields.identity
+        if field is None:
+            raise RuntimeError("the store has no identity: references={'user_id': Reference(identity=True)}")
+        async with self._lock:
+            return field, (await self._read()).get(field)
+
+    # CSRF tokens.
 
     async def create_csrf_token(self) -> str:
         """Return a token for the forms of this session; makes one if there is none. Another each time, all are valid.
 
-        They are made from what the cookie holds: nothing is written for them, and Redis does not know them.
+        Tokens are made from what the cookie holds: nothing is written for them, and Redis does not know them.
         """
         if not await self.get():
             await self.set(cast("S", {}))
-        return self._sessions.tokens.create(self._csrf_secret())
+        self._kept = True
+        return self.sessions.tokens.create(self._csrf_secret())
 
     async def verify_csrf_token(self, token: str | None) -> bool:
-        """Tell whether a token was made for this session, under the id that it has now."""
-        return bool(await self.get()) and self._sessions.tokens.verify(self._csrf_secret(), token)
+        """Return whether a token was made for this session, under the id that it has now."""
+        return bool(await self.get()) and self.sessions.tokens.verify(self._csrf_secret(), token)
+
+    def _csrf_secret(self) -> bytes:
+        return hmac.digest((self._cookie.token or "").encode(), b"csrf", "sha256")
+
+    # For adapters.
 
     def take_cookies(self) -> list[str]:
-        """Return the Set-Cookie headers that the response has to carry, once: from now on it has begun."""
-        cookies, self._cookie = [self._cookie] if self._cookie else [], None
-        self.sent = self._told = True
-        return cookies
+        """Return the Set-Cookie headers of the response, once: it begins now."""
+        return self._cookie.take()
 
     def take_headers(self, cache_control: str | None, vary: str | None) -> list[tuple[str, str]]:
-        """Return all headers that the response has to carry, once; the arguments are those of its own, if it has any.
+        """Return the headers of the response, once. The arguments are those that it has.
 
-        What sets the cookie is not to be stored, unless the application says otherwise; what depends on the session
-        varies by it.
+        A Cache-Control among them takes the place of the response's own; the others are added.
+
+        A response that sets the cookie must not be stored by a shared cache. A response that depends on the session
+        varies by the cookie.
         """
         headers = [("Set-Cookie", cookie) for cookie in self.take_cookies()]
-        if headers and cache_control is None:
+        if headers and (cache_control is None or _is_public(cache_control)):
+            if cache_control:
+                self.sessions.warn_once(
+                    "A response that sets the session cookie had Cache-Control: public. A shared cache would give the "
+                    "cookie to others, so the response has no-store instead."
+                )
             headers.append(("Cache-Control", "no-store"))
         if self.accessed and not {"cookie", "*"} & {name.strip().lower() for name in (vary or "").split(",")}:
             headers.append(("Vary", "Cookie"))
         return headers
 
-    def _csrf_secret(self) -> bytes:
-        return hmac.digest((self._token or "").encode(), b"csrf", "sha256")
+    def status_for(self, error: BaseException) -> int | None:
+        """Return the status of the response if the application lets this error pass; None if it is not the session's.
 
-    async def _answer(self, operation: Awaitable[Any]) -> Any:
-        """Wait for Redis, and note if it does not answer."""
-        try:
-            return await operation
-        except StoreUnavailable:
-            self.unavailable = True
-            raise
-
-    async def _read(self) -> dict[str, Any]:
-        self.accessed = True
-        if self._alive is False:
-            return {}
-        if self._values is None:
-            idle = self._sessions.idle
-            renewal = () if idle is None else ("after" if self.renews else "check", idle)
-            try:
-                read = await self._answer(self._store.operations.get(self._id, None, renewal))
-            except StoreUnavailable:
-                if self._sessions.on_unavailable == "raise":
-                    raise
-                self.unavailable, self._guessed = False, True
-                self._values = {}  # For all of this request.
-                return self._values
-            self._values, self.ended = self._store.fields.decode(read.pairs), read.ended
-            # One that was there is not to be made again. One that was not may be.
-            self._alive = self._alive or read.ttl > 0
-            if read.state == b"renewed":
-                self._owe(read.ttl)
-            self.due = read.state == b"due"
-        return self._values
-
-    async def _write(self, operation: Callable[[], Awaitable[int]]) -> int | None:
-        """Run an operation on the session and return its TTL; None if there is none, and was none in this request."""
-        self.accessed = True
-        if self._alive is False:
-            return None
-        if self._guessed:  # What is to be written may follow from what could not be read.
-            raise StoreUnavailable("the session could not be read in this request")
-        try:
-            ttl: int = await self._answer(operation())
-        except SessionNotFound as error:
-            self._values, self._cookie = {}, None
-            if isinstance(error, SessionEnded):
-                self.ended = error.reason
-            if self._alive:
-                raise
-            self._alive = False  # An id that is not known is not adopted.
-            return None
-        except (StoreUnavailable, asyncio.CancelledError):
-            if self._alive:
-                self._values = None  # It is not known what was written.
-            raise
-        self._alive = True
-        return ttl
-
-    async def _create(self, values: Mapping[str, Any], max_age: Duration | None) -> None:
-        token = self._mint(values, max_age)
-        session_id = self._sessions.id_of(token)
-        ttl: int = await self._answer(self._set(session_id, values, max_age, "create"))
-        self._alive, self.is_new, self._values = True, True, {"id": session_id}
-        self._adopt(token, session_id, ttl)
-        self._note(values)
-
-    def _set(
-        self, session_id: str, values: Mapping[str, Any], max_age: Duration | None, mode: Literal["update", "create"]
-    ) -> Awaitable[int]:
-        return self._store.operations.set(
-            session_id, self._store.fields.encode(values), max_age_argument(max_age), mode
-        )
-
-    def _mint(self, values: Mapping[str, Any], max_age: Duration | None) -> str:
-        """Return a new token; the same again for the same work, if it is not known whether that was done.
-
-        The scripts recognise what they have done by the id that goes with it.
+        503: Redis does not answer. 409: the request raced a login, and may be repeated. 401: the session has ended.
         """
-        self._may_mint()
-        work = dict(values), max_age
-        if self._next is None or self._next[1] != work:
-            self._next = self._store.create_session_id(), work
-        return self._next[0]
+        if isinstance(error, StoreUnavailable):
+            return 503
+        if error is not self.failure:
+            return None
+        return 409 if self.ended == "rotated" else 401
 
-    def _may_mint(self) -> None:
-        if self.sent:
-            raise RuntimeError("the response has begun: it cannot tell the client the id of a new session")
 
-    def _adopt(self, token: str, session_id: str, ttl: int) -> None:
-        self._token, self._id, self._told, self._next = token, session_id, False, None
-        self._owe(ttl)
+def checked(sessions: Sessions[Any], call: str) -> Sessions[Any]:
+    """Return *sessions* if that is what they are. Raises TypeError, which shows the *call* that was meant."""
+    if not isinstance(sessions, Sessions):
+        raise TypeError(f"sessions must be Sessions, not {type(sessions).__name__}: {call}")
+    return sessions
 
-    def _owe(self, ttl: int) -> None:
-        """Let the cookie live as long as the session."""
-        if not self._told:
-            self._may_mint()
-        elif self.sent or not self._sessions.cookie.persistent:
-            return
-        self._cookie = self._sessions.write_token(self._token or "", ttl)
 
-    def _note(self, values: Mapping[str, Any]) -> None:
-        if self._values:
-            self._values.update(self._store.fields.as_stored(values))
+def _is_public(cache_control: str) -> bool:
+    directives = {directive.partition("=")[0].strip().lower() for directive in cache_control.split(",")}
+    return bool(directives & {"public", "s-maxage"})
 
 
 def _copied(value: Any) -> Any:
     """Return a value that may be changed without changing this one."""
-    return copy.deepcopy(value) if isinstance(value, list | dict) else value
-
-
-def field_of(item: str) -> str:
-    """Return the name of the field for an item of a session that is a dict: those that are the store's get a dot."""
-    return f".{item}" if _is_reserved(item) else item
-
-
-def item_of(field: str) -> str:
-    """Return the name of the item that such a field is."""
-    return field[1:] if field.startswith(".") and _is_reserved(field) else field
-
-
-def _is_reserved(name: str) -> bool:
-    plain = name.lstrip(".")
-    return plain == "id" or plain.startswith("_")
+    return value if type(value) in _SCALARS else copy.deepcopy(value)

@@ -81,10 +81,14 @@ class SessionStore(Generic[S]):
         timeout: Duration = 5,
     ) -> None:
         if not isinstance(client, Redis):
-            raise TypeError(f"client must be a redis.asyncio.Redis, not {type(client).__name__}")
+            hint = ": SessionStore.from_url(url)" if isinstance(client, str) else ""
+            raise TypeError(f"client must be a redis.asyncio.Redis, not {type(client).__name__}{hint}")
         encoder = client.get_encoder()  # type: ignore[no-untyped-call]
         if codecs.lookup(encoder.encoding).name != "utf-8":
             raise ValueError("client must have the encoding utf-8, in which keys and values are compared")
+        lifetime = None if max_lifetime is None else milliseconds(max_lifetime, "max_lifetime")
+        #: The longest that a session lives from its creation; None if it may live for ever.
+        self.max_lifetime = None if lifetime is None else timedelta(milliseconds=lifetime)
         #: The fields of sessions, for the web layer.
         self.fields = Fields(references, codec)
         self._layout = Plain(prefix, id_bytes)
@@ -94,7 +98,7 @@ class SessionStore(Generic[S]):
             self._layout,
             self.fields,
             max_age=milliseconds(max_age, "max_age"),
-            max_lifetime=0 if max_lifetime is None else milliseconds(max_lifetime, "max_lifetime"),
+            max_lifetime=lifetime or 0,
             timeout=milliseconds(timeout, "timeout") / 1000,
             json=not isinstance(codec, TextCodec),
         )

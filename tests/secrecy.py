@@ -35,10 +35,10 @@ class Secrecy(logging.Handler):
         """Get to know what is issued meanwhile."""
         write_token, id_of, secret = Sessions.write_token, Sessions.id_of, Session._csrf_secret
 
-        def writing(sessions: Sessions, token: str, ttl: int) -> str:
+        def writing(sessions: Sessions, token: str) -> str:
             if sessions.hash_ids:
                 self.tokens.add(token)
-            return write_token(sessions, token, ttl)
+            return write_token(sessions, token)
 
         def naming(sessions: Sessions, token: str) -> str:
             session_id = id_of(sessions, token)

@@ -156,10 +156,10 @@ class Operations:
         mode: Literal["set", "update", "create"],
         expected: Sequence[str | bytes] = (),
     ) -> int:
-        """Write a session and return its TTL in milliseconds."""
+        """Write a session and return its TTL in milliseconds, 0 if nothing would be left of it and so it was ended."""
         keys = [self.layout.session(session_id), *self.layout.references(values.references)]
-        args = [max_age, *expected, str(len(values.pairs)), *values.pairs]
-        shared = (mode, str(len(expected) // 3), *values.counts)
+        args = [max_age, *expected, str(len(values.pairs)), *values.pairs, *values.gone]
+        shared = (mode, str(len(expected) // 3), str(len(values.gone)), *values.counts)
         ttl: int = await self.engine.run(SET_EXPECTING if expected else SET, keys, args, shared=shared)
         return ttl
 
@@ -186,8 +186,8 @@ class Operations:
     async def rotate(self, session_id: str, new: str, values: Encoded, max_age: MaxAge, grace: str = "none") -> int:
         """Give a session a new id and return its TTL in milliseconds; *grace*: milliseconds, or "none"."""
         keys = [self.layout.session(session_id), self.layout.session(new), *self.layout.references(values.references)]
-        args = [new, grace, max_age, str(len(values.pairs)), *values.pairs]
-        ttl: int = await self.engine.run(ROTATE, keys, args, shared=values.counts)
+        args = [new, grace, max_age, str(len(values.pairs)), *values.pairs, *values.gone]
+        ttl: int = await self.engine.run(ROTATE, keys, args, shared=(str(len(values.gone)), *values.counts))
         return ttl
 
     async def find_by(

@@ -67,8 +67,8 @@ async def act(session: Session, action: str, token: str = "") -> dict[str, Any]:
             return {"ended": session.ended}
         case "late":
             await session.get()
-            await session._store.delete_by("user_id", 7, reason="password")
-            await session.set({"user_id": 7})
+            await session.sessions.store.delete_by("user_id", 7, reason="password")
+            await session.set({"visits": 7})
         case _:
             assert action == "untouched"
     return {}
@@ -226,6 +226,32 @@ def starlette_app(sessions: Sessions) -> starlette.applications.Starlette:
     )
 
 
+def starlette_dict_app(sessions: Sessions) -> starlette.applications.Starlette:
+    """With `request.session`."""
+
+    async def handle(request: starlette.requests.Request) -> starlette.responses.Response:
+        session, action = await rss.asgi.get_session(request), request.path_params["action"]
+        held = await act_on_dict(request.session, session, action) if action != "untouched" else {}
+        return await _starlette_response(action, session, held)
+
+    async def socket(websocket: starlette.websockets.WebSocket) -> None:
+        session = await rss.asgi.get_session(websocket)
+        await act_on_dict(websocket.session, session, "websocket")
+        await websocket.accept()
+        await websocket.send_json(await session.get())
+        await websocket.close()
+
+    middleware = starlette.middleware.Middleware(rss.asgi.SessionMiddleware, sessions=sessions, dict_session=True)
+    return starlette.applications.Starlette(
+        routes=[
+            starlette.routing.WebSocketRoute("/websocket", socket),
+            starlette.routing.Route("/{action}", handle),
+        ],
+        middleware=[middleware],
+        lifespan=rss.asgi.lifespan(sessions),
+    )
+
+
 def fastapi_app(sessions: Sessions) -> rss.asgi.SessionMiddleware:
     """By a dependency, with the middleware around all of it."""
     app = fastapi.FastAPI(lifespan=rss.asgi.lifespan(sessions))
@@ -362,10 +388,11 @@ SITES = [
         for serve in (serve_uvicorn, serve_hypercorn)
         for name, build, keeps_a_dict in (
             ("Starlette", starlette_app, False),
-            ("FastAPI, wrapped", fastapi_app, False),
+            ("request.session", starlette_dict_app, True),
+            ("FastAPI", fastapi_app, False),
             ("Litestar", litestar_app, False),
             ("Quart", quart_app, False),
-            ("Quart, quart.session", quart_dict_app, True),
+            ("quart.session", quart_dict_app, True),
         )
     ),
 ]

@@ -183,7 +183,7 @@ async def test_a_session_of_aiohttp_session(sessions: Sessions, keyspace: Keyspa
 
 
 async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keyspace: Keyspace) -> None:
-    """`new_session` begins with nothing, and the cookie that was there is worth nothing; `max_age` is kept."""
+    """`new_session` begins with nothing, the cookie that was there is worth nothing, and `max_age` is kept."""
     created: list[int] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -198,10 +198,10 @@ async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keysp
     async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
         async with visitor.get("/"):
             planted = cookie_of(visitor)
-        async with visitor.get("/") as response:
-            assert "; Max-Age=3600;" in response.headers["Set-Cookie"]
-        token = cookie_of(visitor)
+        async with visitor.get("/"):
+            token = cookie_of(visitor)
     assert token != planted
+    assert await keyspace.ttl(f"{{{id_of(token)}}}") <= 3_600_000
     dump = await keyspace.dump()
     assert dump[f"{{{id_of(planted)}}}"] == {"_ended": "rotated"}
     assert dump["user_id:{2}"] == {id_of(token)}
@@ -237,7 +237,7 @@ async def test_a_late_write_by_aiohttp_session_is_refused(sessions: Sessions, ke
         return web.Response()
 
     async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
-        for status in (200, 500):
+        for status in (200, 401):
             async with visitor.get("/") as response:
                 assert response.status == status
         assert await keyspace.dump() == {f"{{{id_of(cookie_of(visitor))}}}": {"_ended": "deleted"}}
@@ -282,5 +282,4 @@ async def test_any_name_of_an_item(sessions: Sessions, keyspace: Keyspace) -> No
         async with visitor.get("/") as response:
             assert response.status == 200
         assert seen[1] == {"_csrf": 1, "id": 2, "created": 3}
-        assert "; Max-Age=60;" in response.headers["Set-Cookie"]
         assert await keyspace.ttl(f"{{{id_of(cookie_of(visitor))}}}") <= 60_000

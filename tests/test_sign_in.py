@@ -1,0 +1,353 @@
+"""Signing in and out on a store with an identity: whose sessions they are, and what runs beside it."""
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from rss import (
+    Blocked,
+    CookiePolicy,
+    Reference,
+    Session,
+    SessionEnded,
+    SessionNotFound,
+    Sessions,
+    SessionStore,
+)
+from rss.dict_session import DictSession
+from tests.keyspace import Keyspace
+from tests.test_session import UNKNOWN, id_of, request, token_in
+
+pytestmark = pytest.mark.usefixtures("kept_secret")
+
+
+@pytest.fixture(name="sessions")
+def _sessions(client: Redis, keyspace: Keyspace) -> Sessions:
+    """The sessions of an application whose store has an identity."""
+    references = {"user_id": Reference(identity=True), "ip": Reference()}
+    return Sessions(SessionStore(client, references=references, prefix=keyspace.prefix))
+
+
+async def begin(sessions: Sessions, **values: object) -> str:
+    """Make a session, and return the token that the client has then."""
+    session = sessions.create_session()
+    await session.set(values)
+    return token_in(session.take_cookies())
+
+
+async def dict_session(sessions: Sessions, token: str) -> DictSession:
+    """Return the session of a request as a dict."""
+    session = request(sessions, token)
+    return DictSession(session, await session.peek())
+
+
+async def _by_dict(session: Session, change: Callable[[DictSession], object]) -> None:
+    items = DictSession(session, await session.peek())
+    change(items)
+    await items.save()
+
+
+def _begin_anew(items: DictSession) -> None:
+    items.clear()
+    items["user_id"] = 7
+
+
+LOGINS: dict[str, Callable[[Session], Awaitable[object]]] = {
+    "rotate": lambda session: session.rotate({"user_id": 7}),
+    "set": lambda session: session.set({"user_id": 7}),
+    "replace": lambda session: session.replace({}, {"user_id": 7}),
+    "a dict": lambda session: _by_dict(session, lambda items: items.__setitem__("user_id", 7)),
+    "a dict that was cleared": lambda session: _by_dict(session, _begin_anew),
+}
+logins = pytest.mark.parametrize("login", LOGINS.values(), ids=LOGINS)
+
+
+@logins
+@pytest.mark.parametrize("read", [True, False])
+async def test_a_login_gives_a_new_id(
+    sessions: Sessions, keyspace: Keyspace, login: Callable[[Session], Awaitable[object]], *, read: bool
+) -> None:
+    """By every interface: a token that was planted before is worth nothing after it."""
+    planted = await begin(sessions, n=1)
+    session = request(sessions, planted)
+    if read:
+        await session.get()
+    await login(session)
+    token = token_in(session.take_cookies())
+    assert token != planted
+    assert session.id == id_of(token)
+    assert (await session.get())["user_id"] == 7
+    assert await session.get() == await request(sessions, token).get()
+    assert await request(sessions, planted).get() == {}
+    assert (await keyspace.dump())["user_id:{7}"] == {id_of(token)}
+
+
+LOGOUTS: dict[str, Callable[[Session], Awaitable[object]]] = {
+    "unset": lambda session: session.unset(["user_id"]),
+    "set": lambda session: session.set({"user_id": None}),
+    "a dict": lambda session: _by_dict(session, lambda items: items.pop("user_id")),
+}
+
+
+@pytest.mark.parametrize("logout", LOGOUTS.values(), ids=LOGOUTS)
+async def test_to_lose_the_identity_gives_a_new_id(
+    sessions: Sessions, keyspace: Keyspace, logout: Callable[[Session], Awaitable[object]]
+) -> None:
+    """What is left is a session of nobody, and the token of the one that was signed in is worth nothing."""
+    token = await begin(sessions, user_id=7, theme="dark")
+    session = request(sessions, token)
+    await logout(session)
+    new = token_in(session.take_cookies())
+    assert new != token
+    assert (await request(sessions, new).get())["theme"] == "dark"
+    assert await request(sessions, new).get(["user_id"]) in ({"id": id_of(new)}, {"id": id_of(new), "user_id": None})
+    assert await request(sessions, token).get() == {}
+    assert "user_id:{7}" not in await keyspace.dump()
+
+
+async def test_a_dict_without_its_last_item_ends(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Also if that was the identity: nothing is left, so there is no session of nobody."""
+    token = await begin(sessions, user_id=7)
+    items = await dict_session(sessions, token)
+    del items["user_id"]
+    await items.save()
+    assert "; Max-Age=0;" in items.handle.take_cookies()[0]
+    assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"_ended": "deleted"}}
+
+
+async def test_a_dict_that_is_cleared_ends(sessions: Sessions, keyspace: Keyspace) -> None:
+    """With whatever a parallel request wrote."""
+    token = await begin(sessions, user_id=7)
+    items = await dict_session(sessions, token)
+    await sessions.store.set(id_of(token), {"cart": ["book"]})
+    items.clear()
+    await items.save()
+    assert "; Max-Age=0;" in items.handle.take_cookies()[0]
+    assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"_ended": "deleted"}}
+
+
+async def test_the_same_identity_again_is_no_login(sessions: Sessions) -> None:
+    """The id stays, and the client has its cookie."""
+    token = await begin(sessions, user_id=7)
+    session = request(sessions, token)
+    await session.set({"user_id": 7, "n": 1})
+    assert session.take_cookies() == []
+    assert (await session.get())["n"] == 1
+
+
+@logins
+@pytest.mark.parametrize("reason", ["rotated", "password"])
+@pytest.mark.parametrize("read", [True, False])
+async def test_a_login_makes_a_session_if_the_old_one_is_gone(
+    sessions: Sessions, login: Callable[[Session], Awaitable[object]], reason: str, *, read: bool
+) -> None:
+    """A form that was sent twice, and one whose session was ended while it was filled in."""
+    token = await begin(sessions, n=1)
+    session = request(sessions, token)
+    if read:
+        await session.get()
+    if reason == "rotated":
+        first = request(sessions, token)
+        await first.rotate({"user_id": 7})
+    else:
+        await sessions.store.delete(id_of(token), reason=reason)
+    await login(session)
+    new = token_in(session.take_cookies())
+    assert await request(sessions, new).get() == {"id": id_of(new), "user_id": 7}
+    assert len(await sessions.store.ids_by("user_id", 7)) == (2 if reason == "rotated" else 1)
+
+
+WRITES: dict[str, Callable[[Session], Awaitable[object]]] = {
+    "set": lambda session: session.set({"n": 2}),
+    "unset": lambda session: session.unset(["n"]),
+    "rotate": lambda session: session.rotate(),
+    "rotate with values": lambda session: session.rotate({"admin": True}),
+    "rotate to nobody": lambda session: session.rotate({"user_id": None}),
+    "csrf": lambda session: session.create_csrf_token(),
+    "replace": lambda session: session.replace({}, {"n": 2}),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("seen", [True, False])
+async def test_a_request_that_races_a_login_neither_mints_nor_clears(
+    sessions: Sessions, keyspace: Keyspace, write: Callable[[Session], Awaitable[object]], *, read: bool, seen: bool
+) -> None:
+    """It still has the old cookie: it reads nothing, its writes raise, and its response leaves the cookie alone."""
+    token = await begin(sessions, n=1)
+    session = request(sessions, token)
+    if seen:
+        await session.get()
+    await request(sessions, token).rotate({"user_id": 7})
+    before = await keyspace.dump()
+    if seen:  # A form's token is made of what was read.
+        with contextlib.suppress(SessionEnded):
+            await session.set({"n": 3})
+    elif read:
+        assert await session.get() == {}
+    for _ in range(2):
+        with pytest.raises(SessionEnded) as raised:
+            await write(session)
+        assert raised.value.reason == "rotated"
+        assert session.status_for(raised.value) == 409
+    assert await session.get() == {}
+    assert not await session.touch()
+    assert not await session.delete()
+    assert session.take_cookies() == []
+    assert await keyspace.dump() == before
+
+
+@pytest.mark.parametrize("reason", ["password", None])
+async def test_a_write_to_what_has_ended_is_a_401(sessions: Sessions, keyspace: Keyspace, reason: str | None) -> None:
+    """If the request had seen it alive. The error of another session is not this one's."""
+    token = await begin(sessions, n=1)
+    session = request(sessions, token)
+    await session.get()
+    if reason:
+        await sessions.store.delete(id_of(token), reason=reason)
+    else:
+        await keyspace.expire(f"{{{id_of(token)}}}")
+    with pytest.raises(SessionNotFound) as raised:
+        await session.set({"n": 2})
+    assert session.status_for(raised.value) == 401
+    assert session.status_for(SessionEnded("password")) is None
+    assert repr(session) == "<Session: ended>"
+
+
+async def test_repr_tells_the_state(sessions: Sessions) -> None:
+    """In each of them, and no more than that."""
+    session = sessions.create_session()
+    assert repr(session) == "<Session: none>"
+    await session.set({"user_id": 7})
+    assert repr(session) == "<Session: new>"
+    session = request(sessions, token_in(session.take_cookies()))
+    assert repr(session) == "<Session: not looked at>"
+    await session.get()
+    assert repr(session) == "<Session: alive>"
+    await session.delete()
+    assert repr(session) == "<Session: none>"
+    session = request(sessions, UNKNOWN)
+    await session.get()
+    assert repr(session) == "<Session: none>"
+
+
+# ---------------------------------------------------------------- the other sessions
+
+
+async def test_the_sessions_of_an_identity(sessions: Sessions) -> None:
+    """They are found, and ended one by one, all others, or all: never those of somebody else."""
+    phone, laptop, tablet = [await begin(sessions, user_id=7, device=name) for name in ("phone", "laptop", "tablet")]
+    stranger = await begin(sessions, user_id=8, device="theirs")
+    session = request(sessions, phone)
+    found = {one["id"]: one["device"] async for one in session.find_all(["device"])}
+    assert found == {id_of(phone): "phone", id_of(laptop): "laptop", id_of(tablet): "tablet"}
+    assert session.id in found
+
+    for other in (id_of(stranger), id_of(phone), UNKNOWN, ""):
+        if other:
+            assert not await session.delete_other(other)
+    with pytest.raises(ValueError, match="session_id must not be empty"):
+        await session.delete_other("")
+    assert await session.delete_other(id_of(laptop), reason="elsewhere")
+    assert await sessions.store.ended(id_of(laptop)) == "elsewhere"
+    assert await session.delete_others(reason="elsewhere") == 1
+    assert await sessions.store.ended(id_of(tablet)) == "elsewhere"
+    assert await sessions.store.ids_by("user_id", 7) == [id_of(phone)]
+    assert session.take_cookies() == []
+
+    session = request(sessions, phone)
+    assert await session.delete_all(reason="password", block="30s") == 1
+    assert "; Max-Age=0;" in session.take_cookies()[0]
+    assert await session.get() == {}
+    with pytest.raises(Blocked):
+        await sessions.create_session().rotate({"user_id": 7})
+    assert await sessions.store.ids_by("user_id", 8) == [id_of(stranger)]
+    await sessions.store.unblock("user_id", 7)
+
+
+async def test_nobody_has_no_sessions(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Who is not signed in finds and ends none, not even the sessions of others who are not."""
+    tokens = [await begin(sessions, n=1), await begin(sessions, user_id=None)]
+    before = await keyspace.dump()
+    for session in (sessions.create_session(), request(sessions, UNKNOWN), *(request(sessions, one) for one in tokens)):
+        assert [one async for one in session.find_all()] == []
+        assert not await session.delete_other(id_of(tokens[0]))
+        assert await session.delete_others() == 0
+        assert await session.delete_all() == 0
+        assert session.take_cookies() == []
+    assert await keyspace.dump() == before
+
+
+async def test_a_store_without_an_identity_says_so(store: SessionStore) -> None:
+    """The verbs name what is missing."""
+    session = Sessions(store).create_session()
+    calls: list[Callable[[], Awaitable[object]]] = [
+        lambda: anext(session.find_all()),
+        lambda: session.delete_other(UNKNOWN),
+        session.delete_others,
+        session.delete_all,
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="identity=True"):
+            await call()
+
+
+async def test_signing_out_beside_a_tossed_cookie_ends_every_candidate(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Nobody can tell which of two cookies is the right one, so none stays."""
+    mine, tossed = await begin(sessions, user_id=7), await begin(sessions, user_id=8)
+    session = sessions.create_session(f"session-id={tossed}; session-id={mine}; session-id={UNKNOWN}")
+    assert await session.get() == {}
+    assert await session.delete(reason="signed-out")
+    assert "; Max-Age=0;" in session.take_cookies()[0]
+    ended = {"_ended": "signed-out"}
+    assert await keyspace.dump() == {f"{{{id_of(mine)}}}": ended, f"{{{id_of(tossed)}}}": ended}
+    session = sessions.create_session(f"session-id={tossed}; session-id={mine}")
+    await session.set({"n": 1})  # The client gets a cookie of its own beside them.
+    assert await session.delete()
+    assert await keyspace.dump() != {}
+
+
+# ---------------------------------------------------------------- errors that name the call that was meant
+
+
+async def test_what_is_no_store_and_no_sessions_is_refused(store: SessionStore) -> None:
+    """At once, with the call that was meant."""
+    with pytest.raises(TypeError, match=r"Sessions\(SessionStore\.from_url\(url\)\)"):
+        Sessions("redis://localhost")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"Sessions\(SessionStore\(client\)\)"):
+        Sessions(Redis())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="CookiePolicy"):
+        Sessions(store, cookie={"name": "x"})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"SessionStore\.from_url\(url\)"):
+        SessionStore("redis://localhost")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def test_an_attribute_is_not_an_item(sessions: Sessions) -> None:
+    """What would be lost is refused."""
+    session = sessions.create_session()
+    with pytest.raises(AttributeError):
+        session.user_id = 7  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError, match="a mapping of fields to values"):
+        await session.set("user_id", "alice")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def test_a_secure_cookie_on_http_is_told_once(
+    sessions: Sessions, caplog: pytest.LogCaptureFixture, store: SessionStore
+) -> None:
+    """Clients drop it without a word, so the application says what to do."""
+    caplog.set_level(logging.WARNING, "rss")
+    for scheme in ("https", "http", "ws", "http"):
+        session = sessions.create_session("", scheme=scheme)
+        await session.set({"n": 1})
+        session.take_cookies()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "CookiePolicy(secure=False)" in caplog.text
+    caplog.clear()
+    session = Sessions(store, cookie=CookiePolicy(secure=False)).create_session("", scheme="http")
+    await session.set({"n": 1})
+    assert session.take_cookies()
+    assert not caplog.records
