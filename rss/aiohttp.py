@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from rss.session import Session, Sessions, checked
+
+if TYPE_CHECKING:
+    from rss.oidc import BackChannelLogout  # Not everybody has what it needs.
 
 #: Where an application keeps its sessions: `request.config_dict[SESSIONS]` finds them in a sub-application too.
 SESSIONS: Final = web.AppKey("rss_sessions", Sessions[Any])
@@ -38,6 +41,16 @@ async def get_session(request: web.Request) -> Session[Any]:
         return request[SESSION]
     except KeyError:
         raise RuntimeError("rss.aiohttp.setup() was not called for this application") from None
+
+
+def logout_handler(logout: "BackChannelLogout") -> Handler:
+    """Return the handler to which an OpenID provider posts its logout tokens: `web.post("/logout", handler)`."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        answer = await logout.answer(request.method, request.headers.get("Content-Type", ""), await request.read())
+        return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+
+    return handle
 
 
 async def _open(app: web.Application) -> AsyncIterator[None]:

@@ -1,8 +1,8 @@
 """Sessions for Quart: an extension, and an interface by which `quart.session` is one of them."""
 
 import json
-from collections.abc import Mapping
-from typing import Any, Final, cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from quart import Quart, has_websocket_context, request, websocket
 from quart.json.tag import TaggedJSONSerializer
@@ -18,6 +18,9 @@ from rss.cookies import CookiePolicy
 from rss.dict_session import DictSession as _DictSession
 from rss.session import Session, Sessions, checked
 from rss.store import SessionStore
+
+if TYPE_CHECKING:
+    from rss.oidc import BackChannelLogout  # Not everybody has what it needs.
 
 _SCALARS: Final = {str, int, float, bool, type(None)}
 _MISSING: Final = "QuartSessions was not set up for this application"
@@ -58,6 +61,17 @@ def _configured(config: Mapping[str, Any]) -> Sessions[Any]:
     url = config.get("RSS_URL", "redis://localhost:6379")
     store = SessionStore.from_url(url, **config.get("RSS_STORE", {}))
     return Sessions(store, cookie=CookiePolicy(**config.get("RSS_COOKIE", {})), **config.get("RSS_SESSIONS", {}))
+
+
+def logout_view(logout: "BackChannelLogout") -> Callable[[], Awaitable[Response]]:
+    """Return the view to which an OpenID provider posts its logout tokens: `app.post("/logout")(view)`."""
+
+    async def back_channel_logout() -> Response:
+        body: bytes = await request.body
+        answer = await logout.answer(request.method, request.headers.get("Content-Type", ""), body)
+        return Response(answer.body, answer.status, answer.headers)
+
+    return back_channel_logout
 
 
 async def get_session(connection: BaseRequestWebsocket) -> Session[Any]:

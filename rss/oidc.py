@@ -1,0 +1,253 @@
+"""OpenID Connect Back-Channel Logout 1.0: the provider signs a user out, and the sessions of the user end, everywhere.
+
+https://openid.net/specs/openid-connect-backchannel-1_0.html
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from datetime import timedelta
+from http import HTTPStatus
+from typing import Any, Final, NamedTuple
+
+from joserfc import jwt
+from joserfc.errors import BadSignatureError, InvalidKeyIdError, JoseError
+from joserfc.jwk import KeySet
+
+from rss.durations import Duration, milliseconds
+from rss.errors import StoreUnavailable
+from rss.store import SessionStore
+
+#: Returns the keys of a provider: a JWK Set.
+FetchKeys = Callable[[], Awaitable[Mapping[str, Any]]]
+
+_EVENT: Final = "http://schemas.openid.net/event/backchannel-logout"
+# Keys are fetched again after so many seconds; for an unknown key at most so often.
+_KEPT: Final = 3600
+_PAUSE: Final = 30
+# Characters of a claim: with the issuer it becomes the value of a reference, which has 512 bytes at most.
+_MOST: Final = 255
+_LARGEST: Final = 1_000_000  # Bytes of a document of a provider.
+_LONGEST: Final = 100_000  # Bytes of a form with a logout token.
+_REMEMBERED: Final = 30 * 86_400  # Seconds for which a token is known to be used, at most.
+# Seconds by which the clocks of the provider and of this machine may differ.
+_LEEWAY: Final = 60
+
+_logger = logging.getLogger("rss")
+
+
+class InvalidLogoutToken(ValueError):
+    """Raised for a logout token that must not be obeyed. The text says which rule it breaks, and nothing of it."""
+
+
+class Answer(NamedTuple):
+    """The response to a provider."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class BackChannelLogout:
+    """Ends sessions when an OpenID provider says so: `rss.aiohttp`, `rss.quart` and ASGI serve it.
+
+    *store*: its references *sid_field* and *sub_field* hold what `values` returns, since the login.
+    *issuer*: the provider, as its ID tokens name it.
+    *client_id*: the id that this application has with the provider.
+    *keys*: the URL of the provider's JWK Set, or what fetches that. None: the provider's discovery document has the
+    URL. Keys are kept for an hour, and fetched again for a key that is not known.
+    *algorithms*: the signatures that are accepted. Symmetric ones are not.
+    *block*: for so long no session may join what was logged out, for a token that arrives while a login is under way.
+
+    An instance is an ASGI application: `Mount("/logout", logout)` in Starlette and FastAPI.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore[Any],
+        *,
+        issuer: str,
+        client_id: str,
+        keys: str | FetchKeys | None = None,
+        sid_field: str = "oidc_sid",
+        sub_field: str = "oidc_sub",
+        algorithms: Collection[str] = ("RS256",),
+        block: Duration = "30s",
+    ) -> None:
+        if any(name == "none" or name.startswith("HS") for name in algorithms) or isinstance(algorithms, str):
+            raise ValueError("algorithms must be a list of asymmetric ones, such as RS256 and ES256")
+        if len(issuer.encode()) > _MOST:
+            raise ValueError(f"issuer must not be longer than {_MOST} bytes")
+        store.fields.number(sid_field)
+        store.fields.number(sub_field)
+        self.issuer = issuer
+        self.client_id = client_id
+        self._store = store
+        self._fields = {"sid": sid_field, "sub": sub_field}
+        self._algorithms = [*algorithms]
+        self._block = timedelta(milliseconds=milliseconds(block, "block"))
+        self._keys = _Keys(keys if callable(keys) else lambda: _fetch_keys(issuer, keys))
+        self._rules = jwt.JWTClaimsRegistry(
+            leeway=_LEEWAY,
+            iss={"essential": True, "value": issuer},
+            aud={"essential": True, "value": client_id},
+            iat={"essential": True},
+            exp={"essential": True},
+            jti={"essential": True},
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(issuer={self.issuer!r})"
+
+    def values(self, id_token: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the login writes into the session, from the claims of the ID token, which was verified.
+
+        The values name the issuer as well, since two issuers may have the same subject.
+        """
+        return {field: self._value(id_token[claim]) for claim, field in self._fields.items() if claim in id_token}
+
+    async def logout(self, logout_token: str) -> int:
+        """End the sessions that a logout token names, by its `sid` or else by its `sub`. Returns how many ended.
+
+        Raises `InvalidLogoutToken`; `StoreUnavailable` if some may not have ended; OSError if the keys of the provider
+        cannot be fetched.
+        """
+        claims = await self._verified(logout_token)
+        # The token of a cookie has no dot, so this id leads nobody into a session.
+        seen = f"oidc.{hashlib.sha256(self._value(claims['jti']).encode()).hexdigest()}"
+        if await self._store.get(seen):
+            raise InvalidLogoutToken("it was used before")
+        claim = "sid" if "sid" in claims else "sub"
+        ended = await self._store.delete_by(
+            self._fields[claim], self._value(claims[claim]), reason="oidc-logout", block=self._block
+        )
+        # After the sessions have ended: if that fails, the provider may send the token again.
+        valid = min(max(claims["exp"] - time.time(), 0), _REMEMBERED)
+        await self._store.set(seen, {}, max_age=valid + 2 * _LEEWAY)
+        return ended
+
+    async def answer(self, method: str, content_type: str, body: bytes) -> Answer:
+        """Return the response to a request of a provider, as section 2.8 of the standard has it."""
+        try:
+            ended = await self.logout(_token_of(method, content_type, body))
+        except InvalidLogoutToken as error:
+            _logger.warning("A logout token was refused: %s", error)
+            return _failed("invalid_request", str(error))
+        except (StoreUnavailable, OSError) as error:
+            _logger.error("A back-channel logout failed: %s", type(error).__name__)  # noqa: TRY400 - no trace: no token
+            return _failed("temporarily_unavailable", "try again")
+        _logger.info("A back-channel logout ended %d sessions", ended)
+        return Answer(HTTPStatus.OK, {"Cache-Control": "no-store"}, b"")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request, as an ASGI application."""
+        if scope["type"] != "http":
+            raise RuntimeError("BackChannelLogout serves http only")
+        body, more = b"", True
+        while more and len(body) <= _LONGEST:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        content_type = b"".join(value for name, value in scope["headers"] if name.lower() == b"content-type")
+        answer = await self.answer(scope["method"], content_type.decode("latin-1"), body)
+        headers = [(name.lower().encode(), value.encode()) for name, value in answer.headers.items()]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+    def _value(self, claim: str) -> str:
+        return f"{self.issuer} {claim}"
+
+    async def _verified(self, logout_token: str) -> dict[str, Any]:
+        """Return the claims of a logout token that keeps all rules of section 2.6 of the standard."""
+        try:
+            token = await self._decoded(logout_token)
+            self._rules.validate(token.claims)
+        except (JoseError, ValueError, TypeError) as error:
+            raise InvalidLogoutToken(_rule_of(error)) from None
+        claims = token.claims
+        if token.header.get("typ", "JWT").lower().removeprefix("application/") not in ("logout+jwt", "jwt"):
+            raise InvalidLogoutToken("its type is another one")
+        events = claims.get("events")
+        if not isinstance(events, dict) or not isinstance(events.get(_EVENT), dict):
+            raise InvalidLogoutToken("it has no logout event")
+        if "nonce" in claims:
+            raise InvalidLogoutToken("it has a nonce, as an ID token has")
+        names = [claims[claim] for claim in ("sid", "sub") if claim in claims]
+        if not names:
+            raise InvalidLogoutToken("it has neither sid nor sub")
+        for name in (*names, claims["jti"]):
+            if not isinstance(name, str) or not name or not _MOST >= len(name.encode(errors="replace")) == len(name):
+                raise InvalidLogoutToken(f"sid, sub and jti must be texts of at most {_MOST} ASCII characters")
+        return claims
+
+    async def _decoded(self, logout_token: str) -> jwt.Token:
+        try:
+            return jwt.decode(logout_token, await self._keys.get(fresh=False), algorithms=self._algorithms)
+        except (InvalidKeyIdError, BadSignatureError):  # The provider may have changed its keys.
+            return jwt.decode(logout_token, await self._keys.get(fresh=True), algorithms=self._algorithms)
+
+
+class _Keys:
+    """The keys of a provider, fetched when they are needed."""
+
+    def __init__(self, fetch: FetchKeys) -> None:
+        self._fetch = fetch
+        self._keys: KeySet | None = None
+        self._fetched = 0.0  # When, by the monotonic clock.
+        self._lock = asyncio.Lock()
+
+    async def get(self, *, fresh: bool) -> KeySet:
+        """Return the keys. *fresh*: not those that were known when a signature did not match, unless just fetched."""
+        async with self._lock:
+            age = time.monotonic() - self._fetched
+            if self._keys is None or age > (_PAUSE if fresh else _KEPT):
+                self._keys = KeySet.import_key_set(await self._fetch())  # type: ignore[arg-type]
+                self._fetched = time.monotonic()
+            return self._keys
+
+
+async def _fetch_keys(issuer: str, url: str | None) -> Mapping[str, Any]:
+    if url is None:
+        document = await asyncio.to_thread(_get, f"{issuer.rstrip('/')}/.well-known/openid-configuration")
+        if document.get("issuer") != issuer:
+            raise OSError("the discovery document is of another issuer")
+        url = str(document["jwks_uri"])
+    return await asyncio.to_thread(_get, url)
+
+
+def _get(url: str) -> dict[str, Any]:
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise OSError("the URL of the provider's keys must be https")
+    with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - the scheme was checked
+        document = json.loads(response.read(_LARGEST))
+    if not isinstance(document, dict):
+        raise OSError("the provider sent something else")
+    return document
+
+
+def _token_of(method: str, content_type: str, body: bytes) -> str:
+    """Return the logout token in a request. Raises `InvalidLogoutToken`."""
+    if method != "POST" or content_type.partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
+        raise InvalidLogoutToken("it must be sent by POST, in a form")
+    if len(body) > _LONGEST:
+        raise InvalidLogoutToken("the form is too large")
+    tokens = urllib.parse.parse_qs(body.decode("latin-1")).get("logout_token", [])
+    if len(tokens) != 1:
+        raise InvalidLogoutToken("the form must have one logout_token")
+    return tokens[0]
+
+
+def _rule_of(error: Exception) -> str:
+    """Return which rule a token breaks, without anything that stands in it."""
+    claim = getattr(error, "claim", None)
+    return f"its {claim} is missing or wrong" if claim else f"it is not readable, or not signed: {type(error).__name__}"
+
+
+def _failed(error: str, description: str) -> Answer:
+    body = json.dumps({"error": error, "error_description": description}).encode()
+    headers = {"Cache-Control": "no-store", "Content-Type": "application/json"}
+    return Answer(HTTPStatus.BAD_REQUEST, headers, body)

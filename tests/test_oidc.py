@@ -1,0 +1,378 @@
+"""OpenID Connect Back-Channel Logout 1.0: each rule of section 2.6 of the standard, and what happens in between."""
+
+import asyncio
+import base64
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+import pytest
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.hashes import SHA256
+from joserfc import jwt
+from joserfc.jwk import KeySet, RSAKey
+from quart import Quart
+from redis.asyncio import Redis
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+import rss.aiohttp
+import rss.quart
+from rss import Blocked, SessionStore, StoreUnavailable
+from rss.oidc import BackChannelLogout, InvalidLogoutToken
+from tests.integrations.serving import serve_aiohttp, serve_hypercorn, serve_uvicorn
+from tests.keyspace import Keyspace
+
+EVENT = "http://schemas.openid.net/event/backchannel-logout"
+pytestmark = pytest.mark.usefixtures("kept_secret")
+
+
+class Provider:
+    """A provider with keys that it changes, on the loopback."""
+
+    def __init__(self) -> None:
+        self.issuer = ""
+        self.keys = [RSAKey.generate_key(2048, {"kid": "first"})]
+        self.fetched = 0
+        self._jti = iter(range(1000))
+
+    def claims(self, **changes: Any) -> dict[str, Any]:
+        """Return the claims of a good logout token, with changes; None takes one out."""
+        now = int(time.time())
+        claims = {
+            "iss": self.issuer,
+            "aud": "app",
+            "iat": now,
+            "exp": now + 120,
+            "jti": f"token-{next(self._jti)}",
+            "events": {EVENT: {}},
+            "sid": "s1",
+            "sub": "alice",
+            **changes,
+        }
+        return {name: value for name, value in claims.items() if value is not None}
+
+    def token(self, header: dict[str, Any] | None = None, key: RSAKey | None = None, **changes: Any) -> str:
+        """Return a logout token."""
+        key = key or self.keys[-1]
+        return jwt.encode(
+            {"alg": "RS256", "kid": key.kid, "typ": "logout+jwt", **(header or {})}, self.claims(**changes), key
+        )
+
+    def app(self) -> web.Application:
+        """Serve discovery and keys."""
+
+        async def discover(_: web.Request) -> web.Response:
+            return web.json_response({"issuer": self.issuer, "jwks_uri": f"{self.issuer}/keys"})
+
+        async def keys(_: web.Request) -> web.Response:
+            self.fetched += 1
+            return web.json_response(KeySet(self.keys).as_dict(private=False))  # type: ignore[arg-type]
+
+        app = web.Application()
+        app.add_routes([web.get("/.well-known/openid-configuration", discover), web.get("/keys", keys)])
+        return app
+
+
+@pytest.fixture(name="provider")
+async def _provider() -> AsyncIterator[Provider]:
+    """One that is served."""
+    provider = Provider()
+    async with serve_aiohttp(provider.app()) as provider.issuer:
+        yield provider
+
+
+@pytest.fixture(name="store")
+def _store(client: Redis, keyspace: Keyspace) -> SessionStore:
+    """A store with the references that a logout needs."""
+    return SessionStore(client, references=["oidc_sid", "oidc_sub", "user_id"], prefix=keyspace.prefix)
+
+
+@pytest.fixture(name="logout")
+def _logout(store: SessionStore, provider: Provider) -> BackChannelLogout:
+    """As an application makes it."""
+    return BackChannelLogout(store, issuer=provider.issuer, client_id="app")
+
+
+async def sign_in(store: SessionStore, logout: BackChannelLogout, sid: str, sub: str = "alice") -> str:
+    """Make a session as a login does."""
+    return await store.create({"user_id": 1, **logout.values({"sid": sid, "sub": sub, "iss": logout.issuer})})
+
+
+async def test_a_logout_by_sid_ends_that_session(
+    store: SessionStore, logout: BackChannelLogout, provider: Provider
+) -> None:
+    """The others of the user stay, also if the token names the user too."""
+    one, other = await sign_in(store, logout, "s1"), await sign_in(store, logout, "s2")
+    assert await logout.logout(provider.token(sid="s1")) == 1
+    assert await store.ended(one) == "oidc-logout"
+    assert await store.get(other)
+    assert await logout.logout(provider.token(sid="unknown")) == 0
+
+
+async def test_a_logout_by_sub_ends_all_sessions_of_the_user(
+    store: SessionStore, logout: BackChannelLogout, provider: Provider
+) -> None:
+    """If the token has no sid."""
+    sessions = [await sign_in(store, logout, sid) for sid in ("s1", "s2")]
+    stranger = await sign_in(store, logout, "s3", "bob")
+    assert await logout.logout(provider.token(sid=None)) == 2
+    assert [await store.get(session_id) for session_id in sessions] == [{}, {}]
+    assert await store.get(stranger)
+
+
+async def test_two_issuers_with_the_same_subject(
+    store: SessionStore, logout: BackChannelLogout, provider: Provider
+) -> None:
+    """A token of one ends no session of the other."""
+    theirs = BackChannelLogout(
+        store, issuer="https://other.example", client_id="app", keys="https://other.example/keys"
+    )
+    other = await sign_in(store, theirs, "s1")
+    mine = await sign_in(store, logout, "s1")
+    assert await logout.logout(provider.token(sid=None)) == 1
+    assert await store.get(other)
+    assert await store.get(mine) == {}
+
+
+async def test_a_token_that_comes_before_the_login_is_done(
+    store: SessionStore, logout: BackChannelLogout, provider: Provider
+) -> None:
+    """For a moment no session can be made with what was logged out. Others can sign in."""
+    assert await logout.logout(provider.token(sid="s1")) == 0
+    with pytest.raises(Blocked):
+        await sign_in(store, logout, "s1")
+    assert await sign_in(store, logout, "s2")
+
+
+async def test_a_token_is_used_once(store: SessionStore, logout: BackChannelLogout, provider: Provider) -> None:
+    """Also by another process; the user may have signed in again."""
+    token = provider.token(jti="once", sid="s1")
+    await logout.logout(token)
+    another = BackChannelLogout(store, issuer=provider.issuer, client_id="app")
+    for one in (logout, another):
+        with pytest.raises(InvalidLogoutToken, match="used before"):
+            await one.logout(token)
+    await another.logout(provider.token(jti="twice", sid="s1"))
+
+
+async def test_a_token_that_failed_may_be_sent_again(
+    store: SessionStore, logout: BackChannelLogout, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as used when the sessions have ended."""
+    session_id, token = await sign_in(store, logout, "s1"), provider.token()
+
+    async def fail(*_: object, **__: object) -> int:
+        raise StoreUnavailable("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_by", fail)
+        with pytest.raises(StoreUnavailable):
+            await logout.logout(token)
+    assert await logout.logout(token) == 1
+    assert await store.get(session_id) == {}
+
+
+async def test_the_provider_changes_its_keys(logout: BackChannelLogout, provider: Provider) -> None:
+    """A new key is fetched when a token comes that it has signed. Unknown keys do not make us fetch again and again."""
+    for _ in range(3):
+        await logout.logout(provider.token())
+    assert provider.fetched == 1
+    provider.keys = [RSAKey.generate_key(2048, {"kid": "second"})]
+    stranger = RSAKey.generate_key(2048, {"kid": "stranger"})
+    logout._keys._fetched -= 31
+    await logout.logout(provider.token())
+    assert provider.fetched == 2
+    for _ in range(3):
+        with pytest.raises(InvalidLogoutToken):
+            await logout.logout(provider.token(key=stranger))
+    assert provider.fetched == 2
+    logout._keys._fetched -= 3601
+    await asyncio.gather(*(logout.logout(provider.token()) for _ in range(3)))
+    assert provider.fetched == 3
+
+
+def broken() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each rule, and what breaks it."""
+    now = int(time.time())
+    yield "iss: another", {"iss": "https://other.example"}
+    yield "iss: missing", {"iss": None}
+    yield "aud: another", {"aud": "other"}
+    yield "aud: others", {"aud": ["other", "another"]}
+    yield "aud: missing", {"aud": None}
+    yield "iat: in the future", {"iat": now + 600}
+    yield "iat: missing", {"iat": None}
+    yield "iat: no number", {"iat": "now"}
+    yield "exp: past", {"exp": now - 600}
+    yield "exp: missing", {"exp": None}
+    yield "exp: no number", {"exp": "later"}
+    yield "jti: missing", {"jti": None}
+    yield "jti: no text", {"jti": 1}
+    yield "jti: too long", {"jti": "x" * 256}
+    yield "events: missing", {"events": None}
+    yield "events: another", {"events": {"http://schemas.openid.net/event/other": {}}}
+    yield "events: no object", {"events": [EVENT]}
+    yield "events: the event is no object", {"events": {EVENT: True}}
+    yield "nonce", {"nonce": "n"}
+    yield "sid and sub: missing", {"sid": None, "sub": None}
+    yield "sid: no text", {"sid": 7}
+    yield "sid: empty", {"sid": ""}
+    yield "sid: not ASCII", {"sid": "é"}
+    yield "sub: a list", {"sub": ["alice"]}
+    yield "typ: an ID token's", {"header": {"typ": "at+jwt"}}
+
+
+RULES = dict(broken())
+
+
+@pytest.mark.parametrize("changes", RULES.values(), ids=RULES)
+async def test_each_rule(
+    store: SessionStore, logout: BackChannelLogout, provider: Provider, changes: dict[str, Any]
+) -> None:
+    """A token that breaks it ends nothing, and the error holds nothing of it."""
+    session_id = await sign_in(store, logout, "s1")
+    with pytest.raises(InvalidLogoutToken) as raised:
+        await logout.logout(provider.token(**changes))
+    assert await store.get(session_id)
+    for secret in ("alice", "s1", "token-", provider.issuer, "example"):
+        assert secret not in str(raised.value)
+    assert await logout.logout(provider.token()) == 1
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _signed_by_hand(header: dict[str, Any], payload: str, sign: Callable[[bytes], bytes]) -> str:
+    signed = f"{_base64(json.dumps(header).encode())}.{payload}"
+    return f"{signed}.{_base64(sign(signed.encode()))}"
+
+
+def _by_a_public_text(key: RSAKey) -> Callable[[bytes], bytes]:
+    return lambda data: hmac.digest(key.as_pem(private=False), data, "sha256")
+
+
+def _by(key: RSAKey) -> Callable[[bytes], bytes]:
+    private: Any = key.private_key
+    return lambda data: private.sign(data, PKCS1v15(), SHA256())
+
+
+async def test_signatures(store: SessionStore, logout: BackChannelLogout, provider: Provider) -> None:
+    """One of another key, none, one by a secret that everybody knows, and what is no token."""
+    session_id = await sign_in(store, logout, "s1")
+    good = provider.token()
+    head, payload, signature = good.split(".")
+    key = provider.keys[0]
+    forged = [
+        provider.token(key=RSAKey.generate_key(2048, {"kid": "first"})),
+        f"{head}.{payload}.",
+        f"{head}.{payload}.{signature[:-8]}AAAAAAAA",
+        f"eyJhbGciOiJub25lIn0.{payload}.",
+        _signed_by_hand({"alg": "HS256", "kid": key.kid}, payload, _by_a_public_text(key)),
+        _signed_by_hand({"alg": "RS256", "kid": key.kid, "crit": ["x"], "x": 1}, payload, _by(key)),
+        jwt.encode({"alg": "RS512", "kid": key.kid}, provider.claims(), key, algorithms=["RS512"]),
+        "",
+        "x",
+        "a.b.c",
+        "a.b.c.d.e",
+        good + "\n.",
+        "\ud800.é.x",
+    ]
+    for token in forged:
+        with pytest.raises(InvalidLogoutToken):
+            await logout.logout(token)
+    assert await store.get(session_id)
+    assert await logout.logout(provider.token(aud=["other", "app"], header={"typ": "JWT"})) == 1
+
+
+async def test_bad_arguments(store: SessionStore) -> None:
+    """They are refused when it is made."""
+    good: dict[str, Any] = {"issuer": "https://a.example", "client_id": "app"}
+    for bad, why in (
+        ({"algorithms": ["HS256"]}, "asymmetric"),
+        ({"algorithms": ["none"]}, "asymmetric"),
+        ({"algorithms": "RS256"}, "asymmetric"),
+        ({"sid_field": "unknown"}, "'unknown' is not one of the references"),
+        ({"sub_field": "unknown"}, "'unknown' is not one of the references"),
+        ({"block": "soon"}, "block must be"),
+        ({"issuer": "https://" + "x" * 250}, "issuer must not be longer"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            BackChannelLogout(store, **{**good, **bad})
+    assert repr(BackChannelLogout(store, **good)) == "BackChannelLogout(issuer='https://a.example')"
+
+
+@pytest.mark.parametrize("keys", ["ftp://a.example/keys", "http://127.0.0.1:9/keys", None])
+async def test_keys_that_cannot_be_fetched(store: SessionStore, provider: Provider, keys: str | None) -> None:
+    """The provider is told to try again, and no session ends."""
+    logout = BackChannelLogout(store, issuer="http://127.0.0.1:9", client_id="app", keys=keys)
+    body = urlencode({"logout_token": provider.token()}).encode()
+    answer = await logout.answer("POST", "application/x-www-form-urlencoded", body)
+    assert answer.status == 400
+    assert b"temporarily_unavailable" in answer.body
+
+
+async def test_discovery_of_another_issuer(store: SessionStore, provider: Provider) -> None:
+    """A document that names another issuer is not believed; nor is one that is no object."""
+    logout = BackChannelLogout(store, issuer=f"{provider.issuer}/", client_id="app")
+    with pytest.raises(OSError, match="another issuer"):
+        await logout.logout(provider.token())
+
+    async def keys() -> dict[str, Any]:
+        return KeySet(provider.keys).as_dict(private=False)  # type: ignore[arg-type, return-value]
+
+    assert (
+        await BackChannelLogout(store, issuer=provider.issuer, client_id="app", keys=keys).logout(provider.token()) == 0
+    )
+
+
+async def _aiohttp(logout: BackChannelLogout) -> Any:
+    app = web.Application()
+    app.add_routes([web.post("/logout", rss.aiohttp.logout_handler(logout))])
+    return serve_aiohttp(app)
+
+
+async def _starlette(logout: BackChannelLogout) -> Any:
+    return serve_uvicorn(Starlette(routes=[Mount("/logout", logout)]))
+
+
+async def _quart(logout: BackChannelLogout) -> Any:
+    app = Quart(__name__)
+    app.post("/logout")(rss.quart.logout_view(logout))
+    return serve_hypercorn(app)
+
+
+@pytest.mark.parametrize("serve", [_aiohttp, _starlette, _quart])
+async def test_the_endpoint(store: SessionStore, logout: BackChannelLogout, provider: Provider, serve: Any) -> None:
+    """In each framework: 200 for a good token, 400 with the reason for all else, and never stored by a cache."""
+    session_id = await sign_in(store, logout, "s1")
+    async with await serve(logout) as url, aiohttp.ClientSession(url) as client:
+
+        async def post(status: int, data: Any, **more: Any) -> str:
+            async with client.post("/logout", data=data, allow_redirects=True, **more) as response:
+                assert response.status == status
+                assert response.headers["Cache-Control"] == "no-store"
+                return await response.text()
+
+        assert "neither sid nor sub" in await post(400, {"logout_token": provider.token(sid=None, sub=None)})
+        assert "one logout_token" in await post(400, {"token": "x"})
+        assert "one logout_token" in await post(400, "logout_token=a&logout_token=b", headers=FORM)
+        assert "too large" in await post(400, {"logout_token": "x" * 200_000})
+        assert "in a form" in await post(400, b"{}", headers={"Content-Type": "application/json"})
+        assert await store.get(session_id)
+        assert await post(200, {"logout_token": provider.token()}) == ""
+        assert await store.get(session_id) == {}
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}
+
+
+async def test_it_serves_http_only(logout: BackChannelLogout) -> None:
+    """A WebSocket is a mistake of the application."""
+    with pytest.raises(RuntimeError, match="http only"):
+        await logout({"type": "websocket"}, None, None)
