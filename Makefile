@@ -32,9 +32,10 @@ coverage: $(VENV)/.test
 	$(IN)/coverage combine --quiet
 	$(IN)/coverage report
 
-# The tests that need no framework, with the lowest versions of all dependencies that pyproject.toml allows.
+# With the lowest versions of all dependencies and frameworks that pyproject.toml allows.
 lowest: $(VENV)-lowest/.installed
-	$(VENV)-lowest/bin/python -m pytest $(WORKERS) --ignore=tests/integrations $(ARGS)
+	$(VENV)-lowest/bin/python -m pytest $(WORKERS) $(ARGS) --ignore=tests/integrations/test_browser.py \
+	  --ignore=tests/integrations/test_dict_session.py --ignore=tests/integrations/test_readme.py
 
 # Speed beside other libraries: minutes, or a look at it in one.
 bench: $(VENV)/.bench
@@ -68,7 +69,7 @@ $(VENV)/.%: pyproject.toml | $(VENV)
 $(VENV)-lowest/.installed: pyproject.toml tests/lowest.py | $(VENV)-lowest
 	$(VENV)-lowest/bin/python tests/lowest.py >$(VENV)-lowest/requirements.txt
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --group tools --editable . --requirement $(VENV)-lowest/requirements.txt
+	  --group tools --group servers --editable . --requirement $(VENV)-lowest/requirements.txt
 	@touch $@
 
 # With a pip of its own, from outside: the one of the machine may be too old for groups, and may not make one itself.
