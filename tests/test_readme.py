@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 import rss
-from rss import Session, SessionEnded, Sessions, SessionStore
+from rss import Session, SessionEnded, SessionStore
 from tests.keyspace import Keyspace
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Key
     assert await keyspace.dump() == told
 
 
-def test_every_method_is_in_the_table(store: SessionStore) -> None:
+def test_every_method_is_in_the_table() -> None:
     """The tables name each public method of the store and of a session, and none that there is not."""
     table = README.split("## The API", 1)[1].split("Lifetimes are", 1)[0]
     told = set(re.findall(r"`(\w+)\(", table))
