@@ -50,6 +50,7 @@ lint: $(VENV)/.lint
 	$(IN)/mypy
 	$(IN)/pyright --pythonpath $(IN)/python
 	$(IN)/python -m tests.lint_lua
+	$(IN)/python -m tests.documents
 
 format: $(VENV)/.lint
 	$(IN)/ruff format $(SOURCES)

@@ -178,7 +178,7 @@ def _all(options: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "tables.md").write_text(text)
     tables.include(f"![Calls a second by the number of tasks](results/throughput.svg)\n\n{text}", FOLDER / "README.md")
-    summary = tables.summary(cells, lacks)
+    summary = tables.summary(cells)
     (RESULTS / "summary.md").write_text(summary)
     tables.include(summary, FOLDER.parent / "README.md")
     plots.throughput(cells, RESULTS / "throughput.svg")

@@ -33,7 +33,7 @@ import rss.asgi
 import rss.quart
 from benchmarks.contenders import MAX_AGE
 from benchmarks.server import RUN
-from rss import Session, Sessions, SessionStore
+from rss import CookiePolicy, Session, Sessions, SessionStore
 
 CONNECTIONS = 50
 PATHS = ("read", "count")
@@ -109,7 +109,8 @@ def _quart(visit: Visit) -> quart.Quart:
 
 def _applications(url: str, client: Redis) -> list[Application]:
     def sessions() -> Sessions:  # Each application closes its store at the end.
-        return Sessions(SessionStore.from_url(url, references=["user_id", "ip"], prefix=f"{RUN}-app"))
+        store = SessionStore.from_url(url, references=["user_id", "ip"], prefix=f"{RUN}-app")
+        return Sessions(store, cookie=CookiePolicy(secure=False))
 
     async def in_aiohttp(request: web.Request, path: str) -> int:
         return await _visit(await rss.aiohttp.get_session(request), path)

@@ -2,14 +2,14 @@
 
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.contenders import OPERATIONS
 from benchmarks.goals import Verdict
 from benchmarks.turns import Cell, ratio
 
 _BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-_SUMMARY = ("rss", "evalsha", "ioredis", "fastapi-redis-sdk", "starsessions", "aiohttp-session", "litestar", "json")
+_SUMMARY: Final = ("rss", "evalsha", "ioredis", "fastapi-redis-sdk", "json")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: Container[int] = (0,)) -> str:
@@ -18,17 +18,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: Containe
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def summary(cells: Sequence[Cell], lacks: dict[str, str]) -> str:
+def summary(cells: Sequence[Cell]) -> str:
     """Return the table of the README: get and set on asyncio's own loop."""
     found = {(c.operation, c.tasks, c.contender): c for c in cells if c.loop in ("asyncio", "node")}
     columns = [(operation, tasks) for operation in ("get", "set") for tasks in (1, 50, 200)]
-    head = ["calls a second", *(f"{operation}, {_tasks(n)}" for operation, n in columns), "what it does not do"]
+    head = ["calls a second", *(f"{operation}, {_tasks(n)}" for operation, n in columns)]
     rows: list[list[str]] = []
     for contender in _SUMMARY:
         row = [found[operation, tasks, contender] for operation, tasks in columns if ("get", 1, contender) in found]
         if row:
-            rows.append([row[0].name, *(f"{cell.median():,.0f}" for cell in row), lacks[row[0].name]])
-    return table(head, rows, texts=(0, len(head) - 1))
+            rows.append([row[0].name, *(f"{cell.median():,.0f}" for cell in row)])
+    return table(head, rows)
 
 
 def calls(cells: Sequence[Cell]) -> str:

@@ -102,7 +102,10 @@ class Fields:
             # The text of the error may hold the value, so it is not shown.
             kind = TypeError if isinstance(error, TypeError) else ValueError
             codec = type(self._codec(field)).__name__
-        raise kind(f"{codec} cannot store this {type(value).__name__} in the field {field!r}")
+        raise kind(
+            f"{codec} cannot store this {type(value).__name__} in the field {field!r}: store a str, a number, or JSON "
+            "made of it, or give the store another codec"
+        )
 
     def expect(self, values: Mapping[str, Any]) -> list[str | bytes]:
         """Return what the scripts take for expectations: field, how, data for each. None: absent, or holding None."""

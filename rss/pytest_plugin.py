@@ -1,10 +1,17 @@
-"""Fixtures that give tests a real Redis: `pytest_plugins = ["rss.pytest_plugin"]` in the top conftest.py."""
+"""Fixtures that give tests a real Redis: `pytest_plugins = ["rss.pytest_plugin"]` in the top conftest.py.
 
+They are not async, so they work with pytest-asyncio and with anyio's plugin.
+"""
+
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 
+from rss import CookiePolicy, Sessions, SessionStore
+from rss.store import StoreOptions
 from rss.testing import RedisServer, redis_server
 
 _USED = pytest.StashKey[str]()
@@ -24,6 +31,29 @@ def _redis_server(pytestconfig: pytest.Config) -> Iterator[RedisServer]:
 def redis_url(redis_server: RedisServer) -> str:
     """Its URL. If it was not started for the tests, it holds the data of others: use a prefix of your own."""
     return redis_server.url
+
+
+@pytest.fixture
+def session_options() -> StoreOptions:
+    """What `session_store` takes, such as references: override this fixture."""
+    return {}
+
+
+@pytest.fixture
+def session_store(redis_url: str, session_options: StoreOptions) -> Iterator[SessionStore[Any]]:
+    """A store whose keys no other test sees: it has a prefix of its own, and its keys are removed at the end."""
+    prefix = f"test-{secrets.token_hex(8)}"
+    options: StoreOptions = {**session_options, "prefix": prefix}
+    yield SessionStore.from_url(redis_url, **options)
+    with redis.Redis.from_url(redis_url) as client:
+        for key in client.scan_iter(match=f"{prefix}:*", count=1000):
+            client.unlink(key)
+
+
+@pytest.fixture
+def sessions(session_store: SessionStore[Any]) -> Sessions[Any]:
+    """The sessions of an application, whose cookie also test clients on plain http take."""
+    return Sessions(session_store, cookie=CookiePolicy(secure=False))
 
 
 @pytest.hookimpl(optionalhook=True)

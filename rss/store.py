@@ -128,8 +128,10 @@ class SessionStore(Generic[S]):
             await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
+        """Open the store. Raises `StoreUnavailable` at once if no server answers at its address, which the error names."""
         self._engine.reopen()
         try:
+            await self._engine.connect()
             await self.load()
         except BaseException:
             await self.aclose()

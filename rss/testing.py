@@ -3,9 +3,12 @@
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +80,10 @@ def server_binary() -> str | None:
 
 @contextmanager
 def local_server(binary: str, *arguments: str) -> Iterator[str]:
-    """Run a server on a unix socket, with these arguments too, and yield its URL; stop it at the end."""
+    """Run a server on a unix socket, with these arguments too, and yield its URL; stop it at the end.
+
+    SIGTERM and SIGHUP end the block too, with SystemExit, unless the program handles them.
+    """
     folder = Path(tempfile.mkdtemp(prefix="rss-"))
     address, log = folder / "redis.sock", folder / "redis.log"
     command = [binary, "--port", "0", "--unixsocket", str(address), "--dir", str(folder), "--logfile", str(log)]
@@ -85,8 +91,9 @@ def local_server(binary: str, *arguments: str) -> Iterator[str]:
         [*command, "--save", "", "--appendonly", "no", *arguments]
     )
     try:
-        _wait_until_ready(process, address, log)
-        yield f"unix://{address}"
+        with _signals_end_it():
+            _wait_until_ready(process, address, log)
+            yield f"unix://{address}"
     finally:
         process.terminate()
         try:
@@ -95,6 +102,23 @@ def local_server(binary: str, *arguments: str) -> Iterator[str]:
             process.kill()
             process.wait()
         shutil.rmtree(folder)
+
+
+@contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Raise SystemExit for a signal that would end the process: then what it started would stay behind."""
+    caught = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP.
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
+                caught.append(number)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: Path, log: Path) -> None:

@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 from rss import Reference, SessionError, SessionStore
 from tests.keyspace import Keyspace
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[1] / "rss" / "guides" / "store.md").read_text()
 #: What a user of Redis must be allowed for a store with the prefix "rss", and no more.
-ACL_RULE = README.split("for the prefix `rss`:\n\n```\n", 1)[1].split("```", 1)[0]
+ACL_RULE = GUIDE.split("for the prefix `rss`:\n\n```\n", 1)[1].split("```", 1)[0]
 COMMANDS = re.findall(r"\+(\S+)", ACL_RULE)
 
 #: More sessions than a page of `find_by` and `delete_by` has.
@@ -169,7 +169,7 @@ async def _sessions(admin: Redis) -> int:
 
 def _blames(error: SessionError, command: str) -> bool:
     """Whether an error says that this command is forbidden, if Redis said which, and no more."""
-    what = re.fullmatch("this user of Redis has no permission for (.*): see the ACL rule in the README", str(error))
+    what = re.fullmatch("this user of Redis has no permission for (.*): see the ACL rule in the guide to the store", str(error))
     said = re.search(r"'([\w|]+)' command", str(error.__cause__))  # Redis 6.2 and 7.0 do not say it within scripts.
     return bool(what and what[1] == (f"the command {said[1]}" if said else "a command or a key of the scripts")) and (
         not said or said[1] in (command, command.partition("|")[0])

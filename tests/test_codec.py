@@ -171,7 +171,7 @@ async def test_a_codec_that_returns_what_cannot_be_stored(
     errors = results[5:10]
     for error in errors:
         assert type(error) is kind
-        assert str(error) == "Returning cannot store this str in the field 'odd'"
+        assert str(error).startswith("Returning cannot store this str in the field 'odd': store a str")
     assert not [result for result in results if isinstance(result, BaseException) and result not in errors]
     names = [f"{letter}{n}" for letter in "bc" for n in range(5)]
     assert await keyspace.dump() == {
@@ -209,7 +209,7 @@ async def test_a_codec_that_raises(client: Any, keyspace: Keyspace, error: Excep
     with pytest.raises(kind) as raised:
         await store.set("a", {"x": 1})
     assert type(raised.value) is kind
-    assert str(raised.value) == "Raising cannot store this int in the field 'x'"
+    assert str(raised.value).startswith("Raising cannot store this int in the field 'x': store a str")
     assert raised.value.__cause__ is None
     assert raised.value.__context__ is None
     await keyspace.client.hset(store.get_session_key("a"), mapping={"id": "a", "x": "SECRET"})

@@ -1,4 +1,4 @@
-"""The README can be trusted: its examples run, and what it says of commands and keys is so."""
+"""The documents can be trusted: their examples run, and what they say of commands, keys and methods is so."""
 
 import ast
 import inspect
@@ -11,36 +11,41 @@ from redis.asyncio import Redis
 
 import rss
 from rss import Session, SessionEnded, SessionStore
+from tests import picture
+from tests.documents import DOCUMENTS, GUIDES, ROOT, examples
 from tests.keyspace import Keyspace
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-# Whole applications are served in integrations/test_readme.py.
-EXAMPLES = [block for block in BLOCKS if not block.startswith(("# app.py", "# migration"))]
+STORE = (ROOT / "rss" / "guides" / "store.md").read_text()
+FRAMEWORKS = (ROOT / "rss" / "guides" / "frameworks.md").read_text()
+ALL = [*DOCUMENTS, *(ROOT / name for name in (".github/SECURITY.md", ".github/CONTRIBUTING.md", "tests/README.md"))]
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 async def test_the_examples_run(
-    client: Redis, redis_url: str, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+    document: Path, client: Redis, redis_url: str, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they stand, one after the other; only their keys have another prefix."""
+    """As they stand, one after the other; only their keys have another prefix. Files run in tests of their own."""
     defaults = SessionStore.__init__.__kwdefaults__
     assert defaults
     monkeypatch.setitem(defaults, "prefix", keyspace.prefix)
     store = SessionStore(client, references=["user_id", "ip"])
     names: dict[str, Any] = {"url": redis_url, "client": client, "SessionEnded": SessionEnded}
-    for example in EXAMPLES:
-        code = compile(example, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for example in examples(document):
+        if example.file or example.source.startswith("# migration"):
+            continue
+        names["store"] = store
+        code = compile(example.source, str(example), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         result = eval(code, names)
         if inspect.iscoroutine(result):
             await result
-        names["store"] = store
-    assert await keyspace.keys()
+        if main := names.pop("main", None):
+            await main(redis_url)
 
 
 def test_there_are_examples() -> None:
     """So that the test above means something."""
-    assert len(EXAMPLES) == 7
+    assert [len(examples(document)) for document in DOCUMENTS] == [2, 7, 1, 1, 2, 5, 5, 0]
 
 
 async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Keyspace) -> None:
@@ -49,7 +54,7 @@ async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Key
     await store.set("b", {"user_id": 1})
     await store.delete("b")
     told: dict[str, Any] = {}
-    for key, kind, held in re.findall(r"^\| `rss:(\S+)` \| (hash|set) \| (`.*?) \|", README, re.MULTILINE):
+    for key, kind, held in re.findall(r"^\| `rss:(\S+)` \| (hash|set) \| (`.*?) \|", STORE, re.MULTILINE):
         words = re.findall(r"`([^`]*)`", held)
         told[key] = set(words) if kind == "set" else dict(zip(words[::2], words[1::2], strict=True))
     told["{a}"].pop("_created")
@@ -58,30 +63,52 @@ async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Key
 
 def test_every_method_is_in_the_table() -> None:
     """The tables name each public method of the store and of a session, and none that there is not."""
-    table = README.split("## The API", 1)[1].split("Lifetimes are", 1)[0]
-    told = set(re.findall(r"`(\w+)\(", table))
+    table = STORE.split("## Which operations are there?", 1)[1].split("## Which errors", 1)[0]
+    told = set(re.findall(r"`(\w+)\(", table.split("`help(", maxsplit=1)[0]))
     assert told == {name for name in vars(SessionStore) if not name.startswith("_")} - {"from_url"}
-    table = README.split("| `Session` |", 1)[1].split("\n\n", 1)[0]
+    table = FRAMEWORKS.split("| `Session` |", 1)[1].split("\n\n", 1)[0]
     told = set(re.findall(r"`(\w+)[(`]", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
     assert told == {name for name in vars(Session) if not name.startswith("_")}
 
 
-def test_every_command_is_a_target() -> None:
-    """The Makefile has what the README tells to make, and the files are there that it tells to run."""
+@pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
+def test_what_a_document_names_is_there(document: Path) -> None:
+    """Targets of make, files to run, files that it links, and pictures."""
+    text = document.read_text()
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"[`$] ?make (\w+)", README)) <= targets
-    for path in re.findall(r"python (\S+\.py)", README):
+    assert set(re.findall(r"[`$] ?make (\w+)", text)) <= targets
+    for path in set(re.findall(r"python (\S+\.py)", text)) - {"app.py"}:
         assert (ROOT / path).exists()
+    for path in re.findall(r"\]\((?!https?:)([\w./-]+\.\w+)\)", text):
+        assert (document.parent / path).exists(), path
+
+
+def test_the_readme_is_short() -> None:
+    """A newcomer reads it in one go; it links all guides."""
+    assert len(README.split()) <= 1800
+    assert all(f"rss/guides/{guide.name}" in README for guide in GUIDES)
+
+
+def test_the_picture_is_drawn_by_the_code() -> None:
+    """The file is what `python -m tests.picture` writes."""
+    assert picture.FILE.read_text() == picture.draw()
 
 
 def test_the_numbers_are_those_that_were_measured() -> None:
-    """What it says of the speed is what `make bench` wrote down last, and the plots are of that run too."""
+    """What the documents say of the speed is what `make bench` wrote down last."""
     results = ROOT / "benchmarks" / "results"
-    assert (results / "tables.md").read_text() in README
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / path).exists()
+    assert (results / "summary.md").read_text().strip() in README
+    assert (results / "tables.md").read_text() in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_every_name_is_public() -> None:
-    """What the package exports is in its API section or the tour."""
-    assert all(name in README for name in rss.__all__ if name != "Duration")
+    """What the package exports is in a document."""
+    text = "".join(document.read_text() for document in DOCUMENTS)
+    assert all(name in text for name in rss.__all__ if name != "Duration")
+
+
+def test_every_requirement_is_in_the_table() -> None:
+    """From the first to the last, with an answer."""
+    text = (ROOT / ".github" / "SECURITY.md").read_text()
+    rows = re.findall(r"^\| S(\d+) \| [^|]+ \| [^|]+ \|$", text, re.MULTILINE)
+    assert [int(row) for row in rows] == list(range(1, 33))

@@ -4,6 +4,7 @@ import http.server
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -211,6 +212,66 @@ def test_the_fixtures(users_tests: Callable[[str], pytest.RunResult], redis_url:
     )
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["Redis: REDIS_URL"])
+
+
+def test_a_store_of_its_own_for_each_test(users_tests: Callable[[str], pytest.RunResult], redis_url: str) -> None:
+    """It has the references that the user chose, its keys are seen by no other test, and they are removed."""
+    result = users_tests(
+        """
+        import asyncio
+        import pytest
+        from rss import Reference
+
+        @pytest.fixture
+        def session_options():
+            return {"references": {"user_id": Reference(identity=True)}}
+
+        @pytest.mark.parametrize("turn", [1, 2])
+        def test(turn, sessions, session_store):
+            assert sessions.store is session_store
+            assert not sessions.cookie.secure
+
+            async def sign_in():
+                await session_store.set("a", {"user_id": 7}, create=True)
+                assert await session_store.ids_by("user_id", 7) == ["a"]
+
+            asyncio.run(sign_in())
+        """
+    )
+    result.assert_outcomes(passed=2)
+    with redis.Redis.from_url(redis_url) as client:
+        assert not list(client.scan_iter(match="test-*:{a}"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_server(number: signal.Signals, tmp_path: Path) -> None:
+    """A script that is terminated, or whose terminal is closed, leaves no server and no folder behind."""
+    script = (
+        "import sys, time\nfrom rss.testing import redis_server\nwith redis_server() as server:\n"
+        "    print(server.url, flush=True)\n    time.sleep(60)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    environment |= {"RSS_SERVER": "wheel", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        address = process.stdout.readline().strip().removeprefix("unix://")
+        assert Path(address).exists()
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_may_handle_signals_itself() -> None:
+    """What it has set stays, and what it had not set is as before at the end."""
+    mine = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with testing.local_server(str(server_binary())):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, mine)
 
 
 def test_the_report_of_tests_without_a_server(users_tests: Callable[[str], pytest.RunResult]) -> None:

@@ -3,8 +3,10 @@
 import argparse
 import asyncio
 import contextlib
+import socket
+import sys
 
-from rss import CookiePolicy, Sessions, SessionStore
+from rss import CookiePolicy, Reference, Sessions, SessionStore
 from rss.demo.app import create_app
 from rss.testing import redis_server
 
@@ -17,8 +19,15 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to reach it from a phone, too")
     parser.add_argument("--port", default=5000, type=int)
     options = parser.parse_args()
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            sys.exit(f"cannot serve on {options.host}:{options.port}: {error.strerror}. Choose another --port.")
     with redis_server() as server:
-        store = SessionStore.from_url(server.url, references=["user"], prefix="rss-demo")
+        references = {"user": Reference(identity=True)}
+        store = SessionStore.from_url(server.url, references=references, prefix="rss-demo", timeout=2)
         # Without TLS, some browsers do not keep a cookie that is secure. In production, leave it at the default.
         app = create_app(Sessions(store, cookie=CookiePolicy(secure=False)))
         print(f"Redis: {server.origin}\nOpen http://{options.host}:{options.port} in two browsers. Ctrl+C ends it.")

@@ -1,39 +1,61 @@
-"""A small application with a page of one's devices: who is signed in where, and how to end it."""
+"""A small application with a page of devices: who is signed in where, and how to end it."""
 
 import asyncio
+import hmac
 import time
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any, Final
 
 import humanize
 import ua_parser
 from quart import Blueprint, Quart, Response, abort, current_app, redirect, render_template, request, url_for, websocket
+from werkzeug.exceptions import HTTPException
 
-from rss import Sessions
+from rss import SessionEnded, Sessions, StoreUnavailable
 from rss.quart import QuartSessions, session
 
 USERS: Final = ("Alice", "Bob", "Carol")
+#: The password of all users, until they change it.
+PASSWORD: Final = "demo"  # noqa: S105 - the page shows it
 _LASTS: Final = "30 days"
 _ANONYMOUS: Final = "1h"
 _POLICY: Final = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-#: What somebody is told who was signed in and is not any more, by the reason that the session ended for.
+#: What somebody is told who is not signed in any more, by the reason that the session ended for.
 _WHY: Final = {
     "elsewhere": "You were signed out from another device.",
     "password": "The password was changed: all devices are signed out.",
+}
+#: What somebody is told who has done something.
+_DONE: Final = {
+    "device": "That device is signed out.",
+    "others": "All other devices are signed out.",
+}
+_ERRORS: Final = {
+    401: "You are not signed in, or not any more.",
+    403: "This form is out of date. Go back to the page and try again.",
+    404: "There is no such page.",
+    409: "You have just signed in in another tab. Load the page again.",
+    503: "The server that keeps the sessions is away. Nobody is signed out: try again in a moment.",
 }
 
 pages = Blueprint("pages", __name__)
 
 
 def create_app(sessions: Sessions[Any]) -> Quart:
-    """Return the application. The store of its sessions has the reference "user"."""
+    """Return the application. The identity of its sessions is the reference "user"."""
     app = Quart(__name__)
     QuartSessions(app, sessions)
+    app.config["PASSWORDS"] = dict.fromkeys(USERS, PASSWORD)
     app.register_blueprint(pages)
+    app.register_error_handler(HTTPException, _failed)
+    app.register_error_handler(StoreUnavailable, _failed)
+    app.register_error_handler(SessionEnded, _failed)
+    app.after_request(_protect)
     return app
 
 
@@ -42,12 +64,34 @@ class Device:
     """A session, as its user sees it."""
 
     id: str
+    icon: str
     browser: str
     system: str
     ip: str
-    signed_in: str
-    seen: str
+    signed_in: datetime
+    seen: datetime
     here: bool
+
+    def ago(self, then: datetime) -> str:
+        """Return how long ago something was, in words."""
+        return humanize.naturaltime(datetime.now(UTC) - then)
+
+
+async def _protect(response: Response) -> Response:
+    """Let the browser run and load only what comes from here, and show pages to nobody else."""
+    response.headers["Content-Security-Policy"] = _POLICY
+    response.headers["Referrer-Policy"] = "same-origin"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+async def _failed(error: Exception) -> tuple[str, int]:
+    """Return the page of an error."""
+    status = error.code if isinstance(error, HTTPException) else session.status_for(error)
+    status = status or HTTPStatus.INTERNAL_SERVER_ERROR
+    text = _ERRORS.get(status, "That did not work.")
+    return await render_template("error.html", title=HTTPStatus(status).phrase, text=text), status
 
 
 @pages.before_request
@@ -57,57 +101,50 @@ async def refuse_forged() -> None:
         abort(403)
 
 
-@pages.after_request
-async def protect(response: Response) -> Response:
-    """Let the browser run and load only what comes from here, and show pages to nobody else."""
-    response.headers["Content-Security-Policy"] = _POLICY
-    response.headers["Referrer-Policy"] = "same-origin"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers.setdefault("Cache-Control", "no-store")
-    return response
-
-
 @pages.get("/")
 async def home() -> str:
     """Show who is signed in where; or who may sign in."""
     held = await session.get()
-    if "user" in held:
-        return await _devices(held)
+    if held.get("user"):
+        return await _devices(held["user"])
     if not held:
-        await session.set({}, _ANONYMOUS)  # For the form. Most of those who see it never sign in.
+        await session.set({}, _ANONYMOUS)  # For the form. Most visitors who see it never sign in.
     token = await session.create_csrf_token()
-    notice = _WHY.get(session.ended or "")
-    return await render_template("sign_in.html", users=USERS, csrf_token=token, notice=notice)
+    return await render_template("sign_in.html", users=USERS, csrf_token=token, notice=_WHY.get(session.ended or ""))
 
 
-async def _devices(held: dict[str, Any]) -> str:
-    now = time.time()
-    await session.set({"seen": now})
-    found = [_device(one, now) async for one in _sessions().store.find_by("user", held["user"])]
+async def _devices(user: str) -> str:
+    await session.set({"seen": time.time()})
+    found = [_device(one) async for one in session.find_all()]
     return await render_template(
         "devices.html",
-        user=held["user"],
-        devices=sorted(found, key=lambda device: not device.here),
+        user=user,
+        devices=sorted(found, key=lambda device: (not device.here, -device.seen.timestamp())),
+        done=_DONE.get(request.args.get("done", "")),
         csrf_token=await session.create_csrf_token(),
     )
 
 
-def _device(held: dict[str, Any], now: float) -> Device:
+def _device(held: dict[str, Any]) -> Device:
     agent = ua_parser.parse(held["agent"])
+    system = agent.os.family if agent.os else "unknown system"
+    family = agent.device.family if agent.device else ""
+    tablet = "iPad" in family or "Tablet" in family
     return Device(
         id=held["id"],
+        icon="tablet" if tablet else "phone" if system in ("iOS", "Android") else "laptop",
         browser=agent.user_agent.family if agent.user_agent else "Unknown browser",
-        system=agent.os.family if agent.os else "unknown system",
+        system=system,
         ip=held["ip"],
-        signed_in=humanize.naturaltime(timedelta(seconds=now - held["signed_in"])),
-        seen=humanize.naturaltime(timedelta(seconds=now - held["seen"])),
+        signed_in=datetime.fromtimestamp(held["signed_in"], UTC),
+        seen=datetime.fromtimestamp(held["seen"], UTC),
         here=held["id"] == session.id,
     )
 
 
 @pages.post("/sign-in")
 async def sign_in() -> Any:
-    """Sign in: the session gets another id, so that who planted or saw the one before has nothing of it."""
+    """Sign in. The session gets a new id, so a token that was planted or seen before is worth nothing."""
     user = (await request.form).get("user")
     if user not in USERS:
         abort(400)
@@ -128,26 +165,48 @@ async def sign_out() -> Any:
 @pages.post("/sign-out-device")
 async def sign_out_device() -> Any:
     """Sign out one device of the user."""
-    user, session_id = await _user(), (await request.form).get("id", "")
-    store = _sessions().store
-    if session_id and (await store.get(session_id, ["user"])).get("user") == user:
-        await store.delete(session_id, reason="elsewhere")
-    return redirect(url_for("pages.home"), 303)
+    await _user()
+    done = await session.delete_other((await request.form).get("id") or "none", reason="elsewhere")
+    return redirect(url_for("pages.home", done="device" if done else None), 303)
 
 
 @pages.post("/sign-out-others")
 async def sign_out_others() -> Any:
     """Sign out all devices of the user but this one."""
-    user = await _user()
-    await _sessions().store.delete_by("user", user, keep=[session.id or ""], reason="elsewhere")
-    return redirect(url_for("pages.home"), 303)
+    await _user()
+    await session.delete_others(reason="elsewhere")
+    return redirect(url_for("pages.home", done="others"), 303)
 
 
-@pages.post("/change-password")
+@pages.get("/password")
+async def password() -> str:
+    """Show the form that changes the password."""
+    return await _password_form(await _user())
+
+
+@pages.post("/password")
 async def change_password() -> Any:
-    """Sign out all devices of the user, as is due when the password was changed."""
-    await _sessions().store.delete_by("user", await _user(), reason="password")
+    """Change the password, and sign out all devices of the user."""
+    user, form = await _user(), await request.form
+    passwords: dict[str, str] = current_app.config["PASSWORDS"]
+    if not hmac.compare_digest(form.get("old", "").encode(), passwords[user].encode()):
+        return await _password_form(user, "The old password is another one."), 403
+    if not form.get("new"):
+        return await _password_form(user, "The new password must not be empty."), 400
+    passwords[user] = form["new"]
+    await session.delete_all(reason="password")
     return redirect(url_for("pages.home"), 303)
+
+
+async def _password_form(user: str, wrong: str = "") -> str:
+    devices = [one async for one in session.find_all(["user"])]
+    return await render_template(
+        "password.html",
+        user=user,
+        number=len(devices),
+        wrong=wrong,
+        csrf_token=await session.create_csrf_token(),
+    )
 
 
 @pages.websocket("/live")
@@ -156,9 +215,9 @@ async def live() -> None:
     if websocket.headers.get("Origin", "").partition("://")[2] != websocket.host:
         abort(403)  # Pages of other sites may open a WebSocket here, too.
     await websocket.accept()
-    signed_in = "user" in await session.get()
-    store, session_id = _sessions().store, session.id
-    # It ends in Redis, and is asked for there; all pages that ask are one script.
+    signed_in = bool((await session.get()).get("user"))
+    store, session_id = session.sessions.store, session.id
+    # It ends in Redis, and is asked for there. The questions of all open pages are one script.
     while signed_in and session_id and await store.ttl(session_id):  # noqa: ASYNC110
         await asyncio.sleep(0.5)
     reason = await store.ended(session_id) if session_id else session.ended
@@ -169,11 +228,6 @@ async def live() -> None:
 async def _user() -> str:
     """Return who is signed in; nobody else gets further."""
     user: str | None = (await session.get()).get("user")
-    if user is None:
+    if not user:
         abort(401)
     return user
-
-
-def _sessions() -> Sessions[Any]:
-    sessions: Sessions[Any] = current_app.extensions["rss"]
-    return sessions

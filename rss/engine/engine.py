@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
+import redis.exceptions
 from redis.asyncio import Redis
 
 from rss.engine.call import Call
 from rss.engine.coalesce import Operation
+from rss.engine.failures import code_of
 from rss.engine.lane import Node
 from rss.engine.scripts import Scripts
 from rss.errors import StoreUnavailable
@@ -87,6 +89,21 @@ class Engine:
         """Take calls again, as after a restart of the application in a test."""
         self.closed = False
 
+    async def connect(self) -> None:
+        """Connect once, for a store that is opened. Raises `StoreUnavailable` at once if no server answers."""
+        node, loop = self._node, asyncio.get_running_loop()
+        if node is None or node.loop is not loop:
+            node = self._begin(loop)
+        try:
+            async with asyncio.timeout(self._timeout):
+                channel = await node.open(node.main)
+        except (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            if code_of(error):  # A server answers, and says what is wrong: the first call tells that, or waits.
+                return
+            why = f"cannot connect to Redis at {_address(self._client)}: is it running, and is the address right?"
+            raise StoreUnavailable(why) from error
+        channel.close()
+
     async def drain(self) -> None:
         """Wait until every caller has a reply."""
         loop = asyncio.get_running_loop()
@@ -130,6 +147,15 @@ class Engine:
         """
         self._forget()
         self._operations.clear()
+
+
+def _address(client: Redis) -> str:
+    """Return where a client connects to, for people: without a user, a password and a database."""
+    pool = client.connection_pool
+    known = pool.connection_kwargs
+    if service := getattr(pool, "service_name", None):
+        return f"the Sentinel service {service!r}"
+    return str(known.get("path") or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}")
 
 
 def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:

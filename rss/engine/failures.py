@@ -91,7 +91,7 @@ def error_for(error: BaseException) -> Exception | None:
     elif _FORBIDDEN.search(text):
         command = _COMMAND.search(text)
         what = f"the command {command[1]}" if command else "a command or a key of the scripts"
-        words = f"this user of Redis has no permission for {what}: see the ACL rule in the README"
+        words = f"this user of Redis has no permission for {what}: see the ACL rule in the guide to the store"
     else:
         words = "Redis refused the operation: the cause says why"
     return with_cause(SessionError(words), error)

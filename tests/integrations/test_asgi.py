@@ -249,8 +249,13 @@ async def test_the_lifespan_opens_and_closes_the_store(sessions: Sessions) -> No
 
 
 async def test_an_application_without_redis_does_not_start() -> None:
-    """It tells at once."""
-    store = SessionStore.from_url("unix:///nowhere/redis.sock", timeout=0.05)
-    with pytest.raises(StoreUnavailable):
-        async with lifespan(Sessions(store))(None):
-            pass
+    """It tells at once, and names the address, but no password."""
+    for url, address in (
+        ("unix://user:pass@/nowhere/redis.sock", "/nowhere/redis.sock"),
+        ("redis://user:pass@127.0.0.1:9/3", "127.0.0.1:9"),
+    ):
+        store = SessionStore.from_url(url, timeout=60)
+        with pytest.raises(StoreUnavailable, match=f"cannot connect to Redis at {address}: is it running") as raised:
+            async with lifespan(Sessions(store))(None):
+                pass
+        assert "pass" not in str(raised.value)

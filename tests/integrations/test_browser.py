@@ -4,19 +4,23 @@ import asyncio
 import os
 import re
 import shutil
+import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
-from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+from axe_playwright_python.base import AXE_FILE_PATH
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.integrations.serving import browser as client_of
 from tests.secrecy import Secrecy
-from tests.servers import free_port
+from tests.servers import free_port, own_server
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 #: Where to put screenshots, if they are wanted: `SCREENSHOTS=folder`.
@@ -29,6 +33,7 @@ IPHONE = (
     "Mozilla/5.0 (iPhone; CPU iPhone OS 18_5 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) "
     "Version/18.5 Mobile/15E148 Safari/604.1"
 )
+AXE = Path(AXE_FILE_PATH).read_text()
 MAC = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10.15; rv:145.0) Gecko/20100101 Firefox/145.0"
 
 pytestmark = pytest.mark.skipif(
@@ -39,13 +44,19 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(name="demo")
 async def _demo(watched_url: str, secrecy: Secrecy) -> AsyncIterator[str]:
-    """The demo, served as its command serves it; what it prints is looked through, too."""
+    """The demo, on a server that is watched."""
     async with Redis.from_url(watched_url) as client:
         await client.flushdb()
-    port = free_port()
+    async with serve_demo(watched_url, free_port(), secrecy) as demo:
+        yield demo
+
+
+@asynccontextmanager
+async def serve_demo(url: str, port: int, secrecy: Secrecy) -> AsyncIterator[str]:
+    """Serve the demo as its command serves it; what it prints is looked through, too."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "rss.demo", "--port", str(port),
-        env={**os.environ, "REDIS_URL": watched_url, "RSS_SERVER": "url"},
+        env={**os.environ, "REDIS_URL": url, "RSS_SERVER": "url"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -59,6 +70,7 @@ async def _demo(watched_url: str, secrecy: Secrecy) -> AsyncIterator[str]:
         said, _ = await process.communicate()
         secrecy.logged.append(said.decode())
         assert f"Open http://127.0.0.1:{port} in two browsers" in said.decode()
+        assert "Traceback" not in said.decode()
         assert process.returncode == 0
 
 
@@ -91,12 +103,20 @@ async def person(
     page = await context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    # Chromium reports a page that is an error, or an image that is missing, in the same words.
+    page.on("console", lambda message: errors.append(message.text) if _is_error(message) else None)
     yield page
     if token := await token_of(context):
         secrecy.tokens.add(token)
     assert errors == []
     await context.close()
+
+
+def _is_error(message: ConsoleMessage) -> bool:
+    wrong = re.fullmatch(
+        r"Failed to load resource: the server responded with a status of (403|404|409|503) .*", message.text
+    )
+    return message.type == "error" and not wrong
 
 
 async def token_of(context: BrowserContext) -> str:
@@ -162,7 +182,8 @@ async def test_signing_in_gives_another_cookie(demo: str, chromium: Browser, sec
             cookie = {"name": "session-id", "value": before, "url": demo}
             await attacker.context.add_cookies([cookie])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
             await attacker.goto(demo)
-            await expect(attacker.get_by_role("heading", name="Sign in")).to_be_visible()
+            await expect(attacker.get_by_role("heading", name="Conflict")).to_be_visible()
+            await expect(attacker.get_by_text("Load the page again")).to_be_visible()
 
 
 async def test_changing_the_password_ends_all(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
@@ -175,7 +196,16 @@ async def test_changing_the_password_ends_all(demo: str, chromium: Browser, secr
         await sign_in(one, demo)
         await sign_in(two, demo)
         await sign_in(bob, demo, "Bob")
-        await one.get_by_role("button", name="Change password").click()
+        await one.get_by_role("link", name="Change the password").click()
+        await expect(one.get_by_text("All 2 devices of Alice will be signed out")).to_be_visible()
+        await one.get_by_label("Old password").fill("wrong")
+        await one.get_by_label("New password").fill("new")
+        await one.get_by_role("button", name="Change the password").click()
+        await expect(one.get_by_role("alert")).to_contain_text("The old password is another one")
+        await shoot(one, "password-1280.png")
+        await one.get_by_label("Old password").fill("demo")
+        await one.get_by_label("New password").fill("new")
+        await one.get_by_role("button", name="Change the password").click()
         await expect(one.get_by_role("status")).to_contain_text("The password was changed")
         await expect(two.get_by_role("alert")).to_contain_text("The password was changed", timeout=2000)
         await bob.reload()
@@ -193,7 +223,9 @@ async def test_it_works_without_scripts_and_by_keyboard(demo: str, chromium: Bro
         await page.keyboard.press("Enter")
         await expect(page.locator(".devices li")).to_have_count(2)
         await page.get_by_role("button", name="Sign out everywhere else").click()
+        await expect(page.get_by_role("status")).to_contain_text("All other devices are signed out")
         await expect(page.locator(".devices li")).to_have_count(1)
+        await expect(page.get_by_role("button", name="Sign out everywhere else")).to_have_count(0)
         await expect(other.get_by_role("alert")).to_be_visible(timeout=2000)
         await page.get_by_role("button", name="Sign out here").click()
         await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
@@ -219,7 +251,7 @@ async def test_a_forged_form_is_refused(demo: str, chromium: Browser, secrecy: S
         attacker.cookie_jar.clear()
         cookies = {"Cookie": f"session-id={await token_of(page.context)}"}
         for form in ({}, {"csrf_token": ""}, {"csrf_token": another}):
-            for path in ("/change-password", "/sign-out", "/sign-out-others", "/sign-in"):
+            for path in ("/password", "/sign-out", "/sign-out-others", "/sign-in"):
                 async with attacker.post(path, data={**form, "user": "Bob"}, headers=cookies) as response:
                     assert response.status == 403
         for origin in ("https://evil.example", "", "null"):
@@ -274,7 +306,7 @@ async def test_a_visitor_who_is_not_signed_in(demo: str) -> None:
             ("/sign-in", {"user": "Mallory"}, 400),
             ("/sign-out-device", {"id": "x" * 43}, 401),
             ("/sign-out-others", {}, 401),
-            ("/change-password", {}, 401),
+            ("/password", {}, 401),
         ):
             async with client.post(path, data={**form, "csrf_token": csrf_token}) as response:
                 assert response.status == status
@@ -294,3 +326,97 @@ async def test_headers_protect_its_pages(demo: str, watched_url: str) -> None:
         assert response.headers["Cache-Control"] == "no-store"
     assert "style=" not in page
     assert "<script>" not in page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+async def test_its_pages_are_accessible(
+    demo: str, chromium: Browser, secrecy: Secrecy, width: int, scheme: Any
+) -> None:
+    """axe-core finds nothing on any of them."""
+
+    async def check(page: Page) -> None:
+        await page.evaluate(AXE)
+        found = await page.evaluate("axe.run()")
+        assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == []
+
+    async with person(chromium, secrecy, width=width) as page, person(chromium, secrecy) as other:
+        await page.emulate_media(color_scheme=scheme)
+        await page.goto(demo)
+        await check(page)
+        await sign_in(other, demo)
+        await sign_in(page, demo)
+        await check(page)
+        await page.goto(f"{demo}/?done=others")
+        await check(page)
+        await page.goto(f"{demo}/password")
+        await check(page)
+        await page.goto(f"{demo}/nowhere")
+        await expect(page.get_by_role("heading", name="Not Found")).to_be_visible()
+        await check(page)
+        await page.goto(demo)
+        await other.get_by_role("button", name="Sign out everywhere else").click()
+        await expect(page.get_by_role("alert")).to_be_visible()
+        await check(page)
+        await shoot(page, f"ended-{width}-{scheme}.png")
+
+
+async def test_a_page_says_when_the_server_is_away(chromium: Browser, secrecy: Secrecy) -> None:
+    """And when it is back. While Redis is away, pages say so, and nobody is signed out."""
+    port = free_port()
+    with own_server() as url:
+        admin = Redis.from_url(url)
+        async with serve_demo(url, port, secrecy) as demo, person(chromium, secrecy) as page:
+            await sign_in(page, demo)
+            await admin.client_pause(3_000, all=True)
+            await page.goto(demo)
+            await expect(page.get_by_role("heading", name="Service Unavailable")).to_be_visible()
+            await expect(page.get_by_text("Nobody is signed out")).to_be_visible()
+            async with asyncio.timeout(10):
+                while not await page.get_by_role("heading", name="Your devices").is_visible():
+                    await page.goto(demo)
+        async with person(chromium, secrecy) as page:
+            async with serve_demo(url, port, secrecy):
+                await sign_in(page, demo)
+            await expect(page.get_by_text("The server is away")).to_be_visible()
+            async with serve_demo(url, port, secrecy):
+                await expect(page.get_by_text("The server is away")).to_be_hidden(timeout=10_000)
+        await admin.aclose()
+
+
+async def test_a_port_in_use_is_one_line(redis_url: str) -> None:
+    """It names the port, and what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "rss.demo", "--port", str(port),
+            env={**os.environ, "REDIS_URL": redis_url, "RSS_SERVER": "url"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, error = await process.communicate()
+    assert (out, process.returncode) == (b"", 1)
+    assert error.decode() == f"cannot serve on 127.0.0.1:{port}: Address already in use. Choose another --port.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_it_leaves_no_server_behind(number: signal.Signals) -> None:
+    """Also if its terminal is closed."""
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "rss.demo", "--port", str(port),
+        env={**{name: value for name, value in os.environ.items() if name != "REDIS_URL"}, "RSS_SERVER": "wheel"},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    async with asyncio.timeout(30):
+        while not await _listens(port):
+            assert process.returncode is None
+            await asyncio.sleep(0.02)
+    (server,) = _children(process.pid)
+    process.send_signal(number)
+    await process.communicate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -17,7 +17,7 @@ from tests.keyspace import Keyspace
 from tests.servers import own_server
 from tests.test_session import id_of
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "rss" / "guides" / "frameworks.md").read_text()
 STREAMED = '{"begun": true, "refused": true}'
 
 with_all_verbs = pytest.mark.parametrize("site", [site for site in SITES if not site.keeps_a_dict], ids=str)
@@ -209,9 +209,9 @@ async def cost(site: Site, url: str, admin: Redis, action: str) -> tuple[int, in
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if not site.root], ids=str)
-async def test_a_request_costs_what_the_readme_says(site: Site, watched_url: str) -> None:
+async def test_a_request_costs_what_the_guide_says(site: Site, watched_url: str) -> None:
     """Every cell of its table: round trips to Redis, and Set-Cookie headers."""
-    table = README.split("| a request that", 1)[1].split("\n\n", 1)[0]
+    table = GUIDE.split("| a request that", 1)[1].split("\n\n", 1)[0]
     heads, _, *rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in ("| x" + table).splitlines()]
     told = {name.strip(" `"): row[1:] for row in rows for name in row[0].split(",")}[site.name]
     app = site.build(Sessions(SessionStore.from_url(watched_url, references=["user_id"])))
