@@ -16,8 +16,15 @@ if TYPE_CHECKING:
 SESSIONS: Final = web.AppKey("rss_sessions", Sessions[Any])
 #: Where a request keeps its session.
 SESSION: Final = web.RequestKey("rss_session", Session[Any])
+# All sessions of a request: applications within it may have sessions of their own.
+_ALL: Final = web.RequestKey("rss_sessions", list[Session[Any]])
 
-_ERRORS: Final = {503: web.HTTPServiceUnavailable, 409: web.HTTPConflict, 401: web.HTTPUnauthorized}
+_ERRORS: Final = {
+    503: web.HTTPServiceUnavailable,
+    409: web.HTTPConflict,
+    403: web.HTTPForbidden,
+    401: web.HTTPUnauthorized,
+}
 
 _logger = logging.getLogger("rss")
 
@@ -26,7 +33,7 @@ def setup(app: web.Application, sessions: Sessions[Any]) -> None:
     """Give each request its session, and each response its cookie; open the store with the application and close it.
 
     If a handler lets an error of its session pass, the response is 503 (Redis does not answer), 409 (the request raced
-    a login) or 401 (the session has ended).
+    a login), 401 (the session has ended), or 403 (a limit or a block refuses it).
     """
     app[SESSIONS] = checked(sessions, "setup(app, Sessions(store))")
     app.cleanup_ctx.append(_open)
@@ -60,10 +67,12 @@ async def _open(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
-    sessions, session = request.app[SESSIONS], request.get(SESSION)
-    if session is None or session.sessions is not sessions:  # An application around this one may have the same.
-        cookies = "; ".join(request.headers.getall("Cookie", ()))
-        session = request[SESSION] = sessions.create_session(cookies, scheme=request.scheme)
+    sessions, around = request.app[SESSIONS], request.get(SESSION)
+    if around is not None and around.sessions is sessions:  # An application around this one has the same.
+        return await handler(request)
+    cookies = "; ".join(request.headers.getall("Cookie", ()))
+    session = request[SESSION] = sessions.create_session(cookies, scheme=request.scheme)
+    request[_ALL] = [*request.get(_ALL, ()), session]
     try:
         return await handler(request)
     except Exception as error:
@@ -73,12 +82,14 @@ async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
         _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
         # An error of HTTP, not a response: middlewares of the application may make a page of it.
         raise _ERRORS[status] from error
+    finally:
+        if around is not None:
+            request[SESSION] = around
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    session = request.get(SESSION)
-    if session is not None:
-        headers = response.headers
+    headers = response.headers
+    for session in request.get(_ALL, ()):
         vary = ", ".join(headers.getall("Vary", ())) or None
         for name, value in session.take_headers(headers.get("Cache-Control"), vary):
             if name == "Cache-Control":

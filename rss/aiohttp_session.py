@@ -8,7 +8,7 @@ import aiohttp_session
 from aiohttp import web
 
 import rss.aiohttp
-from rss.dict_session import end, field_of, item_of
+from rss.dict_session import field_of, item_of, write
 from rss.session import Sessions
 
 # The field that tells when it was made, as aiohttp-session counts.
@@ -34,8 +34,8 @@ def setup(app: web.Application, sessions: Sessions[Any]) -> None:
     """Do what `aiohttp_session.setup` does, with a storage of ours.
 
     `aiohttp_session.get_session(request)` works as before. If it was changed, the fields that differ are written, in
-    one script. `invalidate`, `clear` and `new_session` end the session, and what is set then goes into a new one.
-    `rss.aiohttp.get_session(request)` is the same session, with the verbs that a dict does not have.
+    one script. `invalidate` and `clear` end the session. If items are set then, and after `new_session`, it gets a new
+    id. `rss.aiohttp.get_session(request)` is the same session, with the verbs that a dict does not have.
     """
     rss.aiohttp.setup(app, sessions)
     aiohttp_session.setup(app, Storage())
@@ -63,11 +63,12 @@ class Storage(aiohttp_session.AbstractStorage):
         """Write what differs from what was loaded. If nothing is left in Redis, the session ends."""
         del response
         handle = await rss.aiohttp.get_session(request)
-        before, after = {}, {field_of(item): value for item, value in session.items()}
-        if isinstance(session, _Session) and not session.cleared:
-            before = session.before
-        else:  # It was cleared, or is of `new_session`.
-            await end(handle, after)
+        if isinstance(session, _Session):
+            before, cleared = session.before, session.cleared
+        else:  # It is of `new_session`.
+            before, cleared = dict(await handle.get()), True
+            before.pop("id", None)
+        after: dict[str, Any] = {field_of(item): value for item, value in session.items()}
         if after:
-            after[_CREATED] = before.get(_CREATED, session.created)
-        await handle.replace(before, after, session.max_age)
+            after[_CREATED] = session.created if cleared else before.get(_CREATED, session.created)
+        await write(handle, before, after, cleared=cleared, max_age=session.max_age)

@@ -7,6 +7,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from rss.dict_session import DictSession
+from rss.errors import SessionError
 from rss.session import Session, Sessions, checked
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class SessionMiddleware:
     begins. `rss.dict_session.DictSession` says how.
 
     If the application lets an error of its session pass, the response is 503 (Redis does not answer), 409 (the request
-    raced a login) or 401 (the session has ended). So is a 500 that the application makes of such an error.
+    raced a login), 401 (the session has ended), or 403 (a limit or a block refuses it). So is a 500 that the
+    application makes of such an error.
     """
 
     def __init__(self, app: Any, sessions: Sessions[Any], *, dict_session: bool = False) -> None:
@@ -58,51 +60,76 @@ class SessionMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        session: Session[Any] | None = scope.get(KEY)
-        if session is not None and session.sessions is self._sessions:  # Another middleware of them is around this one.
+        around: Session[Any] | None = scope.get(KEY)
+        if around is not None and around.sessions is self._sessions:  # The response is that of another middleware.
+            if self._dict_session and not isinstance(scope.get("session"), DictSession):
+                send = await _with_items(scope, around, send)
             await self._app(scope, receive, send)
             return
         cookies = "; ".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie")
         session = scope[KEY] = self._sessions.create_session(cookies, scheme=scope.get("scheme", "http"))
         response = _Response(scope, session, send)
+        begin: _Send = response.send
         try:
             if self._dict_session:
-                response.items = scope["session"] = DictSession(session, await session.peek())
-            await self._app(scope, receive, response.send)
+                begin = await _with_items(scope, session, begin)
+            await self._app(scope, receive, begin)
         except Exception as error:
-            status = session.status_for(_only(error))
-            if session.sent or status is None:
+            status = session.status_for(error)
+            if session.sent:
+                if response.refused and status is not None:  # The application was told of its own error.
+                    return
                 raise
-            _logger.error("%d: %s", status, _only(error))  # noqa: TRY400 - the application is not at fault
+            if status is None:
+                raise
+            _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
             await response.refuse(status)
+
+
+async def _with_items(scope: _Scope, session: Session[Any], send: _Send) -> _Send:
+    """Put the session into the scope as a dict, and return what writes its changes before the response begins."""
+    items = scope["session"] = DictSession(session, await session.peek())
+
+    async def save_and_send(message: _Message) -> None:
+        if message["type"] in _BEGINNINGS:
+            try:
+                await items.save()
+            except SessionError as error:
+                # The application cannot handle it any more: for it, the response has begun.
+                status = session.status_for(error)
+                if status is None:
+                    raise
+                _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
+                message = {**message, "status": HTTPStatus.INTERNAL_SERVER_ERROR}
+        await send(message)
+
+    return save_and_send
 
 
 class _Response:
     """The response to one request."""
 
     def __init__(self, scope: _Scope, session: Session[Any], send: _Send) -> None:
-        self.items: DictSession | None = None
+        #: Whether an error took the place of what the application sends.
+        self.refused = False
         self._scope = scope
         self._session = session
         self._send = send
-        self._refused = False
 
     async def send(self, message: _Message) -> None:
         """Send what the application sends, with the headers of the session."""
         if message["type"] in _BEGINNINGS:
-            if self.items is not None:
-                await self.items.save()
             failure = self._session.failure
             if failure and message.get("status") == HTTPStatus.INTERNAL_SERVER_ERROR:
                 await self.refuse(self._session.status_for(failure) or HTTPStatus.INTERNAL_SERVER_ERROR)
             else:
                 await self._begin(message)
-        elif not self._refused:
+        elif not self.refused:
             await self._send(message)
 
     async def refuse(self, status: int) -> None:
         """Answer with an error, in place of whatever the application sends."""
-        self._refused = True
+        self.refused = True
         kind = "websocket.http.response" if self._scope["type"] == "websocket" else "http.response"
         if kind == "http.response" or kind in (self._scope.get("extensions") or ()):
             headers = [(b"content-type", b"text/plain; charset=utf-8")]
@@ -149,10 +176,3 @@ def lifespan(sessions: Sessions[Any]) -> Callable[[Any], AbstractAsyncContextMan
             yield
 
     return opened
-
-
-def _only(error: BaseException) -> BaseException:
-    """Return the error in the groups that task groups make of a single one."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from rss.durations import Duration
 from rss.session import Session
 
 
@@ -13,7 +14,7 @@ class DictSession(dict[str, Any]):
 
     Changes are noticed however deep they are. Only the fields that differ are written, in one script, so parallel
     requests do not undo each other's writes. If nothing is left in Redis then, the session ends. `clear` ends it in any
-    case, and items that are set after it go into a new session.
+    case; if items are set after it, the session gets a new id.
 
     In Redis the names `id`, and those that begin with an underscore, get a dot before them.
 
@@ -23,7 +24,6 @@ class DictSession(dict[str, Any]):
     def __init__(self, handle: Session[Any], fields: dict[str, Any]) -> None:
         #: The session itself, with the verbs that a dict does not have.
         self.handle = handle
-        self._id = fields.get("id")
         #: Whether the request came without a session.
         self.new = not fields
         #: Whether the response depends on it.
@@ -54,11 +54,7 @@ class DictSession(dict[str, Any]):
         if self._saved:  # If that failed, this call belongs to the response that tells so.
             return
         self._saved = True
-        before, after = self._before, self.fields()
-        if self._cleared and self._id and self.handle.id == self._id:  # It is another one if the handle was rotated.
-            await end(self.handle, after)
-            before = {}
-        written = await self.handle.replace(before, after)
+        written = await write(self.handle, self._before, self.fields(), cleared=self._cleared)
         if self.looked_at and not written:
             await self.handle.get(["id"])  # Which renews it if that is due.
 
@@ -94,9 +90,24 @@ for _name in (
     setattr(DictSession, _name, _looking(getattr(dict, _name)))
 
 
-async def end(handle: Session[Any], after: dict[str, Any]) -> None:
-    """End a session that was cleared. If others begin anew *after* it, it is a login: what races it must not write."""
-    await handle.delete(reason="rotated" if after else "deleted")
+async def write(
+    handle: Session[Any],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    *,
+    cleared: bool,
+    max_age: Duration | None = None,
+) -> bool:
+    """Write what differs between two states of a session, and return whether anything was written.
+
+    *cleared*: whether the application cleared it in between, as a login or a logout does. Then it ends, or gets a new
+    id. If the application did that by the handle already, that stands.
+    """
+    if not cleared or handle.cookie_changes:
+        return await handle.replace(before, after, max_age)
+    if after:
+        return await handle.replace(before, after, max_age, anew=True)
+    return await handle.delete()
 
 
 def field_of(item: str) -> str:

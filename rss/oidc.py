@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 import urllib.parse
 import urllib.request
@@ -20,7 +21,7 @@ from joserfc.errors import BadSignatureError, InvalidKeyIdError, JoseError
 from joserfc.jwk import KeySet
 
 from rss.durations import Duration, milliseconds
-from rss.errors import StoreUnavailable
+from rss.errors import Conflict, StoreUnavailable
 from rss.store import SessionStore
 
 #: Returns the keys of a provider: a JWK Set.
@@ -30,6 +31,7 @@ _EVENT: Final = "http://schemas.openid.net/event/backchannel-logout"
 # Keys are fetched again after so many seconds; for an unknown key at most so often.
 _KEPT: Final = 3600
 _PAUSE: Final = 30
+_RETRY: Final = 5  # After a failure, if no keys are known.
 # Characters of a claim: with the issuer it becomes the value of a reference, which has 512 bytes at most.
 _MOST: Final = 255
 _LARGEST: Final = 1_000_000  # Bytes of a document of a provider.
@@ -64,7 +66,8 @@ class BackChannelLogout:
     *algorithms*: the signatures that are accepted. Symmetric ones are not.
     *block*: for so long no session may join what was logged out, for a token that arrives while a login is under way.
 
-    An instance is an ASGI application: `Mount("/logout", logout)` in Starlette and FastAPI.
+    An instance is an ASGI application: `Route("/logout", logout, methods=["POST"])` in Starlette,
+    `app.add_route("/logout", logout, ["POST"])` in FastAPI.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class BackChannelLogout:
         cannot be fetched.
         """
         claims = await self._verified(logout_token)
-        # The token of a cookie has no dot, so this id leads nobody into a session.
+        # A cookie's token has no dot, so this id leads nobody into a session.
         seen = f"oidc.{hashlib.sha256(self._value(claims['jti']).encode()).hexdigest()}"
         if await self._store.get(seen):
             raise InvalidLogoutToken("it was used before")
@@ -128,7 +131,10 @@ class BackChannelLogout:
         )
         # After the sessions have ended: if that fails, the provider may send the token again.
         valid = min(max(claims["exp"] - time.time(), 0), _REMEMBERED)
-        await self._store.set(seen, {}, max_age=valid + 2 * _LEEWAY)
+        try:
+            await self._store.set(seen, {"used": True}, max_age=valid + 2 * _LEEWAY, expect={"used": None})
+        except Conflict:
+            raise InvalidLogoutToken("it was used before") from None
         return ended
 
     async def answer(self, method: str, content_type: str, body: bytes) -> Answer:
@@ -197,17 +203,30 @@ class _Keys:
     def __init__(self, fetch: FetchKeys) -> None:
         self._fetch = fetch
         self._keys: KeySet | None = None
-        self._fetched = 0.0  # When, by the monotonic clock.
+        self._tried = -math.inf  # When, by the monotonic clock.
         self._lock = asyncio.Lock()
 
     async def get(self, *, fresh: bool) -> KeySet:
-        """Return the keys. *fresh*: not those that were known when a signature did not match, unless just fetched."""
-        async with self._lock:
-            age = time.monotonic() - self._fetched
-            if self._keys is None or age > (_PAUSE if fresh else _KEPT):
-                self._keys = KeySet.import_key_set(await self._fetch())  # type: ignore[arg-type]
-                self._fetched = time.monotonic()
-            return self._keys
+        """Return the keys. *fresh*: not those that were known when a signature did not match, unless just fetched.
+
+        Raises OSError if there are none.
+        """
+        known = self._keys
+        lasts = _RETRY if known is None else _PAUSE if fresh else _KEPT
+        if time.monotonic() - self._tried > lasts or (known is None and self._lock.locked()):
+            async with self._lock:
+                if self._keys is known and time.monotonic() - self._tried > lasts:  # No other call has fetched them.
+                    self._tried = time.monotonic()
+                    await self._renew()
+        if self._keys is None:
+            raise OSError("the keys of the provider could not be fetched")
+        return self._keys
+
+    async def _renew(self) -> None:
+        try:
+            self._keys = KeySet.import_key_set(await self._fetch())  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - whatever the provider sent; keys that are known stay
+            _logger.error("The keys of the provider cannot be fetched: %s", type(error).__name__)  # noqa: TRY400
 
 
 async def _fetch_keys(issuer: str, url: str | None) -> Mapping[str, Any]:
@@ -221,7 +240,7 @@ async def _fetch_keys(issuer: str, url: str | None) -> Mapping[str, Any]:
 
 def _get(url: str) -> dict[str, Any]:
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise OSError("the URL of the provider's keys must be https")
+        raise OSError("the URL of the provider's keys must be one of https")
     with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - the scheme was checked
         document = json.loads(response.read(_LARGEST))
     if not isinstance(document, dict):

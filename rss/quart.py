@@ -35,10 +35,12 @@ class QuartSessions:
     RSS_STORE, RSS_COOKIE and RSS_SESSIONS, which are dicts of what `SessionStore`, `CookiePolicy` and `Sessions` take.
 
     They are in `app.extensions["rss"]`. The store is opened and closed with the application. If a view lets an error of
-    its session pass, the response is 503, 409 or 401, as with `rss.asgi.SessionMiddleware`.
+    its session pass, the response is 503, 409, 403 or 401, as with `rss.asgi.SessionMiddleware`.
     """
 
     def __init__(self, app: Quart | None = None, sessions: Sessions[Any] | None = None) -> None:
+        if not isinstance(app, Quart | None):
+            raise TypeError(f"app must be a Quart, not {type(app).__name__}: QuartSessions(app, Sessions(store))")
         self._sessions = None if sessions is None else checked(sessions, "QuartSessions(app, Sessions(store))")
         if app is not None:
             self.init_app(app)

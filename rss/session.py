@@ -15,8 +15,8 @@ from typing import Any, Final, Generic, Literal, cast
 from rss.cookies import CookiePolicy, Signer
 from rss.csrf import CSRFTokens
 from rss.durations import Duration, milliseconds
-from rss.errors import IdentityChanged, SessionEnded, SessionNotFound, StoreUnavailable
-from rss.fields import field_names, listed
+from rss.errors import IdentityChanged, LimitExceeded, SessionEnded, SessionNotFound, StoreUnavailable
+from rss.fields import Encoded, field_names, listed
 from rss.store import S, SessionStore, max_age_argument
 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{22,342}")  # What `SessionStore.create_session_id` makes.
@@ -157,10 +157,19 @@ class _Cookie:
         if self.sent:
             raise RuntimeError("the response has begun: it cannot tell the client the id of a new session")
 
+    @property
+    def changes(self) -> bool:
+        """Whether the response must tell the client something."""
+        return self.token != self._held or self._removed
+
     def adopt(self, token: str) -> None:
         """Let the client get a new token."""
         self.check()
         self.token = token
+
+    def revert(self) -> None:
+        """Let the client keep what it holds: a token that was made in this request leads nowhere any more."""
+        self.token = self._held
 
     def remove(self) -> None:
         """Let the client forget its token."""
@@ -192,7 +201,7 @@ class Session(Generic[S]):
 
     A session that was alive in this request and has ended meanwhile is not made again: a write raises `SessionEnded` or
     `SessionNotFound`. So does a write that races a login with the old cookie: `SessionEnded` with the reason "rotated".
-    Only a login, which is a write of an identity or a `rotate` with values, makes a session then.
+    Only a login makes a session then: a write of an identity that this session did not have.
 
     If the store has an identity, a write that changes it gives the session a new id, as `rotate` does.
 
@@ -203,7 +212,7 @@ class Session(Generic[S]):
     """
 
     __slots__ = (
-        "_cookie", "_due", "_id", "_kept", "_lock", "_next", "_state", "_store", "_values",
+        "_cookie", "_due", "_id", "_kept", "_lock", "_next", "_seen", "_state", "_store", "_values",
         "accessed", "ended", "failure", "is_new", "sessions",
     )  # fmt: skip
 
@@ -217,8 +226,8 @@ class Session(Generic[S]):
         self.ended: str | None = None
         #: Whether the response depends on the session.
         self.accessed = False
-        #: The last `StoreUnavailable` or `SessionNotFound` that a call of it raised.
-        self.failure: StoreUnavailable | SessionNotFound | None = None
+        #: What the last call of it that asked Redis raised; None if it raised nothing that `status_for` knows.
+        self.failure: StoreUnavailable | SessionNotFound | LimitExceeded | None = None
         self._store = sessions.store
         self._cookie = _Cookie(sessions, cookies, scheme)
         self._state = _State.UNREAD if self._cookie.token else _State.ABSENT
@@ -226,6 +235,7 @@ class Session(Generic[S]):
         self._values: dict[str, Any] | None = None  # None: not read, or it is not known what was written.
         self._due = False  # Whether it was read without being renewed, and a renewal is due.
         self._kept = False  # Whether it stays when nothing is left of it: a form has a CSRF token of it.
+        self._seen: Any = None  # The identity that it had in this request; None if it was nobody's.
         self._next: tuple[str, object] | None = None  # A token that is about to be its, and what is written with it.
         self._lock = asyncio.Lock()
 
@@ -244,6 +254,11 @@ class Session(Generic[S]):
     def sent(self) -> bool:
         """Whether the response has begun: no new id can be told to the client."""
         return self._cookie.sent
+
+    @property
+    def cookie_changes(self) -> bool:
+        """Whether this request has made the session, given it a new id, or ended it."""
+        return self._cookie.changes
 
     def get_key(self) -> str:
         """Return the key of its hash in Redis. Raises `SessionNotFound` if `id` is None."""
@@ -298,6 +313,7 @@ class Session(Generic[S]):
                 return {}
             self._values, self._state = self._store.fields.decode(read.pairs), _State.ALIVE
             self._due = read.state == b"due"
+            self._see(self._values)
         return self._values
 
     # Writing.
@@ -323,7 +339,7 @@ class Session(Generic[S]):
 
         async with self._lock:
             try:
-                done = await self._write(unset)
+                done = await self._write(unset, {})
             except IdentityChanged:
                 await self._rotate({}, names, age)
             else:
@@ -331,13 +347,20 @@ class Session(Generic[S]):
                     self._note({}, names)
 
     async def replace(
-        self, before: Mapping[str, Any], after: Mapping[str, Any], max_age: Duration | None = None
+        self,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        max_age: Duration | None = None,
+        *,
+        anew: bool = False,
     ) -> bool:
         """Write the fields that differ between two states of the session, and take out those that are gone.
 
         For frameworks in which a session is a dict. It is one script. What others wrote in between stays, also if the
         other methods of this session did. If nothing is left then, the session ends, unless a CSRF token was made for
         it in this request. If nothing differs, it is at most renewed, for *max_age*, and False is returned.
+
+        *anew*: write all of the second state, under a new id.
         """
         encode, held = self._store.fields.encode_value, self._values or before
         gone = tuple(field for field in before if field not in after and held.get(field) == before[field])
@@ -346,6 +369,10 @@ class Session(Generic[S]):
             for field, value in after.items()
             if field not in before or encode(field, value) != encode(field, before[field])
         }
+        if anew:
+            async with self._lock:
+                await self._rotate(after, gone, max_age_argument(max_age))
+            return True
         if gone and not changed and self._kept:
             await self.unset(gone, max_age)
         elif gone or changed:
@@ -371,14 +398,12 @@ class Session(Generic[S]):
         """
         async with self._lock:
             self.accessed = True
-            ids = [self._id] if self._cookie.token else [self.sessions.id_of(token) for token in self._cookie.others]
+            ids = [self.sessions.id_of(token) for token in self._cookie.others]
+            ids += [self._id] if self._cookie.token else []
             self._values = None  # If this is cancelled, it is not known what is left.
             ending = asyncio.gather(*(self._store.delete(session_id, reason=reason) for session_id in ids))
             deleted = any(await self._answer(asyncio.shield(ending)))
-            if not deleted and self._cookie.token and await self._answer(self._store.ended(self._id)) == "rotated":
-                self._lose("rotated")  # A login has told the client another token, which must not be removed.
-            else:
-                self._forget()
+            await self._forget_unless_rotated(deleted=deleted)
         return deleted
 
     async def rotate(self, values: S | None = None, max_age: Duration | None = None) -> None:
@@ -387,8 +412,8 @@ class Session(Generic[S]):
         *max_age*: as in `set`; without it the TTL stays too.
 
         The old id has ended, and so have the CSRF tokens. Makes a session if there is none, with these values; also if
-        it has ended meanwhile, or was rotated by the same form sent twice, provided that *values* hold an identity. If
-        the store has no identity, any values do.
+        the session was rotated meanwhile, as by the same form sent twice. If it has ended in another way after it was
+        read here, only another identity makes a session.
 
         Raises `LimitExceeded` if a reference refuses the session, and `Blocked` if a value is blocked.
         """
@@ -399,35 +424,36 @@ class Session(Generic[S]):
     async def _change(self, values: Mapping[str, Any], gone: tuple[str, ...], max_age: Duration | None) -> None:
         """Write fields and take others out, in one script. Makes a session if there is none."""
         encoded, age = self._store.fields.encode(values, gone), max_age_argument(max_age)
-        login = self._store.fields.identity is not None and self._signs_in(values)
         try:
-            ttl = await self._write(lambda: self._store.operations.set(self._id, encoded, age, "update"), login=login)
-        except IdentityChanged:
-            await self._rotate(values, gone, age)
-            return
-        except SessionEnded:
+            try:
+                ttl = await self._write(lambda: self._store.operations.set(self._id, encoded, age, "update"), values)
+            except IdentityChanged:
+                await self._rotate(values, gone, age)
+                return
+        except SessionNotFound:
             if values or not gone:
                 raise
             self.failure = None  # What is to go has gone with the session.
             return
         if ttl is None:
             if values or not gone:
-                await self._create(values, age)
+                await self._create(encoded, values, age)
         elif ttl == 0:
             self._forget()
         else:
             self._note(values, gone)
 
     async def _rotate(self, values: Mapping[str, Any], gone: tuple[str, ...], age: str) -> None:
-        token = self._mint(values, age)
-        new, encoded = self.sessions.id_of(token), self._store.fields.encode(values, gone)
+        encoded = self._store.fields.encode(values, gone)
+        token = self._mint(encoded, age)
+        new = self.sessions.id_of(token)
         ttl = await self._write(
-            lambda: self._store.operations.rotate(self._id, new, encoded, age), login=self._signs_in(values)
+            lambda: self._store.operations.rotate(self._id, new, encoded, age), values, rotates=True
         )
         if ttl is None:
-            await self._create(values, age)
+            await self._create(encoded, values, age)
             return
-        self._adopt(token, new)
+        await self._adopt(token, new)
         if self._values:
             self._values["id"] = new
         self._note(values, gone)
@@ -436,33 +462,33 @@ class Session(Generic[S]):
         async def touch() -> int:
             if ttl := await self._store.operations.touch(self._id, age):
                 return ttl
-            raise SessionNotFound("there is no such session")
+            reason = await self._store.ended(self._id)
+            raise SessionEnded(reason) if reason else SessionNotFound("there is no such session")
 
         try:
-            return await self._write(touch) is not None
+            return await self._write(touch, {}) is not None
         except SessionNotFound:
             self.failure = None
             return False
 
-    async def _create(self, values: Mapping[str, Any], age: str) -> None:
-        token = self._mint(values, age)
-        session_id, encoded = self.sessions.id_of(token), self._store.fields.encode(values)
-        max_age = "renew" if age == "keep" else age
-        await self._answer(self._store.operations.set(session_id, encoded, max_age, "create"))
+    async def _create(self, encoded: Encoded, values: Mapping[str, Any], age: str) -> None:
+        token = self._mint(encoded, age)
+        session_id, max_age = self.sessions.id_of(token), "renew" if age == "keep" else age
+        new = encoded._replace(gone=())
+        await self._answer(self._store.operations.set(session_id, new, max_age, "create"))
+        await self._adopt(token, session_id)
         self.is_new, self._values = True, {"id": session_id}
-        self._adopt(token, session_id)
         self._note(values, ())
 
-    async def _write(self, operation: Callable[[], Awaitable[int]], *, login: bool = False) -> int | None:
-        """Run an operation on the session and return its TTL.
-
-        Returns None if there is no session and one may be made: *login* says so for a session that is gone.
-        """
+    async def _write(
+        self, operation: Callable[[], Awaitable[int]], values: Mapping[str, Any], *, rotates: bool = False
+    ) -> int | None:
+        """Run an operation on the session and return its TTL. Returns None if there is none, and one may be made."""
         self.accessed = True
         if self._state is _State.UNREADABLE:  # What is written may follow from what could not be read.
             self.failure = StoreUnavailable("the session could not be read in this request")
             raise self.failure
-        if self._state is _State.GONE and not login:
+        if self._state is _State.GONE and not self._is_login(values, rotates=rotates):
             self.failure = SessionEnded(self.ended) if self.ended else SessionNotFound("there is no such session")
             raise self.failure
         if self._state in (_State.ABSENT, _State.GONE):
@@ -470,7 +496,8 @@ class Session(Generic[S]):
         try:
             ttl: int = await self._answer(operation())
         except SessionNotFound as error:
-            if self._lose(error.reason if isinstance(error, SessionEnded) else None) and not login:
+            gone = self._lose(error.reason if isinstance(error, SessionEnded) else None)
+            if gone and not self._is_login(values, rotates=rotates):
                 self.failure = error
                 raise
             return None
@@ -480,14 +507,32 @@ class Session(Generic[S]):
         self._state = _State.ALIVE
         return ttl
 
+    def _is_login(self, values: Mapping[str, Any], *, rotates: bool) -> bool:
+        """Whether a write makes a session although the old one is gone.
+
+        It must not bring back what was ended: so it is one of another identity, or the second of two equal logins.
+        """
+        again = rotates and self.ended == "rotated"
+        identity = self._store.fields.identity
+        if identity is None:
+            return again and bool(values)
+        value = values.get(identity)
+        return value is not None and (again or str(value) != str(self._seen))
+
     # What became of it.
 
     async def _answer(self, operation: Awaitable[Any]) -> Any:
+        self.failure = None
         try:
             return await operation
-        except StoreUnavailable as error:
+        except (StoreUnavailable, LimitExceeded) as error:
             self.failure = error
             raise
+
+    def _see(self, values: Mapping[str, Any]) -> None:
+        identity = self._store.fields.identity
+        if identity is not None and identity in values:
+            self._seen = values[identity]
 
     def _lose(self, reason: str | None) -> bool:
         """Note that there is no session under the id, and return whether it is gone, rather than absent.
@@ -495,44 +540,54 @@ class Session(Generic[S]):
         *reason*: why it ended, if that is known.
         """
         gone = self._state is _State.ALIVE or reason == "rotated"
-        self.ended, self._values, self._due = reason, None, False
+        self.ended, self._values, self._due, self.is_new = reason, None, False, False
         self._state = _State.GONE if gone else _State.ABSENT
+        self._cookie.revert()
         return gone
 
     def _forget(self) -> None:
         """Note that the session was ended here, and let the client forget its token."""
         self._cookie.remove()
-        self._state, self._id, self._values = _State.ABSENT, "", None
+        self._state, self._id, self._values, self._seen = _State.ABSENT, "", None, None
         self.is_new, self._next, self._due = False, None, False
 
-    def _adopt(self, token: str, session_id: str) -> None:
-        """Note that the session lives under a new token."""
-        self._cookie.adopt(token)
+    async def _forget_unless_rotated(self, *, deleted: bool) -> None:
+        """Do that, unless a login has given the session a new id: it told the client a token that must not go."""
+        if not deleted and self._cookie.token and await self._answer(self._store.ended(self._id)) == "rotated":
+            self._lose("rotated")
+        else:
+            self._forget()
+
+    async def _adopt(self, token: str, session_id: str) -> None:
+        """Note that the session lives under a new token. If the client cannot be told any more, end it."""
+        try:
+            self._cookie.adopt(token)
+        except RuntimeError:
+            await self._answer(asyncio.shield(self._store.delete(session_id)))
+            self._state = _State.ALIVE
+            self._lose("deleted")
+            raise
         self._state, self._id, self._next = _State.ALIVE, session_id, None
 
     def _note(self, values: Mapping[str, Any], gone: Iterable[str]) -> None:
         """Note what was written, if the rest is known."""
         self._due = False
+        self._see({**dict.fromkeys(gone), **values})
         if self._values:
             for field in gone:
                 self._values.pop(field, None)
             self._values.update(self._store.fields.as_stored(values))
 
-    def _mint(self, values: Mapping[str, Any], age: str) -> str:
+    def _mint(self, encoded: Encoded, age: str) -> str:
         """Return a new token. It is the same again for the same work, if it is not known whether that was done.
 
         Scripts recognise by the id that goes with it what they have done.
         """
         self._cookie.check()
-        work = dict(values), age
+        work = encoded, age
         if self._next is None or self._next[1] != work:
             self._next = self._store.create_session_id(), work
         return self._next[0]
-
-    def _signs_in(self, values: Mapping[str, Any]) -> bool:
-        """Whether a rotation with these values is a login."""
-        identity = self._store.fields.identity
-        return bool(values) if identity is None else values.get(identity) is not None
 
     # The other sessions of the same identity.
 
@@ -542,9 +597,14 @@ class Session(Generic[S]):
         There are none if nobody is signed in. Raises RuntimeError if the store has no identity.
         """
         field, value = await self._identity()
-        if value is not None:
+        if value is None:
+            return
+        try:
             async for session in self._store.find_by(field, value, fields):
                 yield session
+        except StoreUnavailable as error:
+            self.failure = error
+            raise
 
     async def delete_other(self, session_id: str, *, reason: str = "deleted") -> bool:
         """End another session of the same identity. Returns False if there is none with this id, or it is this one.
@@ -582,7 +642,8 @@ class Session(Generic[S]):
             self._values = None  # If this is cancelled, it is not known what is left.
             ending = asyncio.ensure_future(self._store.delete_by(field, value, reason=reason, block=block))
             ended = await self._answer(asyncio.shield(ending))
-            self._forget()
+            own = await self._answer(self._store.ended(self._id)) != "rotated"
+            await self._forget_unless_rotated(deleted=own)
         return cast("int", ended)
 
     async def _identity(self) -> tuple[str, Any]:
@@ -599,14 +660,19 @@ class Session(Generic[S]):
 
         Tokens are made from what the cookie holds: nothing is written for them, and Redis does not know them.
         """
-        if not await self.get():
+        if not await self.get() and not self._raced:
             await self.set(cast("S", {}))
         self._kept = True
         return self.sessions.tokens.create(self._csrf_secret())
 
     async def verify_csrf_token(self, token: str | None) -> bool:
         """Return whether a token was made for this session, under the id that it has now."""
-        return bool(await self.get()) and self.sessions.tokens.verify(self._csrf_secret(), token)
+        return (bool(await self.get()) or self._raced) and self.sessions.tokens.verify(self._csrf_secret(), token)
+
+    @property
+    def _raced(self) -> bool:
+        """Whether the cookie is that of before a login: maybe of one whose response was lost, so forms must work."""
+        return self._state is _State.GONE and self.ended == "rotated"
 
     def _csrf_secret(self) -> bytes:
         return hmac.digest((self._cookie.token or "").encode(), b"csrf", "sha256")
@@ -626,11 +692,11 @@ class Session(Generic[S]):
         varies by the cookie.
         """
         headers = [("Set-Cookie", cookie) for cookie in self.take_cookies()]
-        if headers and (cache_control is None or _is_public(cache_control)):
+        if headers and not _is_private(cache_control or ""):
             if cache_control:
                 self.sessions.warn_once(
-                    "A response that sets the session cookie had Cache-Control: public. A shared cache would give the "
-                    "cookie to others, so the response has no-store instead."
+                    "A response that sets the session cookie had a Cache-Control without private or no-store. A shared "
+                    "cache could give the cookie to others, so the response has no-store instead."
                 )
             headers.append(("Cache-Control", "no-store"))
         if self.accessed and not {"cookie", "*"} & {name.strip().lower() for name in (vary or "").split(",")}:
@@ -640,12 +706,17 @@ class Session(Generic[S]):
     def status_for(self, error: BaseException) -> int | None:
         """Return the status of the response if the application lets this error pass; None if it is not the session's.
 
-        503: Redis does not answer. 409: the request raced a login, and may be repeated. 401: the session has ended.
+        503: Redis does not answer. 409: the request raced a login, and may be sent again. 401: the session has ended.
+        403: a limit or a block refuses the session. An error in a group of its own counts too.
         """
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
         if isinstance(error, StoreUnavailable):
             return 503
         if error is not self.failure:
             return None
+        if isinstance(error, LimitExceeded):
+            return 403
         return 409 if self.ended == "rotated" else 401
 
 
@@ -656,9 +727,9 @@ def checked(sessions: Sessions[Any], call: str) -> Sessions[Any]:
     return sessions
 
 
-def _is_public(cache_control: str) -> bool:
+def _is_private(cache_control: str) -> bool:
     directives = {directive.partition("=")[0].strip().lower() for directive in cache_control.split(",")}
-    return bool(directives & {"public", "s-maxage"})
+    return bool(directives & {"private", "no-store"})
 
 
 def _copied(value: Any) -> Any:

@@ -128,7 +128,7 @@ class SessionStore(Generic[S]):
             await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
-        """Open the store. Raises `StoreUnavailable` at once if no server answers at its address, which the error names."""
+        """Open the store. Raises `StoreUnavailable` at once if no server answers at its address."""
         self._engine.reopen()
         try:
             await self._engine.connect()

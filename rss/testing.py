@@ -84,41 +84,43 @@ def local_server(binary: str, *arguments: str) -> Iterator[str]:
 
     SIGTERM and SIGHUP end the block too, with SystemExit, unless the program handles them.
     """
-    folder = Path(tempfile.mkdtemp(prefix="rss-"))
-    address, log = folder / "redis.sock", folder / "redis.log"
-    command = [binary, "--port", "0", "--unixsocket", str(address), "--dir", str(folder), "--logfile", str(log)]
-    process = subprocess.Popen(  # noqa: S603 - the binary is the user's choice
-        [*command, "--save", "", "--appendonly", "no", *arguments]
-    )
-    try:
-        with _signals_end_it():
+    with _signals_end_it(), tempfile.TemporaryDirectory(prefix="rss-") as name:
+        address, log = Path(name, "redis.sock"), Path(name, "redis.log")
+        command = [binary, "--port", "0", "--unixsocket", str(address), "--dir", name, "--logfile", str(log)]
+        command += ["--save", "", "--appendonly", "no", *arguments]
+        process = subprocess.Popen(command)  # noqa: S603 - the binary is the user's choice
+        try:
             _wait_until_ready(process, address, log)
             yield f"unix://{address}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        shutil.rmtree(folder)
+        finally:
+            process.terminate()
+            try:
+                process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextmanager
 def _signals_end_it() -> Iterator[None]:
     """Raise SystemExit for a signal that would end the process: then what it started would stay behind."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
     caught = []
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP.
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
+                signal.signal(number, leave)
                 caught.append(number)
     try:
         yield
     finally:
         for number in caught:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is leave:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: Path, log: Path) -> None:

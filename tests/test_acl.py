@@ -169,7 +169,9 @@ async def _sessions(admin: Redis) -> int:
 
 def _blames(error: SessionError, command: str) -> bool:
     """Whether an error says that this command is forbidden, if Redis said which, and no more."""
-    what = re.fullmatch("this user of Redis has no permission for (.*): see the ACL rule in the guide to the store", str(error))
+    what = re.fullmatch(
+        "this user of Redis has no permission for (.*): see the ACL rule in the guide to the store", str(error)
+    )
     said = re.search(r"'([\w|]+)' command", str(error.__cause__))  # Redis 6.2 and 7.0 do not say it within scripts.
     return bool(what and what[1] == (f"the command {said[1]}" if said else "a command or a key of the scripts")) and (
         not said or said[1] in (command, command.partition("|")[0])

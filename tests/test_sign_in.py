@@ -1,6 +1,6 @@
 """Signing in and out on a store with an identity: whose sessions they are, and what runs beside it."""
 
-import contextlib
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -10,12 +10,14 @@ from redis.asyncio import Redis
 from rss import (
     Blocked,
     CookiePolicy,
+    LimitExceeded,
     Reference,
     Session,
     SessionEnded,
     SessionNotFound,
     Sessions,
     SessionStore,
+    StoreUnavailable,
 )
 from rss.dict_session import DictSession
 from tests.keyspace import Keyspace
@@ -166,16 +168,21 @@ WRITES: dict[str, Callable[[Session], Awaitable[object]]] = {
     "rotate": lambda session: session.rotate(),
     "rotate with values": lambda session: session.rotate({"admin": True}),
     "rotate to nobody": lambda session: session.rotate({"user_id": None}),
-    "csrf": lambda session: session.create_csrf_token(),
     "replace": lambda session: session.replace({}, {"n": 2}),
 }
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-@pytest.mark.parametrize("read", [True, False])
-@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("touch", [True, False])
+@pytest.mark.parametrize(("seen", "read"), [(True, False), (False, True), (False, False)])
 async def test_a_request_that_races_a_login_neither_mints_nor_clears(
-    sessions: Sessions, keyspace: Keyspace, write: Callable[[Session], Awaitable[object]], *, read: bool, seen: bool
+    sessions: Sessions,
+    keyspace: Keyspace,
+    write: Callable[[Session], Awaitable[object]],
+    *,
+    read: bool,
+    seen: bool,
+    touch: bool,
 ) -> None:
     """It still has the old cookie: it reads nothing, its writes raise, and its response leaves the cookie alone."""
     token = await begin(sessions, n=1)
@@ -184,11 +191,10 @@ async def test_a_request_that_races_a_login_neither_mints_nor_clears(
         await session.get()
     await request(sessions, token).rotate({"user_id": 7})
     before = await keyspace.dump()
-    if seen:  # A form's token is made of what was read.
-        with contextlib.suppress(SessionEnded):
-            await session.set({"n": 3})
-    elif read:
+    if read and not seen:
         assert await session.get() == {}
+    if touch:
+        assert not await session.touch()
     for _ in range(2):
         with pytest.raises(SessionEnded) as raised:
             await write(session)
@@ -199,6 +205,139 @@ async def test_a_request_that_races_a_login_neither_mints_nor_clears(
     assert not await session.delete()
     assert session.take_cookies() == []
     assert await keyspace.dump() == before
+
+
+async def test_a_form_of_before_a_login_still_works(sessions: Sessions) -> None:
+    """Maybe the browser never got its new cookie: then it must be able to sign in, at once."""
+    token = await begin(sessions, n=1)
+    await request(sessions, token).rotate({"user_id": 7})
+    csrf_token = await request(sessions, token).create_csrf_token()
+    session = request(sessions, token)
+    assert await session.verify_csrf_token(csrf_token)
+    assert not await session.verify_csrf_token(csrf_token[::-1])
+    await session.set({"user_id": 8})
+    assert (await request(sessions, token_in(session.take_cookies())).get())["user_id"] == 8
+    await sessions.store.delete(id_of(token))
+    assert not await request(sessions, UNKNOWN).verify_csrf_token(csrf_token)
+
+
+@pytest.mark.parametrize("write", ["set", "rotate", "replace", "cleared"])
+@pytest.mark.parametrize("made", [True, False])
+async def test_a_write_that_repeats_the_identity_revives_nothing(
+    sessions: Sessions, keyspace: Keyspace, write: str, *, made: bool
+) -> None:
+    """A request reads a session, all of the user's end, and it writes back what it read, with a change."""
+    session = sessions.create_session()
+    await session.set({"user_id": 7, "n": 1})
+    if not made:
+        session = request(sessions, token_in(session.take_cookies()))
+        await session.get()
+    await sessions.store.delete_by("user_id", 7, reason="password")
+    before = await keyspace.dump()
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "set": lambda: session.set({"user_id": 7, "n": 2}),
+        "rotate": lambda: session.rotate({"user_id": "7"}),
+        "replace": lambda: session.replace({"n": 1}, {"user_id": 7, "n": 2}),
+        "cleared": lambda: session.replace({"user_id": 7, "n": 1}, {"user_id": 7}, anew=True),
+    }
+    for _ in range(2):
+        with pytest.raises(SessionEnded):
+            await calls[write]()
+    assert await keyspace.dump() == before
+    assert session.take_cookies() == []
+    assert "new" not in repr(session)
+
+
+async def test_a_login_that_is_refused_changes_nothing(client: Redis, keyspace: Keyspace) -> None:
+    """Also by a dict that was cleared: the session before it stays."""
+    references = {"user_id": Reference(identity=True, limit=1, on_limit="refuse")}
+    sessions = Sessions(SessionStore(client, references=references, prefix=keyspace.prefix))
+    await begin(sessions, user_id=7)
+    token = await begin(sessions, cart=["book"])
+    before = await keyspace.dump()
+    items = await dict_session(sessions, token)
+    _begin_anew(items)
+    with pytest.raises(LimitExceeded) as raised:
+        await items.save()
+    assert items.handle.status_for(raised.value) == 403
+    assert await keyspace.dump() == before
+    assert items.handle.take_cookies() == []
+
+
+@pytest.mark.parametrize("by", [8, None])
+async def test_ending_all_beside_another_login_keeps_its_cookie(sessions: Sessions, by: int | None) -> None:
+    """The browser has signed in as somebody else meanwhile, or out: that stands."""
+    token = await begin(sessions, user_id=7)
+    session = request(sessions, token)
+    await session.get()
+    await request(sessions, token).rotate({"user_id": by})
+    assert await session.delete_all() == 0
+    assert session.take_cookies() == []
+
+
+async def test_a_dict_that_is_cleared_ends_every_candidate(sessions: Sessions, keyspace: Keyspace) -> None:
+    """Two cookies of the name are no session, but a logout is one of both."""
+    mine, tossed = await begin(sessions, user_id=7), await begin(sessions, user_id=8)
+    session = sessions.create_session(f"session-id={tossed}; session-id={mine}")
+    items = DictSession(session, await session.peek())
+    items.clear()
+    await items.save()
+    assert "; Max-Age=0;" in session.take_cookies()[0]
+    assert set(map(str, (await keyspace.dump()).values())) == {str({"_ended": "deleted"})}
+
+
+async def test_a_logout_that_cannot_be_done_is_told(store: SessionStore) -> None:
+    """Also by a dict of a session that could not be read."""
+    token = await begin(Sessions(store), n=1)
+    lost = SessionStore(Redis(unix_socket_path="/nowhere/redis.sock"), timeout=0.05)
+    session = request(Sessions(lost, on_unavailable="anonymous"), token)
+    items = DictSession(session, await session.peek())
+    items.clear()
+    with pytest.raises(StoreUnavailable):
+        await items.save()
+    assert session.take_cookies() == []
+
+
+async def test_headers_that_leave_during_a_login(sessions: Sessions, keyspace: Keyspace) -> None:
+    """The client cannot be told: no session is left that nobody can reach."""
+    for token in (await begin(sessions, n=1), ""):
+        session = request(sessions, token) if token else sessions.create_session()
+        login = asyncio.ensure_future(session.rotate({"user_id": 7}))
+        await asyncio.sleep(0)
+        assert session.take_cookies() == []
+        with pytest.raises(RuntimeError, match="the response has begun"):
+            await login
+        assert session.id is None
+        assert not session.is_new
+        assert await session.get() == {}
+        assert "user_id:{7}" not in await keyspace.dump()
+
+
+async def test_a_failure_that_was_handled_is_forgotten(sessions: Sessions) -> None:
+    """A later error of the application is its own."""
+    token = await begin(sessions, user_id=7)
+    session = request(sessions, token)
+    await session.get()
+    await sessions.store.delete(id_of(token))
+    with pytest.raises(SessionEnded):
+        await session.set({"n": 1})
+    assert session.failure
+    await session.set({"user_id": 8})
+    assert session.failure is None
+
+
+async def test_taking_out_from_what_is_gone(sessions: Sessions, keyspace: Keyspace) -> None:
+    """What goes is gone with the session, however it ended."""
+    for ends in (True, False):
+        token = await begin(sessions, user_id=7, n=1)
+        session = request(sessions, token)
+        await session.get()
+        if ends:
+            await sessions.store.delete(id_of(token))
+        else:
+            await keyspace.expire(f"{{{id_of(token)}}}")
+        assert await session.replace({"user_id": 7, "n": 1}, {"user_id": 7})
+        assert session.failure is None
 
 
 @pytest.mark.parametrize("reason", ["password", None])
@@ -308,7 +447,7 @@ async def test_signing_out_beside_a_tossed_cookie_ends_every_candidate(sessions:
     session = sessions.create_session(f"session-id={tossed}; session-id={mine}")
     await session.set({"n": 1})  # The client gets a cookie of its own beside them.
     assert await session.delete()
-    assert await keyspace.dump() != {}
+    assert all(held in (ended, {"_ended": "deleted"}) for held in (await keyspace.dump()).values())
 
 
 # ---------------------------------------------------------------- errors that name the call that was meant

@@ -264,7 +264,7 @@ def test_a_signal_stops_the_server(number: signal.Signals, tmp_path: Path) -> No
 
 def test_a_program_may_handle_signals_itself() -> None:
     """What it has set stays, and what it had not set is as before at the end."""
-    mine = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    mine, others = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with testing.local_server(str(server_binary())):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -272,6 +272,7 @@ def test_a_program_may_handle_signals_itself() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, mine)
+        signal.signal(signal.SIGTERM, others)
 
 
 def test_the_report_of_tests_without_a_server(users_tests: Callable[[str], pytest.RunResult]) -> None:

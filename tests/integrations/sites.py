@@ -84,6 +84,8 @@ async def act_on_dict(session: MutableMapping[str, Any], handle: Session, action
         case "read-write":
             session["visits"] = session.get("visits", 0) + 1
             return dict(session)
+        case "sign-in" if handle.sessions.store.fields.identity:
+            session["user_id"] = 7
         case "sign-in":
             await handle.rotate({"user_id": 7})
         case "sign-out":

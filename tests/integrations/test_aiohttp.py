@@ -13,7 +13,7 @@ from aiohttp.test_utils import make_mocked_request
 
 import rss.aiohttp
 import rss.aiohttp_session
-from rss import Sessions, SessionStore
+from rss import CookiePolicy, Sessions, SessionStore
 from tests.integrations.serving import browser, cookie_of, serve_aiohttp
 from tests.keyspace import Keyspace
 from tests.servers import own_server
@@ -135,6 +135,34 @@ async def test_an_error_in_a_stream_stays_one() -> None:
                 assert response.status == 200
                 with pytest.raises(aiohttp.ClientPayloadError):
                     await response.read()
+
+
+async def test_a_part_with_sessions_of_its_own(sessions: Sessions) -> None:
+    """Each of the two sets its own cookie, and outside of the part the session is that of the whole."""
+    theirs = Sessions(sessions.store, cookie=CookiePolicy(name="theirs"))
+    seen: list[bool] = []
+
+    @web.middleware
+    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+        session = await rss.aiohttp.get_session(request)
+        await session.set({"n": 1})
+        response = await handler(request)
+        seen.append(await rss.aiohttp.get_session(request) is session)
+        return response
+
+    async def handler(request: web.Request) -> web.Response:
+        await (await rss.aiohttp.get_session(request)).set({"n": 2})
+        return web.Response()
+
+    app, part = web.Application(middlewares=[count]), application(theirs, handler)
+    rss.aiohttp.setup(app, sessions)
+    app.add_subapp("/part", part)
+    async with serve_aiohttp(app) as url, browser(url) as visitor:
+        async with visitor.get("/part/") as response:
+            assert response.status == 200
+        assert cookie_of(visitor)
+        assert cookie_of(visitor, "theirs")
+    assert seen == [True]
 
 
 # ---------------------------------------------------------------- aiohttp-session
@@ -283,3 +311,25 @@ async def test_any_name_of_an_item(sessions: Sessions, keyspace: Keyspace) -> No
             assert response.status == 200
         assert seen[1] == {"_csrf": 1, "id": 2, "created": 3}
         assert await keyspace.ttl(f"{{{id_of(cookie_of(visitor))}}}") <= 60_000
+
+
+async def test_a_login_by_the_handle_after_invalidate_stays(sessions: Sessions, keyspace: Keyspace) -> None:
+    """What the application did with the session itself is not undone."""
+
+    async def handler(request: web.Request) -> web.Response:
+        session = await aiohttp_session.get_session(request)
+        if session.new:
+            session["theme"] = "dark"
+        else:
+            session.invalidate()
+            await (await rss.aiohttp.get_session(request)).rotate({"user_id": 7})
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        for _ in range(2):
+            async with visitor.get("/") as response:
+                assert response.status == 200
+        session_id = id_of(cookie_of(visitor))
+    dump = await keyspace.dump()
+    assert dump["user_id:{7}"] == {session_id}
+    assert dump[f"{{{session_id}}}"] == {"id": session_id, "user_id": "7"}

@@ -144,6 +144,54 @@ async def test_nested_middlewares_are_one(sessions: Sessions) -> None:
         assert await response.json() == id_of(cookie_of(visitor))
 
 
+async def test_a_part_of_an_application_may_ask_for_the_dict(sessions: Sessions, keyspace: Keyspace) -> None:
+    """The middleware around the whole serves the session, one around a part adds `request.session`."""
+
+    async def login(request: Request) -> Response:
+        request.session["user_id"] = 7
+        return PlainTextResponse("")
+
+    app = Starlette(routes=[Route("/", login)], middleware=[wrapped(sessions)] * 2)
+    served = serve_uvicorn(SessionMiddleware(app, sessions))
+    async with served as url, browser(url) as visitor, visitor.get("/") as response:
+        assert response.status == 200
+        assert len(response.headers.getall("Set-Cookie")) == 1
+        assert (await keyspace.dump())["user_id:{7}"] == {id_of(cookie_of(visitor))}
+
+
+@pytest.mark.parametrize("outside", [True, False])
+async def test_errors_of_the_dict_are_answered(
+    sessions: Sessions, keyspace: Keyspace, caplog: pytest.LogCaptureFixture, *, outside: bool
+) -> None:
+    """When the response begins it is too late for a handler: a block is a 403, and the end of the session a 401."""
+    caplog.set_level(logging.INFO)
+
+    async def login(request: Request) -> Response:
+        request.session["user_id"] = 7
+        return PlainTextResponse("welcome")
+
+    async def late(request: Request) -> Response:
+        await sessions.store.delete_by("user_id", 8)
+        request.session["n"] = 1
+        return PlainTextResponse("done")
+
+    routes = [Route("/login", login), Route("/late", late)]
+    app: Any = Starlette(routes=routes, middleware=[] if outside else [wrapped(sessions)])
+    app = SessionMiddleware(app, sessions, dict_session=True) if outside else app
+    await sessions.store.block("user_id", 7, "1m")
+    async with serve_uvicorn(app) as url, browser(url) as visitor:
+        assert await visit(visitor, "/login", 403) == "Forbidden"
+        assert not cookie_of(visitor)
+        session = sessions.create_session()
+        await session.set({"user_id": 8})
+        token = session.take_cookies()[0].partition("=")[2].partition(";")[0]
+        visitor.cookie_jar.update_cookies({"session-id": token}, visitor._base_url or "")  # type: ignore[arg-type]
+        assert await visit(visitor, "/late", 401) == "Unauthorized"
+    assert "403: this value of 'user_id' is blocked" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert "user_id:{8}" not in await keyspace.dump()
+
+
 def test_starlettes_test_client_without_a_lifespan(redis_url: str, keyspace: Keyspace) -> None:
     """It makes a loop for each request; the store follows."""
 

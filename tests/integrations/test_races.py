@@ -6,10 +6,12 @@ from typing import Final
 
 import aiohttp
 import pytest
+from redis.asyncio import Redis
 
-from rss import Sessions
+from rss import Reference, Sessions, SessionStore
 from tests.integrations.serving import cookie_of
 from tests.integrations.sites import Site
+from tests.keyspace import Keyspace
 from tests.test_session import id_of
 
 #: How often each race is run: `ROUNDS=500 make test ARGS=tests/integrations/test_races.py` runs it longer.
@@ -23,6 +25,12 @@ RACERS: Final = {
     "another login": ("sign-in", {200}),
     "logout": ("sign-out", {200, 409}),
 }
+
+
+@pytest.fixture(name="sessions")
+def _sessions(client: Redis, keyspace: Keyspace) -> Sessions:
+    """Sessions with an identity: where a framework has them as a dict, an item of it signs in."""
+    return Sessions(SessionStore(client, references={"user_id": Reference(identity=True)}, prefix=keyspace.prefix))
 
 
 async def visit(visitor: aiohttp.ClientSession, site: Site, action: str) -> tuple[int, str | None]:
