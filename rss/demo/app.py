@@ -107,10 +107,11 @@ async def home() -> str:
     held = await session.get()
     if held.get("user"):
         return await _devices(held["user"])
-    if not held:
+    if not held and session.ended != "rotated":
         await session.set({}, _ANONYMOUS)  # For the form. Most visitors who see it never sign in.
     token = await session.create_csrf_token()
-    return await render_template("sign_in.html", users=USERS, csrf_token=token, notice=_WHY.get(session.ended or ""))
+    notice = _WHY.get(session.ended or request.args.get("done", ""))
+    return await render_template("sign_in.html", users=USERS, csrf_token=token, notice=notice)
 
 
 async def _devices(user: str) -> str:
@@ -195,7 +196,7 @@ async def change_password() -> Any:
         return await _password_form(user, "The new password must not be empty."), 400
     passwords[user] = form["new"]
     await session.delete_all(reason="password")
-    return redirect(url_for("pages.home"), 303)
+    return redirect(url_for("pages.home", done="password"), 303)
 
 
 async def _password_form(user: str, wrong: str = "") -> str:

@@ -168,7 +168,7 @@ def aiohttp_session_app(sessions: Sessions) -> web.Application:
         if action == "untouched":
             return {}
         handle = await rss.aiohttp.get_session(request)
-        if action == "sign-in":
+        if action == "sign-in" and not sessions.store.fields.identity:
             return await act_on_dict({}, handle, action)
         session = await aiohttp_session.get_session(request)
         if action == "sign-out":
