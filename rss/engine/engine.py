@@ -18,8 +18,8 @@ from rss.engine.scripts import Scripts
 from rss.errors import StoreUnavailable
 from rss.keys import Plain
 
-#: The most calls that may wait in a lane. More would only make all of them late. Calls whose caller is gone count for a
-#: moment.
+#: The most calls that may wait in a lane, beside those in flight. More would only make all of them late. Calls whose
+#: caller is gone count for a moment.
 MAX_PENDING: Final = 10_000
 
 
@@ -64,7 +64,7 @@ class Engine:
         lane = node.main if operation.batched else node.pages
         size = sum(map(len, args)) if operation.sized else 0
         call = Call.make(loop, keys, args, size, loop.time() + self._timeout)
-        if lane.waiting.count < MAX_PENDING:
+        if not lane.is_full(MAX_PENDING):
             lane.put((operation, partition, shared), call)
         else:
             # In the next turn: a caller that tries again at once must not keep the loop from sending what waits.

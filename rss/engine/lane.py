@@ -112,6 +112,7 @@ class Lane:
         self._volleys = volleys
         self._channel: Channel | None = None
         self._in_flight: deque[Batch] = deque()  # Batches that have no reply yet.
+        self._answering: Batch | None = None  # The one whose replies are being handed out.
         self._demoted = False  # The server is no master: the channel is closed as soon as it owes no reply.
         self._must_load = False  # The scripts are gone: they are loaded as soon as the channel owes no reply.
         self._load_error: Exception | None = None
@@ -126,6 +127,16 @@ class Lane:
         yield from self.waiting
         for batch in self._in_flight:
             yield from batch.calls
+
+    def is_full(self, limit: int) -> bool:
+        """Return whether so many calls wait that no more may: *limit*, and as many as can be in flight.
+
+        A caller that just got a reply often calls again, while all others still wait. Its place counts as free.
+        """
+        if self.waiting.count < limit:
+            return False
+        in_flight = sum(len(batch.calls) for batch in self._in_flight if batch is not self._answering)
+        return self.waiting.count + in_flight >= limit + VOLLEYS * ROOM
 
     # Calls go.
 
@@ -195,6 +206,7 @@ class Lane:
             if batch.queue.refusals:
                 batch.queue.release()
             self._scheduled = True  # The callers run here; what they call next is sent below.
+            self._answering = batch
             # No task can run inside of another one.
             answer = Call.answer if asyncio.current_task() is None else Call.set_result
             for call, own in zip(batch.calls, reply, strict=False):
@@ -202,6 +214,7 @@ class Lane:
                     call.fail(final_error_for(own))
                 elif not call.done():
                     answer(call, own)
+            self._answering = None
             if self._in_flight and self._in_flight[0] is batch:  # Unless a caller has closed the store.
                 self._in_flight.popleft()
             # Now, not after the whole read: Redis shall work while the replies to the next batch are handed out.

@@ -157,6 +157,25 @@ async def test_no_more_calls_wait_than_the_limit(url: str, admin: Redis, monkeyp
         assert await works(store)
 
 
+async def test_who_has_a_reply_may_call_again(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while as many calls of others wait as the limit allows."""
+    del admin
+    monkeypatch.setattr(engine, "MAX_PENDING", 200)
+    async with SessionStore.from_url(url, timeout=20) as store:
+
+        async def work() -> None:
+            for _ in range(200):
+                await store.get("session")
+                await store.touch("session")
+
+        workers = [asyncio.ensure_future(work()) for _ in range(20)]
+        for _ in range(30):
+            await asyncio.sleep(0.002)
+            floods = await outcomes([store.get(str(n), ["n"]) for n in range(600)])
+            assert any(isinstance(one, StoreUnavailable) for one in floods)
+        assert await outcomes(workers) == [None] * 20
+
+
 async def test_callers_that_are_gone_make_room(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only calls whose callers wait count for the limit, also if others wait before them."""
     monkeypatch.setattr(engine, "MAX_PENDING", 60)
