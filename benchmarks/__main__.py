@@ -159,7 +159,7 @@ def _all(options: argparse.Namespace) -> None:
         "Goals": tables.goals(verdicts),
         "Ratios": "\n".join(filter(None, (tables.ratios(cells, to) for to in ("evalsha", "ioredis", "before")))),
         "Calls": tables.calls(cells),
-        "What the others do not do": tables.lacks(lacks),
+        "What other libraries do not do": tables.lacks(lacks),
         "Commands and the server's time": commands.table(rows, version),
         "The longest scripts": longest.table(scripts, version),
         "Sizes": "\n".join(
@@ -171,8 +171,8 @@ def _all(options: argparse.Namespace) -> None:
             )
         ),
         "Applications": tables.applications(apps),
-        "Where": f"{machine['cores']} cores, {machine['system']}, {machine['server']}, Python {machine['python']}, "
-        f"{packages}; {machine['date']}, load at the start {load:.1f}.\n",
+        "Machine and versions": f"{machine['cores']} cores, {machine['system']}, {machine['server']}, "
+        f"Python {machine['python']}, {packages}; {machine['date']}, load at the start {load:.1f}.\n",
     }
     text = "\n".join(f"### {title}\n\n{body}" for title, body in sections.items())
     RESULTS.mkdir(exist_ok=True)

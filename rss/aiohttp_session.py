@@ -20,7 +20,7 @@ class _Session(aiohttp_session.Session):
 
     #: The fields as they were.
     before: dict[str, Any]
-    #: Whether it ends, and items that were set after that go into a new one.
+    #: Whether it was cleared: then it ends, or gets a new id if items were set after that.
     cleared = False
 
     def invalidate(self) -> None:

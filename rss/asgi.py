@@ -61,7 +61,7 @@ class SessionMiddleware:
             await self._app(scope, receive, send)
             return
         around: Session[Any] | None = scope.get(KEY)
-        if around is not None and around.sessions is self._sessions:  # The response is that of another middleware.
+        if around is not None and around.sessions is self._sessions:  # A middleware around this one adds the headers.
             if self._dict_session and not isinstance(scope.get("session"), DictSession):
                 send = await _with_items(scope, around, send)
             await self._app(scope, receive, send)
@@ -77,7 +77,7 @@ class SessionMiddleware:
         except Exception as error:
             status = session.status_for(error)
             if session.sent:
-                if response.refused and status is not None:  # The application was told of its own error.
+                if response.refused and status is not None:  # The response tells of this error already.
                     return
                 raise
             if status is None:

@@ -10,7 +10,7 @@ from rss.session import Session
 
 
 class DictSession(dict[str, Any]):
-    """The items of a session as they were when the request began; `save` writes what differs by then.
+    """The items of a session. They are read when the request begins, and `save` writes what has changed.
 
     Changes are noticed however deep they are. Only the fields that differ are written, in one script, so parallel
     requests do not undo each other's writes. If nothing is left in Redis then, the session ends. `clear` ends it in any
@@ -100,8 +100,8 @@ async def write(
 ) -> bool:
     """Write what differs between two states of a session, and return whether anything was written.
 
-    *cleared*: whether the application cleared it in between, as a login or a logout does. Then it ends, or gets a new
-    id. If the application did that by the handle already, that stands.
+    *cleared*: whether the application cleared the session in between. If so, it ends; if items were set after that, it
+    gets a new id. If the application has ended or rotated it by the handle, only the difference is written.
     """
     if not cleared or handle.cookie_changes:
         return await handle.replace(before, after, max_age)

@@ -121,7 +121,7 @@ class BackChannelLogout:
         cannot be fetched.
         """
         claims = await self._verified(logout_token)
-        # A cookie's token has no dot, so this id leads nobody into a session.
+        # The mark is stored as a session. No cookie leads to it: a token has no dot.
         seen = f"oidc.{hashlib.sha256(self._value(claims['jti']).encode()).hexdigest()}"
         if await self._store.get(seen):
             raise InvalidLogoutToken("it was used before")
@@ -207,9 +207,9 @@ class _Keys:
         self._lock = asyncio.Lock()
 
     async def get(self, *, fresh: bool) -> KeySet:
-        """Return the keys. *fresh*: not those that were known when a signature did not match, unless just fetched.
+        """Return the keys. Raises OSError if none could be fetched.
 
-        Raises OSError if there are none.
+        *fresh*: fetch them again, unless that was done in the last half minute.
         """
         known = self._keys
         lasts = _RETRY if known is None else _PAUSE if fresh else _KEPT

@@ -35,13 +35,13 @@ def redis_url(redis_server: RedisServer) -> str:
 
 @pytest.fixture
 def session_options() -> StoreOptions:
-    """What `session_store` takes, such as references: override this fixture."""
+    """The options of `session_store`, such as its references. Override this fixture to set them."""
     return {}
 
 
 @pytest.fixture
 def session_store(redis_url: str, session_options: StoreOptions) -> Iterator[SessionStore[Any]]:
-    """A store whose keys no other test sees: it has a prefix of its own, and its keys are removed at the end."""
+    """A store with a prefix of its own, so no other test sees its keys. They are removed at the end."""
     prefix = f"test-{secrets.token_hex(8)}"
     options: StoreOptions = {**session_options, "prefix": prefix}
     yield SessionStore.from_url(redis_url, **options)
@@ -52,7 +52,7 @@ def session_store(redis_url: str, session_options: StoreOptions) -> Iterator[Ses
 
 @pytest.fixture
 def sessions(session_store: SessionStore[Any]) -> Sessions[Any]:
-    """The sessions of an application, whose cookie also test clients on plain http take."""
+    """The sessions of an application. Their cookie is not Secure, so test clients on plain http keep it."""
     return Sessions(session_store, cookie=CookiePolicy(secure=False))
 
 

@@ -81,7 +81,7 @@ class Sessions(Generic[S]):
 
         *scheme*: that of the request. On "http" a warning tells once that browsers may drop a Secure cookie.
 
-        Nothing is read yet, and no session is made before the first write.
+        This reads nothing. The first write makes a session.
         """
         return Session(self, cookies, scheme)
 
@@ -120,7 +120,7 @@ class Sessions(Generic[S]):
 
 
 class _State(enum.Enum):
-    """What is known in a request about its session. The values are what `repr` shows."""
+    """What a request knows about its session. `repr` shows the value."""
 
     #: A token came. Redis was not asked yet.
     UNREAD = "not looked at"
@@ -134,7 +134,7 @@ class _State(enum.Enum):
 
 
 class _Cookie:
-    """What the client holds, and what the response must tell it."""
+    """The token of a request's session: the one that came, and the one that the response must set."""
 
     __slots__ = ("_came", "_held", "_removed", "_scheme", "_sessions", "others", "sent", "token")
 
@@ -148,7 +148,7 @@ class _Cookie:
         self.sent = False
         self._sessions = sessions
         self._held = self.token
-        self._came = sessions.cookie.name in cookies  # Whatever it holds.
+        self._came = sessions.cookie.name in cookies  # Also if it holds no token.
         self._removed = False
         self._scheme = scheme
 
@@ -201,7 +201,8 @@ class Session(Generic[S]):
 
     A session that was alive in this request and has ended meanwhile is not made again: a write raises `SessionEnded` or
     `SessionNotFound`. So does a write that races a login with the old cookie: `SessionEnded` with the reason "rotated".
-    Only a login makes a session then: a write of an identity that this session did not have.
+    Only a login makes a session then: a write of an identity that this session did not have, or a `rotate` with values
+    that races another one, as when a form is sent twice.
 
     If the store has an identity, a write that changes it gives the session a new id, as `rotate` does.
 
@@ -234,9 +235,9 @@ class Session(Generic[S]):
         self._id = sessions.id_of(self._cookie.token) if self._cookie.token else ""
         self._values: dict[str, Any] | None = None  # None: not read, or it is not known what was written.
         self._due = False  # Whether it was read without being renewed, and a renewal is due.
-        self._kept = False  # Whether it stays when nothing is left of it: a form has a CSRF token of it.
-        self._seen: Any = None  # The identity that it had in this request; None if it was nobody's.
-        self._next: tuple[str, object] | None = None  # A token that is about to be its, and what is written with it.
+        self._kept = False  # Whether it stays even if its last field is taken out, since a form has its CSRF token.
+        self._seen: Any = None  # The identity that it had in this request; None if nobody was signed in.
+        self._next: tuple[str, object] | None = None  # The token of a call that is under way, and what it writes.
         self._lock = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -291,7 +292,8 @@ class Session(Generic[S]):
     async def _read(self) -> dict[str, Any]:
         """Return the values of the session for the application: {} if there is none."""
         self.accessed = True
-        if self._due:  # It is read again, since a read renews also where a server takes no writes: not at all, then.
+        # Read again instead of `touch`: on a server that takes no writes a read skips the renewal, and touch fails.
+        if self._due:
             self._values, self._due = None, False
         return await self._load(renew=True)
 
@@ -403,7 +405,10 @@ class Session(Generic[S]):
             self._values = None  # If this is cancelled, it is not known what is left.
             ending = asyncio.gather(*(self._store.delete(session_id, reason=reason) for session_id in ids))
             deleted = any(await self._answer(asyncio.shield(ending)))
-            await self._forget_unless_rotated(deleted=deleted)
+            if deleted:
+                self._forget()
+            else:
+                await self._forget_unless_rotated()
         return deleted
 
     async def rotate(self, values: S | None = None, max_age: Duration | None = None) -> None:
@@ -433,7 +438,7 @@ class Session(Generic[S]):
         except SessionNotFound:
             if values or not gone:
                 raise
-            self.failure = None  # What is to go has gone with the session.
+            self.failure = None  # The fields to take out are gone with the session.
             return
         if ttl is None:
             if values or not gone:
@@ -483,9 +488,12 @@ class Session(Generic[S]):
     async def _write(
         self, operation: Callable[[], Awaitable[int]], values: Mapping[str, Any], *, rotates: bool = False
     ) -> int | None:
-        """Run an operation on the session and return its TTL. Returns None if there is none, and one may be made."""
+        """Run an operation on the session and return its TTL. Returns None if the caller must make a session first.
+
+        *values*, *rotates*: what the write is, to tell a login from others.
+        """
         self.accessed = True
-        if self._state is _State.UNREADABLE:  # What is written may follow from what could not be read.
+        if self._state is _State.UNREADABLE:  # The application may have computed these values from no session at all.
             self.failure = StoreUnavailable("the session could not be read in this request")
             raise self.failure
         if self._state is _State.GONE and not self._is_login(values, rotates=rotates):
@@ -508,9 +516,10 @@ class Session(Generic[S]):
         return ttl
 
     def _is_login(self, values: Mapping[str, Any], *, rotates: bool) -> bool:
-        """Whether a write makes a session although the old one is gone.
+        """Return whether a write may make a session although the old one is gone.
 
-        It must not bring back what was ended: so it is one of another identity, or the second of two equal logins.
+        A login may. Any other write would bring back what was ended. A write is a login if it changes the identity, or
+        if it is a rotation that lost a race against another one.
         """
         again = rotates and self.ended == "rotated"
         identity = self._store.fields.identity
@@ -519,7 +528,7 @@ class Session(Generic[S]):
         value = values.get(identity)
         return value is not None and (again or str(value) != str(self._seen))
 
-    # What became of it.
+    # Noting what happened.
 
     async def _answer(self, operation: Awaitable[Any]) -> Any:
         self.failure = None
@@ -551,9 +560,9 @@ class Session(Generic[S]):
         self._state, self._id, self._values, self._seen = _State.ABSENT, "", None, None
         self.is_new, self._next, self._due = False, None, False
 
-    async def _forget_unless_rotated(self, *, deleted: bool) -> None:
-        """Do that, unless a login has given the session a new id: it told the client a token that must not go."""
-        if not deleted and self._cookie.token and await self._answer(self._store.ended(self._id)) == "rotated":
+    async def _forget_unless_rotated(self) -> None:
+        """Forget the session, unless a login has given it a new id: the client must keep the token of that login."""
+        if self._cookie.token and await self._answer(self._store.ended(self._id)) == "rotated":
             self._lose("rotated")
         else:
             self._forget()
@@ -564,7 +573,7 @@ class Session(Generic[S]):
             self._cookie.adopt(token)
         except RuntimeError:
             await self._answer(asyncio.shield(self._store.delete(session_id)))
-            self._state = _State.ALIVE
+            self._state = _State.ALIVE  # It was: so it is gone now, and no write of this request makes another one.
             self._lose("deleted")
             raise
         self._state, self._id, self._next = _State.ALIVE, session_id, None
@@ -579,9 +588,9 @@ class Session(Generic[S]):
             self._values.update(self._store.fields.as_stored(values))
 
     def _mint(self, encoded: Encoded, age: str) -> str:
-        """Return a new token. It is the same again for the same work, if it is not known whether that was done.
+        """Return a new token. A call that repeats one whose outcome is unknown gets the same token.
 
-        Scripts recognise by the id that goes with it what they have done.
+        The scripts recognise its id, and do not write twice.
         """
         self._cookie.check()
         work = encoded, age
@@ -642,8 +651,7 @@ class Session(Generic[S]):
             self._values = None  # If this is cancelled, it is not known what is left.
             ending = asyncio.ensure_future(self._store.delete_by(field, value, reason=reason, block=block))
             ended = await self._answer(asyncio.shield(ending))
-            own = await self._answer(self._store.ended(self._id)) != "rotated"
-            await self._forget_unless_rotated(deleted=own)
+            await self._forget_unless_rotated()
         return cast("int", ended)
 
     async def _identity(self) -> tuple[str, Any]:
@@ -656,9 +664,10 @@ class Session(Generic[S]):
     # CSRF tokens.
 
     async def create_csrf_token(self) -> str:
-        """Return a token for the forms of this session; makes one if there is none. Another each time, all are valid.
+        """Return a CSRF token for the forms of this session. Makes a session if there is none.
 
-        Tokens are made from what the cookie holds: nothing is written for them, and Redis does not know them.
+        Each call returns another token, and all are valid. They are made from what the cookie holds, so nothing is
+        written for a token, and Redis does not know it.
         """
         if not await self.get() and not self._raced:
             await self.set(cast("S", {}))
@@ -671,7 +680,7 @@ class Session(Generic[S]):
 
     @property
     def _raced(self) -> bool:
-        """Whether the cookie is that of before a login: maybe of one whose response was lost, so forms must work."""
+        """Whether the session was rotated by another request. If its response was lost, the user must sign in again."""
         return self._state is _State.GONE and self.ended == "rotated"
 
     def _csrf_secret(self) -> bytes:
@@ -684,12 +693,12 @@ class Session(Generic[S]):
         return self._cookie.take()
 
     def take_headers(self, cache_control: str | None, vary: str | None) -> list[tuple[str, str]]:
-        """Return the headers of the response, once. The arguments are those that it has.
+        """Return the headers of the session for the response, once.
 
-        A Cache-Control among them takes the place of the response's own; the others are added.
+        *cache_control*, *vary*: the headers of these names that the response has; None if it has none.
 
-        A response that sets the cookie must not be stored by a shared cache. A response that depends on the session
-        varies by the cookie.
+        Replace the response's own Cache-Control if one is returned, and add the other headers. A shared cache must not
+        store a response that sets the cookie. A response that depends on the session varies by the cookie.
         """
         headers = [("Set-Cookie", cookie) for cookie in self.take_cookies()]
         if headers and not _is_private(cache_control or ""):

@@ -103,7 +103,7 @@ def local_server(binary: str, *arguments: str) -> Iterator[str]:
 
 @contextmanager
 def _signals_end_it() -> Iterator[None]:
-    """Raise SystemExit for a signal that would end the process: then what it started would stay behind."""
+    """Raise SystemExit for a signal that would end the process, so that its servers are stopped."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)

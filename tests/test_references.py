@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from rss import LimitExceeded, Reference, SessionEnded, SessionNotFound, SessionStore
 from rss.testing import RedisServer
-from tests.keyspace import SLACK, Keyspace
+from tests.keyspace import SLACK, SPARE, Keyspace
 
 
 def _store(client: Redis, keyspace: Keyspace, **reference: object) -> SessionStore:
@@ -479,7 +479,7 @@ async def test_grace_leads_over_eight_rotations(busy: SessionStore, url: str) ->
     ages=st.lists(st.tuples(st.sampled_from(["set", "move", "touch", "unset", "rotate"]), st.integers(60_000, 10**11))),
 )
 def test_sets_outlive_a_session_however_it_is_renewed(redis_server: RedisServer, ages: list[tuple[str, int]]) -> None:
-    """For longer, for shorter, a little, a lot: they live as long as it does, and no more than a 32nd longer."""
+    """Sets live as long as the session does, and at most a 32nd and a tenth of a second longer."""
 
     async def run() -> None:
         async with Redis.from_url(redis_server.url, decode_responses=True) as client:
@@ -502,7 +502,7 @@ def test_sets_outlive_a_session_however_it_is_renewed(redis_server: RedisServer,
                 longest = max(longest, ms)
                 (user,) = await client.keys(f"{keyspace.prefix}:user_id:*")
                 sets = [await client.pttl(key) for key in (user, f"{keyspace.prefix}:ip:{{x}}")]
-                assert await keyspace.ttl(f"{{{session_id}}}") <= min(sets) <= max(sets) <= longest * SLACK
+                assert await keyspace.ttl(f"{{{session_id}}}") <= min(sets) <= max(sets) <= longest * SLACK + SPARE
             await keyspace.clear()
 
     asyncio.run(run())

@@ -314,7 +314,7 @@ async def test_any_name_of_an_item(sessions: Sessions, keyspace: Keyspace) -> No
 
 
 async def test_a_login_by_the_handle_after_invalidate_stays(sessions: Sessions, keyspace: Keyspace) -> None:
-    """What the application did with the session itself is not undone."""
+    """The storage does not end the session that the application has just rotated."""
 
     async def handler(request: web.Request) -> web.Response:
         session = await aiohttp_session.get_session(request)

@@ -1,4 +1,4 @@
-"""What runs beside a login, in each framework: the browser ends with the login's cookie."""
+"""Requests that race a login, in each framework: at the end the browser has the login's cookie."""
 
 import asyncio
 import os
@@ -43,7 +43,7 @@ async def visit(visitor: aiohttp.ClientSession, site: Site, action: str) -> tupl
 
 @pytest.mark.parametrize("racer", RACERS)
 async def test_a_race_with_a_login(visitor: aiohttp.ClientSession, site: Site, sessions: Sessions, racer: str) -> None:
-    """By a request with the cookie of before the login: it neither undoes the login, nor makes a session of its own."""
+    """A request with the old cookie neither undoes the login, nor makes a session of its own."""
     action, statuses = RACERS[racer]
     store = sessions.store
     for turn in range(ROUNDS):

@@ -4,7 +4,6 @@ import importlib
 import json
 import logging
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,4 +104,3 @@ def test_the_tests_of_the_guide_pass(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert re.search(r"^3 passed", result.stdout, re.MULTILINE), result.stdout
-    shutil.rmtree(tmp_path)
