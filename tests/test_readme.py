@@ -18,7 +18,8 @@ from tests.keyspace import Keyspace
 README = (ROOT / "README.md").read_text()
 STORE = (ROOT / "rss" / "guides" / "store.md").read_text()
 FRAMEWORKS = (ROOT / "rss" / "guides" / "frameworks.md").read_text()
-ALL = [*DOCUMENTS, *(ROOT / name for name in (".github/SECURITY.md", ".github/CONTRIBUTING.md", "tests/README.md"))]
+OTHERS = (".github/SECURITY.md", ".github/CONTRIBUTING.md", "lua/README.md", "rss/demo/README.md", "tests/README.md")
+ALL = [*DOCUMENTS, *(ROOT / name for name in OTHERS)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

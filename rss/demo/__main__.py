@@ -3,8 +3,11 @@
 import argparse
 import asyncio
 import contextlib
+import signal
 import socket
 import sys
+
+from quart import Quart
 
 from rss import CookiePolicy, Reference, Sessions, SessionStore
 from rss.demo.app import create_app
@@ -31,8 +34,15 @@ def main() -> None:
         # Without TLS, some browsers do not keep a cookie that is secure. In production, leave it at the default.
         app = create_app(Sessions(store, cookie=CookiePolicy(secure=False)))
         print(f"Redis: {server.origin}\nOpen http://{options.host}:{options.port} in two browsers. Ctrl+C ends it.")
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(app.run_task(options.host, options.port))
+        asyncio.run(_serve(app, options.host, options.port))
+
+
+async def _serve(app: Quart, host: str, port: int) -> None:
+    """Serve until a signal ends it: Ctrl+C, a closed terminal, or `kill`."""
+    ending: asyncio.Event = app.extensions["ending"]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    await app.run_task(host, port, shutdown_trigger=ending.wait)
 
 
 if __name__ == "__main__":

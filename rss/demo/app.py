@@ -1,6 +1,7 @@
 """A small application with a page of devices: who is signed in where, and how to end it."""
 
 import asyncio
+import contextlib
 import hmac
 import time
 from dataclasses import dataclass
@@ -43,12 +44,29 @@ _ERRORS: Final = {
     503: "The server that keeps the sessions is away. Nobody is signed out: try again in a moment.",
 }
 
+#: The icons of browsers: a part of the browser's name, in small letters, and the icon.
+_BROWSERS: Final = {"edge": "edge", "firefox": "firefox", "chrom": "chrome", "safari": "safari"}
+_SYSTEMS: Final = {
+    "Windows": "windows",
+    "Mac OS X": "apple",
+    "iOS": "apple",
+    "Android": "android",
+    "Linux": "linux",
+    "Ubuntu": "linux",
+    "Fedora": "linux",
+    "Debian": "linux",
+}
+
 pages = Blueprint("pages", __name__)
 
 
 def create_app(sessions: Sessions[Any]) -> Quart:
-    """Return the application. The identity of its sessions is the reference "user"."""
+    """Return the application. The identity of its sessions is the reference "user".
+
+    Set `app.extensions["ending"]`, an event, when the server is about to stop: it closes the WebSockets.
+    """
     app = Quart(__name__)
+    app.extensions["ending"] = asyncio.Event()
     QuartSessions(app, sessions)
     app.config["PASSWORDS"] = dict.fromkeys(USERS, PASSWORD)
     app.register_blueprint(pages)
@@ -64,13 +82,25 @@ class Device:
     """A session, as its user sees it."""
 
     id: str
-    icon: str
+    #: laptop, phone or tablet.
+    kind: str
     browser: str
     system: str
     ip: str
     signed_in: datetime
     seen: datetime
     here: bool
+
+    @property
+    def browser_icon(self) -> str:
+        """The name of the icon of its browser."""
+        name = self.browser.lower()
+        return next((icon for part, icon in _BROWSERS.items() if part in name), "other")
+
+    @property
+    def system_icon(self) -> str:
+        """The name of the icon of its operating system."""
+        return _SYSTEMS.get(self.system, "other")
 
     def ago(self, then: datetime) -> str:
         """Return how long ago something was, in words."""
@@ -133,7 +163,7 @@ def _device(held: dict[str, Any]) -> Device:
     tablet = "iPad" in family or "Tablet" in family
     return Device(
         id=held["id"],
-        icon="tablet" if tablet else "phone" if system in ("iOS", "Android") else "laptop",
+        kind="tablet" if tablet else "phone" if system in ("iOS", "Android") else "laptop",
         browser=agent.user_agent.family if agent.user_agent else "Unknown browser",
         system=system,
         ip=held["ip"],
@@ -191,7 +221,7 @@ async def change_password() -> Any:
     user, form = await _user(), await request.form
     passwords: dict[str, str] = current_app.config["PASSWORDS"]
     if not hmac.compare_digest(form.get("old", "").encode(), passwords[user].encode()):
-        return await _password_form(user, "The old password is another one."), 403
+        return await _password_form(user, "This is not your current password."), 403
     if not form.get("new"):
         return await _password_form(user, "The new password must not be empty."), 400
     passwords[user] = form["new"]
@@ -218,9 +248,13 @@ async def live() -> None:
     await websocket.accept()
     signed_in = bool((await session.get()).get("user"))
     store, session_id = session.sessions.store, session.id
-    # It ends in Redis, and is asked for there. The questions of all open pages are one script.
-    while signed_in and session_id and await store.ttl(session_id):  # noqa: ASYNC110
-        await asyncio.sleep(0.5)
+    ending: asyncio.Event = current_app.extensions["ending"]
+    # The session ends in Redis, so ask there. The questions of all open pages share a script.
+    while signed_in and session_id and await store.ttl(session_id):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ending.wait(), 0.5)
+            await websocket.close(1001)
+            return
     reason = await store.ended(session_id) if session_id else session.ended
     await websocket.send_json({"notice": _WHY.get(reason or "", "You are signed out.")})
     await websocket.close(1000)

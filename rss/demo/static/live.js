@@ -12,7 +12,7 @@ function listen() {
     ended.querySelector("p").textContent = JSON.parse(event.data).notice;
     ended.hidden = false;
     document.getElementById("who").textContent = "You are signed out.";
-    for (const button of document.querySelectorAll("button")) button.disabled = true;
+    for (const form of document.querySelectorAll("form")) form.remove();
   };
   socket.onclose = () => {
     away.hidden = false;
