@@ -1,4 +1,4 @@
-"""OpenID Connect Back-Channel Logout 1.0: the provider signs a user out, and the sessions of the user end, everywhere.
+"""OpenID Connect Back-Channel Logout 1.0: when the provider signs a user out, all sessions of the user end.
 
 https://openid.net/specs/openid-connect-backchannel-1_0.html
 """
@@ -28,23 +28,23 @@ from rss.store import SessionStore
 FetchKeys = Callable[[], Awaitable[Mapping[str, Any]]]
 
 _EVENT: Final = "http://schemas.openid.net/event/backchannel-logout"
-# Keys are fetched again after so many seconds; for an unknown key at most so often.
+# Seconds until the keys are fetched again: in general, for a token with an unknown key, and after a failed first fetch.
 _KEPT: Final = 3600
 _PAUSE: Final = 30
-_RETRY: Final = 5  # After a failure, if no keys are known.
-# Characters of a claim: with the issuer it becomes the value of a reference, which has 512 bytes at most.
+_RETRY: Final = 5
+# Characters of a claim. A claim and the issuer make a reference value together, which has at most 512 bytes.
 _MOST: Final = 255
 _LARGEST: Final = 1_000_000  # Bytes of a document of a provider.
 _LONGEST: Final = 100_000  # Bytes of a form with a logout token.
-_REMEMBERED: Final = 30 * 86_400  # Seconds for which a token is known to be used, at most.
 # Seconds by which the clocks of the provider and of this machine may differ.
 _LEEWAY: Final = 60
+_REMEMBERED: Final = timedelta(days=30)  # The longest time for which a used token is remembered.
 
 _logger = logging.getLogger("rss")
 
 
 class InvalidLogoutToken(ValueError):
-    """Raised for a logout token that must not be obeyed. The text says which rule it breaks, and nothing of it."""
+    """Raised for a logout token that breaks a rule. The text names the rule, and quotes nothing of the token."""
 
 
 class Answer(NamedTuple):
@@ -58,13 +58,14 @@ class Answer(NamedTuple):
 class BackChannelLogout:
     """Ends sessions when an OpenID provider says so: `rss.aiohttp`, `rss.quart` and ASGI serve it.
 
-    *store*: its references *sid_field* and *sub_field* hold what `values` returns, since the login.
-    *issuer*: the provider, as its ID tokens name it.
+    *store*: a store with the references *sid_field* and *sub_field*. A login writes what `values` returns into them.
+    *issuer*: the `iss` of the provider's ID tokens.
     *client_id*: the id that this application has with the provider.
-    *keys*: the URL of the provider's JWK Set, or what fetches that. None: the provider's discovery document has the
-    URL. Keys are kept for an hour, and fetched again for a key that is not known.
-    *algorithms*: the signatures that are accepted. Symmetric ones are not.
-    *block*: for so long no session may join what was logged out, for a token that arrives while a login is under way.
+    *keys*: the URL of the provider's JWK Set, or a function that fetches the set. None: the provider's discovery
+    document has the URL. Keys are kept for an hour, and fetched again when a token names an unknown key.
+    *algorithms*: the accepted signature algorithms. Symmetric ones are refused.
+    *block*: how long no session may join a value that was logged out. It covers a login that is under way when the
+    token arrives.
 
     An instance is an ASGI application: `Route("/logout", logout, methods=["POST"])` in Starlette,
     `app.add_route("/logout", logout, ["POST"])` in FastAPI.
@@ -94,6 +95,11 @@ class BackChannelLogout:
         self._fields = {"sid": sid_field, "sub": sub_field}
         self._algorithms = [*algorithms]
         self._block = timedelta(milliseconds=milliseconds(block, "block"))
+        remembered = _REMEMBERED if store.max_lifetime is None else min(_REMEMBERED, store.max_lifetime)
+        # Seconds. A token that is valid for longer could be replayed after the store has forgotten it.
+        self._longest = remembered.total_seconds() - 2 * _LEEWAY
+        if self._longest < _LEEWAY:
+            raise ValueError("the max_lifetime of the store must be at least three minutes: it remembers used tokens")
         self._keys = _Keys(keys if callable(keys) else lambda: _fetch_keys(issuer, keys))
         self._rules = jwt.JWTClaimsRegistry(
             leeway=_LEEWAY,
@@ -108,9 +114,9 @@ class BackChannelLogout:
         return f"{type(self).__name__}(issuer={self.issuer!r})"
 
     def values(self, id_token: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the login writes into the session, from the claims of the ID token, which was verified.
+        """Return the fields that a login writes into the session, from the claims of the verified ID token.
 
-        The values name the issuer as well, since two issuers may have the same subject.
+        Their values contain the issuer, since two issuers may have the same subject.
         """
         return {field: self._value(id_token[claim]) for claim, field in self._fields.items() if claim in id_token}
 
@@ -121,7 +127,7 @@ class BackChannelLogout:
         cannot be fetched.
         """
         claims = await self._verified(logout_token)
-        # The mark is stored as a session. No cookie leads to it: a token has no dot.
+        # The mark is stored as a session. No cookie can name it, since cookie tokens have no dot.
         seen = f"oidc.{hashlib.sha256(self._value(claims['jti']).encode()).hexdigest()}"
         if await self._store.get(seen):
             raise InvalidLogoutToken("it was used before")
@@ -129,8 +135,8 @@ class BackChannelLogout:
         ended = await self._store.delete_by(
             self._fields[claim], self._value(claims[claim]), reason="oidc-logout", block=self._block
         )
-        # After the sessions have ended: if that fails, the provider may send the token again.
-        valid = min(max(claims["exp"] - time.time(), 0), _REMEMBERED)
+        # Mark the token last: if ending the sessions failed, the provider may send it again.
+        valid = max(claims["exp"] - time.time(), 0)
         try:
             await self._store.set(seen, {"used": True}, max_age=valid + 2 * _LEEWAY, expect={"used": None})
         except Conflict:
@@ -138,7 +144,7 @@ class BackChannelLogout:
         return ended
 
     async def answer(self, method: str, content_type: str, body: bytes) -> Answer:
-        """Return the response to a request of a provider, as section 2.8 of the standard has it."""
+        """Return the response to a provider's request, by section 2.8 of the standard."""
         try:
             ended = await self.logout(_token_of(method, content_type, body))
         except InvalidLogoutToken as error:
@@ -177,6 +183,8 @@ class BackChannelLogout:
         claims = token.claims
         if token.header.get("typ", "JWT").lower().removeprefix("application/") not in ("logout+jwt", "jwt"):
             raise InvalidLogoutToken("its type is another one")
+        if claims["exp"] - time.time() > self._longest:
+            raise InvalidLogoutToken("its exp is too far in the future")
         events = claims.get("events")
         if not isinstance(events, dict) or not isinstance(events.get(_EVENT), dict):
             raise InvalidLogoutToken("it has no logout event")
@@ -225,7 +233,7 @@ class _Keys:
     async def _renew(self) -> None:
         try:
             self._keys = KeySet.import_key_set(await self._fetch())  # type: ignore[arg-type]
-        except Exception as error:  # noqa: BLE001 - whatever the provider sent; keys that are known stay
+        except Exception as error:  # noqa: BLE001 - the provider may send anything; known keys stay in use
             _logger.error("The keys of the provider cannot be fetched: %s", type(error).__name__)  # noqa: TRY400
 
 

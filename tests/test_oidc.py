@@ -212,6 +212,7 @@ def broken() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "exp: past", {"exp": now - 600}
     yield "exp: missing", {"exp": None}
     yield "exp: no number", {"exp": "later"}
+    yield "exp: too late to be remembered until then", {"exp": now + 31 * 86_400}
     yield "jti: missing", {"jti": None}
     yield "jti: no text", {"jti": 1}
     yield "jti: too long", {"jti": "x" * 256}
@@ -291,7 +292,7 @@ async def test_signatures(store: SessionStore, logout: BackChannelLogout, provid
     assert await logout.logout(provider.token(aud=["other", "app"], header={"typ": "JWT"})) == 1
 
 
-async def test_bad_arguments(store: SessionStore) -> None:
+async def test_bad_arguments(client: Redis, store: SessionStore) -> None:
     """They are refused when it is made."""
     good: dict[str, Any] = {"issuer": "https://a.example", "client_id": "app"}
     for bad, why in (
@@ -305,7 +306,24 @@ async def test_bad_arguments(store: SessionStore) -> None:
     ):
         with pytest.raises(ValueError, match=why):
             BackChannelLogout(store, **{**good, **bad})
+    short = SessionStore(client, references=["oidc_sid", "oidc_sub"], max_lifetime="2m")
+    with pytest.raises(ValueError, match="max_lifetime of the store must be at least three minutes"):
+        BackChannelLogout(short, **good)
     assert repr(BackChannelLogout(store, **good)) == "BackChannelLogout(issuer='https://a.example')"
+
+
+async def test_a_token_that_outlives_the_sessions(client: Redis, keyspace: Keyspace, provider: Provider) -> None:
+    """It is refused: the store would forget that it was used, and it could be replayed."""
+    references = ["oidc_sid", "oidc_sub", "user_id"]
+    store = SessionStore(client, references=references, prefix=keyspace.prefix, max_lifetime="1h")
+    logout = BackChannelLogout(store, issuer=provider.issuer, client_id="app")
+    session_id = await sign_in(store, logout, "s1")
+    with pytest.raises(InvalidLogoutToken, match="its exp is too far in the future"):
+        await logout.logout(provider.token(exp=int(time.time()) + 3590))
+    assert await store.get(session_id)
+    assert await logout.logout(provider.token(exp=int(time.time()) + 3400)) == 1
+    (mark,) = [key async for key in client.scan_iter(match=f"{keyspace.prefix}:{{oidc.*")]
+    assert await client.pttl(mark) > 3_400_000 + 60_000
 
 
 @pytest.mark.parametrize("keys", ["ftp://a.example/keys", "http://127.0.0.1:9/keys", None])
