@@ -222,8 +222,8 @@ class Session(Generic[S]):
         self.sessions = sessions
         #: Whether it was made in this request.
         self.is_new = False
-        #: Why the session of this cookie ended; None if it has not, if that is no longer known, or if it was not looked
-        #: at.
+        #: Why the session of this cookie ended. None if it has not, if the reason is no longer known, or before this
+        #: request has read the session.
         self.ended: str | None = None
         #: Whether the response depends on the session.
         self.accessed = False
@@ -657,7 +657,9 @@ class Session(Generic[S]):
     async def _identity(self) -> tuple[str, Any]:
         field = self._store.fields.identity
         if field is None:
-            raise RuntimeError("the store has no identity: references={'user_id': Reference(identity=True)}")
+            raise RuntimeError(
+                "no reference of the store is the identity: write references={'user_id': Reference(identity=True)}"
+            )
         async with self._lock:
             return field, (await self._read()).get(field)
 

@@ -50,14 +50,14 @@ async def test_an_application_does_what_it_says(
             assert "alice" in await call(visitor, "GET", "/")
         store = module.sessions.store
         devices = json.loads(await call(one, "GET", "/devices"))
-        assert {device["user_id"] for device in devices} == {"alice"}
         assert {device["id"] for device in devices} == set(await store.ids_by("user_id", "alice"))
+        here = {device["id"] for device in devices if device.get("here", device["id"] == own_id(module, one))}
+        assert here == {own_id(module, one)}
         stranger = await store.create({"user_id": "bob"})
         await call(one, "POST", f"/devices/{stranger}/sign-out")
         assert await store.get(stranger)
 
-        own = module.sessions.id_of(cookie_of(two))
-        await call(one, "POST", f"/devices/{own}/sign-out")
+        await call(one, "POST", f"/devices/{own_id(module, two)}/sign-out")
         assert "alice" not in await call(two, "GET", "/")
         await call(one, "POST", "/sign-out-others")
         assert "alice" not in await call(three, "GET", "/")
@@ -71,6 +71,11 @@ async def test_an_application_does_what_it_says(
         assert bool(await store.blocked("user_id", "alice")) == ("block=" in example.source)
         await store.unblock("user_id", "alice")
         await store.delete(stranger)
+
+
+def own_id(module: Any, visitor: aiohttp.ClientSession) -> str:
+    """Return the id of the session that a browser has."""
+    return str(module.sessions.id_of(cookie_of(visitor)))
 
 
 async def call(visitor: aiohttp.ClientSession, method: str, path: str, **more: Any) -> str:
