@@ -115,7 +115,8 @@ async def person(
 def _is_error(message: ConsoleMessage) -> bool:
     expected = re.fullmatch(
         r"Failed to load resource: the server responded with a status of (403|404|409|503) .*"
-        r"|WebSocket connection to .* failed: .*ERR_CONNECTION_REFUSED",  # An open page looks for a server that is away.
+        # An open page tries to reach a server that is away.
+        r"|WebSocket connection to .* failed: .*ERR_CONNECTION_REFUSED",
         message.text,
     )
     return message.type == "error" and not expected
