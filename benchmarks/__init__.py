@@ -1,1 +1,1 @@
-"""What can be measured: run it, on whatever Redis there is."""
+"""Measurements of the library on any Redis."""

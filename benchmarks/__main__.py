@@ -1,6 +1,6 @@
 """Measures this library beside others: `python -m benchmarks`. `benchmarks/README.md` says how.
 
-On the server that REDIS_URL names, else on an embedded one, through TCP on the loopback.
+The server is the one that REDIS_URL names, else an embedded one, through TCP on the loopback.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def _need_ttls_of_fields(admin: Redis) -> None:
 
 
 def _calls(url: str, admin: Redis, options: argparse.Namespace) -> tuple[list[Cell], dict[str, str], dict[str, str]]:
-    """Measure the calls. Return the cells, what each contender lacks, and the versions that workers tell."""
+    """Measure the calls. Return the cells, what each contender lacks, and the versions that workers report."""
     rounds = options.rounds or (3 if options.quick else 15)
     seconds = options.seconds or (0.05 if options.quick else 0.15)
     tasks = options.tasks or ((1, 200) if options.quick else TASKS)
@@ -117,7 +117,7 @@ def _judge(verdicts: Sequence[goals.Verdict]) -> None:
 
 
 def _all(options: argparse.Namespace) -> None:
-    """Measure everything and write it down."""
+    """Measure everything, and write the results."""
     load = os.getloadavg()[0]
     started = time.monotonic()
 
@@ -208,7 +208,7 @@ def _some(options: argparse.Namespace) -> None:
 
 
 def _rounded(found: Any) -> Any:
-    """Return the same with four digits of each number: the others are noise."""
+    """Return the same data with four digits of each number, since further digits are noise."""
     if isinstance(found, dict):
         return {name: _rounded(value) for name, value in found.items()}
     if isinstance(found, list):
@@ -220,7 +220,7 @@ def main() -> None:
     """Measure everything, or what the options choose."""
     options = _options()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 16384), most))  # Some contenders have a connection a task.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 16384), most))  # Some contenders use a connection a task.
     if any((options.quick, options.operations, options.contenders, options.tasks, options.rounds, options.seconds)):
         _some(options)
     else:

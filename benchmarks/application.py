@@ -1,4 +1,4 @@
-"""Requests a second of small applications that read the session of a visitor, or count in it, by how they keep it."""
+"""Measures requests a second of small applications that read the session of a visitor, or count in it."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ class Application:
     app: Any
 
     def serve(self) -> AbstractAsyncContextManager[int]:
-        """Serve it, and yield the port."""
+        """Serve the application, and yield the port."""
         return _serve_aiohttp(self.app) if isinstance(self.app, web.Application) else _serve_uvicorn(self.app)
 
 
@@ -188,7 +188,7 @@ async def _serve_uvicorn(app: Any) -> AsyncIterator[int]:
     config = uvicorn.Config(app, port=0, log_level=logging.ERROR, access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110 - it has no event for that
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for this
         await asyncio.sleep(0.01)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
@@ -228,17 +228,17 @@ async def _load(port: int, path: str) -> _Measured:
 
 
 def _loader(port: int, path: str) -> _Measured:
-    """Be the browsers, in a process of their own."""
+    """Run the browsers, in a process of their own."""
     return asyncio.run(_load(port, path))
 
 
 async def application(url: str, rounds: int) -> list[dict[str, Any]]:
-    """Measure each application in its turn, and print a row for each that says what it is and what it took."""
+    """Measure each application in its turn, print a row of results for each, and return the rows."""
     measured: dict[tuple[str, str], dict[str, list[_Measured]]] = {}
     loop = asyncio.get_running_loop()
     with ProcessPoolExecutor(1, get_context("spawn")) as browsers:
         client = Redis.from_url(url, max_connections=1000)
-        for turn in range(-1, rounds):  # The first is to warm up.
+        for turn in range(-1, rounds):  # The first round warms up.
             for application in _applications(url, client):
                 async with application.serve() as port:
                     for path in PATHS:

@@ -1,7 +1,8 @@
-"""Another client of the same server, in a process of its own: it notices how long Redis serves nobody.
+"""Another client of the same server, in a process of its own, measures how long Redis does not reply.
 
-`python -m benchmarks.bystander URL` is that process. A byte on stdin: it begins to PING. The next byte: it prints the
-longest time in milliseconds and the number of PINGs, and waits for the next one. It ends with stdin.
+`python -m benchmarks.bystander URL` runs this process. On a byte from stdin, the process begins to PING. On the next
+byte, it prints the longest time in milliseconds and the number of PINGs. Then it waits for another byte. The process
+ends when stdin is closed.
 """
 
 import os
@@ -20,18 +21,18 @@ _PAUSE = 0.0005
 
 
 class Bystander:
-    """The process, as the measuring one sees it."""
+    """The process, as seen by the process that measures."""
 
     def __init__(self, url: str) -> None:
-        """Start it."""
-        #: Of the last `pinging`: the longest PING in milliseconds, and how many there were.
+        """Start the process."""
+        #: The longest PING of the last `pinging` in milliseconds, and the number of PINGs.
         self.longest = 0.0
         self.pings = 0
         command = [sys.executable, "-m", "benchmarks.bystander", url]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
 
     def __enter__(self) -> Self:
-        with self.pinging():  # It has to connect first.
+        with self.pinging():  # The process has to connect first.
             pass
         return self
 
@@ -40,7 +41,7 @@ class Bystander:
 
     @contextmanager
     def pinging(self) -> Iterator[None]:
-        """Let it PING while the body runs."""
+        """Let the process PING while the body runs."""
         self._say()
         try:
             yield

@@ -1,9 +1,8 @@
 """Counts the commands and the server's time of each operation: `python -m benchmarks.commands`.
 
-A proxy between a store and Redis records the EVALSHAs of the store, of one session each and of batches of a hundred.
-Then the keys are put back as they were, and the EVALSHAs are sent again in one pipeline, several times: so the server
-waits for nobody, and what it needs is what the scripts need. It fails if an operation takes more commands than its
-budget.
+A proxy between a store and Redis records the EVALSHAs of single calls and of batches of a hundred. Then the keys are
+restored, and the same EVALSHAs are sent again in one pipeline, several times. So the server never waits for a client,
+and its time is the time of the scripts. The command fails if an operation takes more commands than its budget.
 """
 
 import asyncio
@@ -30,7 +29,7 @@ Call = Callable[[SessionStore, str, int], Awaitable[Any]]
 
 
 def _values(n: int) -> dict[str, Any]:
-    """Return what a session holds: its sets have ten to twenty ids."""
+    """Return the values of a session, whose sets have ten to twenty ids."""
     return {"user_id": n // 10, "ip": f"10.0.0.{n // 20}", "visits": 0}
 
 
@@ -54,13 +53,13 @@ OPERATIONS: dict[str, Call] = {
     "increment": lambda store, session_id, _: store.increment(session_id, "visits"),
     "delete": lambda store, session_id, _: store.delete(session_id),
 }
-# Commands a session, beside TIME.
+# Commands for each session, without TIME.
 _BUDGET = {
     "get": 2, "get, some fields": 2, "get that renews": 3, "touch": 3, "set, same references": 6,
     "set that moves one": 11, "create": 11, "rotate": 13, "rotate that moves one": 15, "unset of a reference": 8,
     "delete": 7,
 }  # fmt: skip
-# Microseconds a session on Valkey 9, alone and in a batch.
+# Microseconds for each session on Valkey 9, alone and in a batch.
 _TIMES = {
     ("get", 1): 9.0, ("get", BATCH): 4.6, ("set that moves one", BATCH): 17.5, ("create", BATCH): 17.5,
     ("rotate", BATCH): 20.0,
@@ -69,7 +68,7 @@ _TIMES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What an operation takes of Redis. All but `scripts` is a session's."""
+    """The cost of an operation in Redis. Commands and microseconds are those of one session."""
 
     operation: str
     together: int  # How many calls are made at once.
@@ -86,7 +85,7 @@ class Row:
 
 
 class Recorder:
-    """A proxy to a server on the loopback that notes each EVALSHA which passes."""
+    """A proxy to a server on the loopback, which records each EVALSHA."""
 
     def __init__(self, port: int) -> None:
         """Prepare a proxy to this port."""
@@ -134,7 +133,7 @@ class Recorder:
 
 
 async def measure(rounds: int) -> tuple[list[Row], str]:
-    """Measure all operations on a server of their own. Return a row for each, alone and in batches, and its version."""
+    """Measure all operations on a new server. Return a row for each, alone and in batches, and the server's version."""
     rows: list[Row] = []
     with own_server() as url, Redis.from_url(url) as admin:
         for operation, call in OPERATIONS.items():
@@ -214,7 +213,7 @@ def _row(operation: str, together: int, calls: Counter[str], microseconds: int) 
 
 
 def verdicts(rows: Sequence[Row], server: str) -> Iterator[tuple[bool, str]]:
-    """Judge the budgets, and the times if the server is the one they are for."""
+    """Judge the budgets, and the times if the server is a Valkey 9."""
     for row in rows:
         how = "alone" if row.together == 1 else f"{row.together} at once"
         if row.operation in _BUDGET:

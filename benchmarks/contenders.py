@@ -29,14 +29,18 @@ def new_id() -> str:
 
 
 class Contender:
-    """One way to keep sessions. A subclass has those methods of OPERATIONS that it can do; all can `create`.
+    """One way to keep sessions. A subclass has a method for each of OPERATIONS that it can do; all can `create`.
 
-    get: read a session. set: write all fields, a changed one that is no reference among them. move: the same, and
-    one of the two references changes. touch: renew. delete: end. rotate: give another id.
+    * get: read a session.
+    * set: write all fields; one that is no reference has changed.
+    * move: write all fields; one of the two references has changed, too.
+    * touch: renew a session.
+    * delete: end a session.
+    * rotate: give a session another id.
     """
 
     name: ClassVar[str]
-    #: What it does not do, for the reader of the results.
+    #: The features that a contender lacks, for the reader of the results.
     lacks: ClassVar[str] = ""
 
     def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
@@ -52,7 +56,7 @@ class Contender:
 
     @classmethod
     def operations(cls) -> list[str]:
-        """Return what it can do."""
+        """Return the operations that the contender can do."""
         return [name for name in OPERATIONS if hasattr(cls, name)]
 
     async def aclose(self) -> None:
@@ -115,7 +119,7 @@ class Store(Contender):
         return self.store.set(self.ids[n], self.values(n))
 
     def touch(self, n: int) -> Awaitable[Any]:
-        """Renew."""
+        """Renew a session."""
         return self.store.touch(self.ids[n])
 
     def create(self, n: int) -> Awaitable[str]:
@@ -123,16 +127,16 @@ class Store(Contender):
         return self.store.create(self.values(n))
 
     def delete(self, n: int) -> Awaitable[Any]:
-        """End a session: it leaves both reference sets."""
+        """End a session, which leaves both reference sets."""
         return self.store.delete(self.ids[n])
 
     async def rotate(self, n: int) -> None:
-        """Give another id."""
+        """Give a session another id."""
         self.ids[n] = await self.store.rotate(self.ids[n])
 
 
 class Client(Contender):
-    """What uses redis-py directly."""
+    """A contender that uses redis-py directly."""
 
     def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
         """Make a client with a connection for each task."""
@@ -153,7 +157,7 @@ class Client(Contender):
 
 
 class Whole(Client):
-    """What always writes all of a session."""
+    """A contender that always writes a whole session."""
 
     def write(self, session_id: str, n: int) -> Awaitable[Any]:
         """Write the values of the n-th session under an id."""
@@ -202,7 +206,7 @@ end""",
 
 
 class _Scripts(Client):
-    """A minimal script for each operation, and values as JSON: what an application would write itself."""
+    """A minimal script for each operation, with values as JSON, as an application would write them itself."""
 
     lacks = (
         "batches; deadlines; repetition; refusing late writes; TTLs of sets; "
@@ -259,7 +263,7 @@ class _Scripts(Client):
 
 
 class RegisterScript(_Scripts):
-    """redis-py as its documentation says."""
+    """redis-py, used as its documentation says."""
 
     name = "redis-py, register_script"
 
@@ -274,7 +278,7 @@ class RegisterScript(_Scripts):
 
 
 class EvalSha(_Scripts):
-    """redis-py as fast as it can be: EVALSHA at once, and no timeouts and retries of redis-py."""
+    """redis-py at its fastest: EVALSHA at once, without the timeouts and retries of redis-py."""
 
     name = "redis-py, evalsha"
 
@@ -295,9 +299,9 @@ class EvalSha(_Scripts):
 
 
 class Original(Whole):
-    """The algorithm of the Node package koa-redis-session-sets, `lib/store.js`. `delete` does what it means to do.
+    """The algorithm of the Node package koa-redis-session-sets, `lib/store.js`.
 
-    `node/worker.js` does the same.
+    `delete` does what the original intends. `node/worker.js` uses the same algorithm.
     """
 
     name = "the original's algorithm, redis-py"
@@ -355,7 +359,7 @@ class Json(Whole):
 
 
 class Nothing(Contender):
-    """What the worker itself costs."""
+    """A contender that does nothing, to measure the cost of the worker itself."""
 
     name = "nothing: the harness"
     lacks = "everything"

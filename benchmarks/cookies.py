@@ -27,7 +27,7 @@ def _seconds(sessions: Sessions, header: str) -> float:
 
 
 def main() -> None:
-    """Read headers of 6.5 kB and of 65 kB in turn; fail if the long ones take more than thirty times as long."""
+    """Read headers of 6.5 kB and of 65 kB in turn. Fail if the long ones take more than thirty times as long."""
     sessions = Sessions(SessionStore(Redis(unix_socket_path="/nowhere/redis.sock")), secret_keys=["k" * 16])
     worst = 0.0
     for name, unit in _UNITS.items():

@@ -1,8 +1,8 @@
-"""What other callers notice when something goes wrong: `python -m benchmarks.faults`.
+"""Measures the effect of faults on other callers: `python -m benchmarks.faults`.
 
-Fifty tasks work all the time: twenty read, twenty write, ten count. Meanwhile one thing goes wrong. For each case one
-line says how many calls a second were done, how long the longest of them took, and how many innocent ones failed, by
-kind: only what must not run twice, `increment`, may fail, with "not known what was done".
+Fifty tasks call all the time: twenty read, twenty write, ten increment. Meanwhile one fault happens. For each fault,
+one line shows the calls a second, the longest call, and the number of failed calls by kind. Only `increment`, which
+must not run twice, may fail, with "not known what was done".
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _SECONDS = 2.0
 
 
 class Tally:
-    """What happened to the calls of the fifty tasks."""
+    """The outcome of the calls of the fifty tasks."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -33,7 +33,7 @@ class Tally:
         self.failed = Counter[str]()
 
     async def work(self, name: str, call: Callable[[], Awaitable[Any]], stop: asyncio.Event) -> None:
-        """Call again and again."""
+        """Call again and again, until *stop* is set."""
         while not stop.is_set():
             started = time.perf_counter()
             try:
@@ -70,7 +70,7 @@ async def _measure(title: str, store: SessionStore, fault: Callable[[], Awaitabl
 
 @asynccontextmanager
 async def _proxy(port: int) -> AsyncIterator[tuple[int, asyncio.Event]]:
-    """Relay connections to a port. Once the event is set, those that are open then say nothing any more."""
+    """Relay connections to a port. Once the event is set, connections that are open then relay nothing more."""
     silent = asyncio.Event()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, deaf: bool) -> None:
@@ -163,7 +163,7 @@ async def _faults(url: str) -> None:
 
 
 def main() -> None:
-    """Measure all faults on a server of our own."""
+    """Measure all faults on a new server."""
     with own_server() as url:
         asyncio.run(_faults(url))
 

@@ -1,4 +1,4 @@
-"""What the results must show: each goal is a ratio to another contender, or a number, and its limit."""
+"""The goals of the benchmarks: each is a limit for a number, or for a ratio to another contender."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _FASTER = {
 }
 # Processor time of a lone call, in multiples of redis-py at its best.
 _CHEAPER = {"get": 0.6, "touch": 0.6, "set": 0.7}
-# Calls a second, in multiples of the Node original's algorithm; by default.
+# Calls a second, in multiples of the Node original's algorithm, by the number of tasks. `move` has limits of its own.
 _NODE = {50: 1.0, 200: 1.5}
 _NODE_MOVE = {50: 1.0, 200: 1.8}
 
@@ -71,7 +71,7 @@ def _to_others(cells: Iterable[tuple[str, int, str]]) -> Iterator[tuple[str, int
 
 
 def _to_peers(table: Mapping[tuple[str, int, str], Cell]) -> Iterator[Verdict]:
-    """Judge that none of the other libraries is faster, by the fastest of them."""
+    """Judge that none of the other libraries is faster, by a comparison with the fastest of them."""
     for (operation, tasks, contender), mine in table.items():
         if contender == "rss" and tasks in _NODE:
             peers = [table[operation, tasks, peer] for peer in PEERS if (operation, tasks, peer) in table]
@@ -82,13 +82,13 @@ def _to_peers(table: Mapping[tuple[str, int, str], Cell]) -> Iterator[Verdict]:
 
 
 def of_many_sessions(cells: Sequence[Cell]) -> Iterator[Verdict]:
-    """Judge the speed with the most sessions, as a ratio to that with the fewest."""
+    """Judge the ratio of the speed with the most sessions to the speed with the fewest."""
     for operation in ("get", "set"):
         few, *_, most = [cell for cell in cells if cell.operation == operation]
         yield Verdict(f"{operation}, {most.name} to {few.name}", *ratio(most, few), 0.85)
 
 
 def of_memory(ours: float, original: float) -> Verdict:
-    """Judge the memory of a session, as a ratio to that of the original's layout."""
+    """Judge the ratio of the memory of a session to that in the original's layout."""
     found = ours / original
     return Verdict("memory to the original's layout", found, found, found, 1.15, at_most=True)

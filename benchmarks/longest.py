@@ -1,8 +1,8 @@
 """Measures the longest script that legal calls can cause: `python -m benchmarks.longest`.
 
-While a script runs, Redis answers no other client. Each case fills a server, makes the most expensive calls that the
-store accepts, a hundred at once, and reads from SLOWLOG how long the longest EVALSHA took. Another process PINGs
-meanwhile. It fails if the longest script in the best of three repetitions of a case is over 5 ms.
+While a script runs, Redis answers no other client. Each case fills a server, and makes the most expensive calls that
+the store accepts, a hundred at once. SLOWLOG tells how long the longest EVALSHA took. Another process PINGs meanwhile.
+The command fails if the longest script of a case is over 5 ms in the best of three repetitions.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from rss import IdentityChanged, LimitExceeded, Reference, SessionStore
 
 LIMIT = 5.0  # Milliseconds.
 TOGETHER = 100
-# What the store accepts: values in the lists of a write, fields of a call, ids to keep, limit times values.
+# Limits of the store: reference values of a write, fields of a call, ids to keep, limit times values.
 VALUES = 128
 FIELDS = 1000
 KEEP = 1000
 MEMBERS = 1000
-# Fields of a session, by several writes: more than any should have. Reading takes about half a microsecond for each.
+# Fields of a large session, which several writes make. Reading takes about half a microsecond for each field.
 MANY = 4000
 
 
@@ -53,7 +53,7 @@ class Bench:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note the longest script of the calls inside, in milliseconds, and let the bystander PING."""
+        """Note the longest script of the calls in the body, in milliseconds, and let the bystander PING."""
         self.admin.config_resetstat()
         self.admin.slowlog_reset()
         with self.bystander.pinging():
@@ -79,7 +79,7 @@ def case(name: str) -> Callable[[Case], Case]:
 
 
 async def at_once(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Wait for calls that go out together. To be refused is a result."""
+    """Wait for calls that go out together. A refusal is a result, too."""
     replies = await asyncio.gather(*calls, return_exceptions=True)
     for reply in replies:
         if isinstance(reply, BaseException) and not isinstance(reply, LimitExceeded | IdentityChanged):
@@ -96,7 +96,7 @@ async def make(store: SessionStore, values: Sequence[Mapping[str, Any]], max_age
 
 
 async def widen(store: SessionStore, ids: Sequence[str], fields: int) -> None:
-    """Give sessions so many fields, by calls of FIELDS each."""
+    """Give each session *fields* fields, by calls of FIELDS fields each."""
     for first in range(0, fields, FIELDS):
         names = range(first, first + FIELDS)
         for session_id in ids:
@@ -104,12 +104,12 @@ async def widen(store: SessionStore, ids: Sequence[str], fields: int) -> None:
 
 
 def tags(n: int = 0) -> list[str]:
-    """Return the most values that a write may have. Those of another *n* are others."""
+    """Return as many values as a write may have. Another *n* gives other values."""
     return [f"{n}-{i}" for i in range(VALUES)]
 
 
 def names(first: int = 0) -> list[str]:
-    """Return the most names that a call may have."""
+    """Return as many names of fields as a call may have."""
     return [f"field{n}" for n in range(first, first + FIELDS)]
 
 
@@ -386,7 +386,7 @@ async def _(bench: Bench) -> None:
         for _ in range(40):
             hops.append(await at_once(store.rotate(session_id, grace="1h") for session_id in hops[-1]))
         with bench.watched():
-            for back in (-8, -9, -10, 0):  # At the most hops that are followed, and past it.
+            for back in (-8, -9, -10, 0):  # Ids at the most rotations that are followed, and beyond.
                 await at_once(store.get(session_id) for session_id in hops[back])
 
 
@@ -414,7 +414,7 @@ async def _(bench: Bench) -> None:
 
 
 async def fence(store: SessionStore, values: Iterable[str]) -> None:
-    """Leave a fence beside each set: a block that is over."""
+    """Leave a fence beside each set, by a block that is over."""
     for value in values:
         await store.block("tags", value, "1ms")
 
@@ -474,9 +474,9 @@ async def _(bench: Bench) -> None:
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest script and the longest PING of a case in milliseconds, and how many scripts there were.
+    """The longest script and the longest PING of a case in milliseconds, and the number of scripts.
 
-    Of the repetition with the shortest longest script.
+    The numbers are those of the best repetition: the one with the shortest longest script.
     """
 
     case: str
@@ -486,12 +486,12 @@ class Longest:
 
     @property
     def kept(self) -> bool:
-        """Whether it is within the limit."""
+        """Whether the longest script is within the limit."""
         return self.milliseconds <= LIMIT
 
 
 async def measure(repetitions: int, only: str = "") -> tuple[list[Longest], str]:
-    """Measure all cases, or those whose name has *only* in it, on a server of their own; return its version, too."""
+    """Measure all cases whose names contain *only* on a new server. Return them, and the version of the server."""
     found: list[Longest] = []
     with own_server() as url, Redis.from_url(url, socket_timeout=120) as admin, Bystander(url) as bystander:
         # Microseconds. With 0, the commands inside of the scripts push the scripts out of the log.

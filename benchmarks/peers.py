@@ -1,4 +1,4 @@
-"""The same operations, done by the session stores of other libraries: each only where it has the operation."""
+"""The same operations, done by the session stores of other libraries, as far as each has the operation."""
 
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -23,21 +23,21 @@ class Starsessions(Whole):
     lacks = "references; writing single fields; refusing late writes"
 
     def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
-        """Make its store."""
+        """Make the store of the library."""
         super().__init__(url, prefix, padding)
         self.store = StarsessionsStore(connection=self.client, prefix=prefix)
         self.serializer = JsonSerializer()
 
     async def get(self, n: int) -> Any:
-        """Read and parse."""
+        """Read and parse a session."""
         return self.serializer.deserialize(await self.store.read(self.ids[n], MAX_AGE))
 
     def delete(self, n: int) -> Awaitable[Any]:
-        """Remove."""
+        """Remove a session."""
         return self.store.remove(self.ids[n])
 
     def write(self, session_id: str, n: int) -> Awaitable[Any]:
-        """Write all of it."""
+        """Write a whole session."""
         return self.store.write(session_id, self.serializer.serialize(self.values(n)), MAX_AGE, MAX_AGE)
 
 
@@ -48,7 +48,7 @@ class AiohttpSession(Whole):
     lacks = "references; writing single fields; refusing late writes (but it sets the cookie)"
 
     def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
-        """Make its storage."""
+        """Make the storage of the library."""
         super().__init__(url, prefix, padding)
         self.storage = RedisStorage(self.client, cookie_name=prefix, max_age=MAX_AGE)
         self.requests: dict[int, web.Request] = {}
@@ -62,11 +62,11 @@ class AiohttpSession(Whole):
             self.requests[n] = make_mocked_request("GET", "/", headers=cookie)
 
     def get(self, n: int) -> Awaitable[Any]:
-        """Load."""
+        """Load a session."""
         return self.storage.load_session(self.requests[n])
 
     def write(self, session_id: str, n: int) -> Awaitable[Any]:
-        """Write all of it."""
+        """Write a whole session."""
         data: Any = {"session": self.values(n), "created": 0}
         session = Session(session_id, data=data, new=False, max_age=MAX_AGE)
         return self.storage.save_session(*self.exchange, session)
@@ -79,56 +79,56 @@ class Litestar(Whole):
     lacks = "references; writing single fields; refusing late writes"
 
     def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
-        """Make its store."""
+        """Make the store of the library."""
         super().__init__(url, prefix, padding)
         self.store = LitestarStore(self.client, namespace=prefix)
 
     async def get(self, n: int) -> Any:
-        """Read and parse."""
+        """Read and parse a session."""
         data = await self.store.get(self.ids[n])
         return data and decode_json(data)
 
     def delete(self, n: int) -> Awaitable[Any]:
-        """Remove."""
+        """Remove a session."""
         return self.store.delete(self.ids[n])
 
     def write(self, session_id: str, n: int) -> Awaitable[Any]:
-        """Write all of it."""
+        """Write a whole session."""
         return self.store.set(session_id, encode_json(self.values(n)), expires_in=MAX_AGE)
 
 
 class FastapiRedisSdk(Client):
     """Sessions for FastAPI: `RedisSessionStore` of fastapi-redis-sdk, called as its middleware calls it.
 
-    It needs the HEXPIRE of Redis 7.4 or Valkey 9.
+    The store needs HEXPIRE, which is new in Redis 7.4 and Valkey 9.
     """
 
     name = "fastapi-redis-sdk"
     lacks = "more than one reference; writing single fields; refusing late writes; one atomic step"
 
     def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
-        """Make its store."""
+        """Make the store of the library."""
         super().__init__(url, prefix, padding)
         self.store = RedisSessionStore(self.client, key_prefix=prefix, idle_ttl=MAX_AGE, absolute_ttl=MAX_AGE)
 
     async def get(self, n: int) -> Any:
-        """Load without renewing."""
+        """Load a session without renewing it."""
         loaded = await self.store.load(self.ids[n], refresh=False)
         assert loaded is not None
         return loaded.record.data
 
     async def set(self, n: int) -> None:
-        """Save all of it, and its entry in the index."""
+        """Save a whole session, and its entry in the index."""
         record = self.store.new_record(self.values(n), created=0)
         await self.store.save(self.ids[n], record)
         await self._index(self.ids[n], n, record)
 
     def touch(self, n: int) -> Awaitable[Any]:
-        """Renew."""
+        """Renew a session."""
         return self.store.touch(self.ids[n])
 
     async def create(self, n: int) -> str:
-        """Create, and add to the index."""
+        """Create a session, and add it to the index."""
         session_id = self.store.new_id()
         record = self.store.new_record(self.values(n))
         await self.store.create(session_id, record)
@@ -136,11 +136,11 @@ class FastapiRedisSdk(Client):
         return session_id
 
     def delete(self, n: int) -> Awaitable[Any]:
-        """Revoke: remove it and its entry in the index."""
+        """Revoke a session: remove it and its entry in the index."""
         return self.store.revoke(self._state(n))
 
     async def rotate(self, n: int) -> None:
-        """Remove it and its entry, and create both again."""
+        """Remove a session and its entry, and create both again."""
         self.ids[n] = await self.store.rotate(self._state(n))
 
     def _state(self, n: int) -> SessionState:

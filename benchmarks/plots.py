@@ -12,7 +12,7 @@ from benchmarks.turns import Cell
 mpl.use("svg")
 mpl.rcParams.update({"svg.hashsalt": "rss", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10})
 mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.facecolor": "white"})
-# Contender: label, color. Few lines, so that each can be told from the others.
+# Contender: label, color. Few lines, so that they can be told apart.
 _LINES = {
     "rss": ("redis-session-sets", "#c1121f"),
     "evalsha": ("redis-py, one Lua script a call", "#003049"),

@@ -15,7 +15,7 @@ TASKS = 50
 
 
 def many_sessions(url: str, admin: Redis, counts: Sequence[int], rounds: int) -> list[Cell]:
-    """Measure get and set of this library with so many sessions in Redis, at random among them."""
+    """Measure get and set of random sessions, for each number of sessions in Redis."""
     with Workers(admin, [Worker("rss", url, label=f"{n:,} sessions", sessions=n) for n in counts]) as workers:
         return [
             cell
@@ -25,7 +25,7 @@ def many_sessions(url: str, admin: Redis, counts: Sequence[int], rounds: int) ->
 
 
 def large_values(url: str, admin: Redis, sizes: Sequence[int], rounds: int) -> list[Cell]:
-    """Measure get and set of a session with one more field, of so many bytes."""
+    """Measure get and set of a session with one more field, for each size of that field in bytes."""
     cells: list[Cell] = []
     for size in sizes:
         started = [Worker(kind, url, sessions=200, padding=size) for kind in ("rss", "evalsha", "json")]
@@ -39,7 +39,7 @@ def large_values(url: str, admin: Redis, sizes: Sequence[int], rounds: int) -> l
 
 
 async def many_of_a_user(url: str, counts: Sequence[int]) -> list[dict[str, float]]:
-    """Measure a login of a user who has so many sessions, and listing and ending all of them."""
+    """Measure a login, a listing and a `delete_by` of one user, for each number of that user's sessions."""
     rows: list[dict[str, float]] = []
     prefix = f"{server.RUN}-users"
     async with SessionStore.from_url(url, references=["user_id", "ip"], prefix=prefix, timeout=60) as store:
@@ -70,7 +70,7 @@ async def many_of_a_user(url: str, counts: Sequence[int]) -> list[dict[str, floa
 
 
 async def memory(url: str, admin: Redis, sessions: int) -> dict[str, float]:
-    """Measure the bytes that Redis takes for a session. Two sessions share a user_id, none an ip."""
+    """Measure the bytes that Redis takes for a session. Two sessions share a user_id, and none share an ip."""
     found: dict[str, float] = {}
     async with SessionStore.from_url(url, references=["user_id", "ip"], prefix=f"{server.RUN}-warm") as store:
         await store.create({"user_id": 1})  # The scripts are loaded now.
@@ -90,7 +90,7 @@ async def memory(url: str, admin: Redis, sessions: int) -> dict[str, float]:
 
 
 async def _used(admin: Redis, connections: int) -> int:
-    """Return the memory that Redis uses, once only so many connections are left."""
+    """Wait until only *connections* connections are left, and return the memory that Redis uses."""
     for _ in range(500):
         if admin.info("clients")["connected_clients"] <= connections:
             break

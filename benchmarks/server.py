@@ -75,10 +75,10 @@ def settle(admin: Redis) -> None:
 
 
 def pin(admin: Redis) -> set[int]:
-    """Give a server that was started here a core for itself and return the other cores; none if that is impossible.
+    """Give a server that was started here its own core, and return the other cores; none if that is impossible.
 
-    Otherwise the scheduler puts the server and a worker sometimes on one core and sometimes on two, for seconds,
-    which doubles or halves the speed of a lone call and of ten tasks.
+    Otherwise the scheduler puts the server and a worker on one core for some seconds, and on two cores for others. This
+    doubles or halves the speed of a lone call and of ten tasks.
     """
     if os.environ.get("REDIS_URL") or not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         return set()

@@ -1,4 +1,4 @@
-"""Writes what was measured as Markdown."""
+"""Writes the results as Markdown."""
 
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _SUMMARY: Final = ("rss", "evalsha", "ioredis", "fastapi-redis-sdk", "json")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: Container[int] = (0,)) -> str:
-    """Return a table. The columns *texts* stand on the left, the others, numbers, on the right."""
+    """Return a table. The columns *texts* are aligned left; the others hold numbers and are aligned right."""
     lines = [head, ["---" if n in texts else "---:" for n in range(len(head))], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -44,7 +44,7 @@ def calls(cells: Sequence[Cell]) -> str:
 
 
 def ratios(cells: Sequence[Cell], to: str) -> str:
-    """Return the ratios of this library to another contender on asyncio's own loop; "" if it was not measured."""
+    """Return the ratios of this library to another contender on asyncio's own loop; "" if there are none."""
     tasks = sorted({cell.tasks for cell in cells})
     found = {(c.operation, c.tasks, c.contender): c for c in cells if c.loop in ("asyncio", "node")}
     theirs = next((cell for cell in found.values() if cell.contender == to), None)
@@ -61,7 +61,7 @@ def ratios(cells: Sequence[Cell], to: str) -> str:
 
 
 def lacks(found: dict[str, str]) -> str:
-    """Return what contenders do not do."""
+    """Return a table of the features that contenders lack."""
     return table(
         ["contender", "what it does not do"], ([name, text] for name, text in found.items() if text), texts=(0, 1)
     )
@@ -80,7 +80,7 @@ def large_values(cells: Sequence[Cell]) -> str:
 
 
 def of_a_user(rows: Sequence[dict[str, float]]) -> str:
-    """Return what one user with many sessions takes."""
+    """Return the times of calls for a user with many sessions."""
     names = ("login", "find_by", "delete_by")
     lines = ([f"{row['sessions']:,.0f}", *(f"{row[name]:.2f} ms" for name in names)] for row in rows)
     return table(["sessions of a user", "create", "find_by", "delete_by"], lines)
@@ -118,7 +118,7 @@ def goals(verdicts: Sequence[Verdict]) -> str:
 
 
 def include(text: str, path: Path) -> None:
-    """Replace what stands between the two comments of a file, if it has them."""
+    """Replace the text between the two comments of a file, if the file has them."""
     before, begin, rest = path.read_text().partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if begin and end:
@@ -134,7 +134,7 @@ def _by_contender(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
 
 
 def _pairs(cells: Sequence[Cell]) -> Iterable[tuple[Cell, Cell]]:
-    """Return the cells of get, each with that of set."""
+    """Return the cells of get, each with the matching cell of set."""
     written = {cell.name: cell for cell in cells if cell.operation == "set"}
     return [(cell, written[cell.name]) for cell in cells if cell.operation == "get"]
 

@@ -17,7 +17,7 @@ from benchmarks import server
 
 FOLDER = Path(__file__).parent
 SESSIONS = 1000
-#: By the names of the command line: the class, or nothing for the worker in `node/`.
+#: The class of each contender, by its name on the command line; empty for the worker in `node/`.
 CONTENDERS: Final = {
     "rss": "contenders.Store",
     "evalsha": "contenders.EvalSha",
@@ -31,7 +31,7 @@ CONTENDERS: Final = {
     "json": "contenders.Json",
     "nothing": "contenders.Nothing",
 }
-# A turn ends when it has deleted that many sessions.
+# A turn of `delete` ends after this many sessions.
 _DELETED = 4000
 
 
@@ -41,7 +41,7 @@ class Unavailable(Exception):
 
 @dataclass
 class Cell:
-    """What was measured of one contender at one operation with so many tasks. Lists have an item for each round."""
+    """The measurements of one contender at one operation and number of tasks. Lists have an item for each round."""
 
     operation: str
     tasks: int
@@ -50,7 +50,7 @@ class Cell:
     name: str
     rates: list[float] = field(default_factory=list)  # Calls a second.
     cpu: list[float] = field(default_factory=list)  # Microseconds a call: processor time of the process.
-    server: list[float] = field(default_factory=list)  # The same of Redis.
+    server: list[float] = field(default_factory=list)  # Microseconds a call: processor time of Redis.
     p50: list[float] = field(default_factory=list)  # Milliseconds.
     p99: list[float] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 class Worker:
-    """A process that runs one contender. Keys begin with a prefix of its own."""
+    """A process that runs one contender. Its keys begin with a prefix of their own."""
 
     _number = 0
 
@@ -88,10 +88,11 @@ class Worker:
         sessions: int = SESSIONS,
         padding: int = 0,
     ) -> None:
-        """Start it.
+        """Start the process.
 
-        *checkout*: the folder whose `rss` it imports. *label*: its name in results, else its own. *sessions*: how many
-        there are. *padding*: bytes of one more field of each.
+        *checkout*: the folder whose `rss` the process imports; empty for this checkout. *label*: the name in the
+        results; empty for the contender's own name. *sessions*: the number of sessions. *padding*: bytes of one more
+        field of each session.
         """
         self.contender = "before" if checkout else contender
         self.loop = loop if CONTENDERS[contender] else "node"
@@ -112,7 +113,7 @@ class Worker:
         )
 
     def greet(self) -> None:
-        """Wait until it has started."""
+        """Wait until the process has started."""
         hello = self._reply()
         self.label = self.label or hello["name"]
         self.lacks: str = hello["lacks"]
@@ -127,7 +128,7 @@ class Worker:
         return self._reply()
 
     def close(self) -> None:
-        """Let it end."""
+        """Let the process end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(30)

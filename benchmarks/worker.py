@@ -1,10 +1,11 @@
-"""Runs one contender in a process of its own. A line of JSON on stdin is a request, a line on stdout its reply.
+"""Runs one contender in its own process. A line of JSON on stdin is a request; a line on stdout is its reply.
 
 {"operation": "fill", "count": 1000} -> {}: make new sessions; the next turns use these.
 {"operation": "get", "tasks": 200, "seconds": 0.15} -> {"calls", "seconds", "cpu", "p50", "p99"}: a turn. Times are in
 seconds; "cpu" is the processor time of the process; the percentiles are of a call.
 
-The first line on stdout describes the contender. The process ends with stdin. Its argument is JSON, see `turns.py`.
+The first line on stdout describes the contender. The process ends when stdin is closed.
+Its argument is JSON; see `turns.py`.
 """
 
 import asyncio
@@ -37,16 +38,16 @@ class Turns:
         return await self.turn(**request)
 
     async def fill(self, count: int) -> None:
-        """Make so many sessions."""
+        """Make *count* sessions."""
         self._filled = list(itertools.islice(self._numbers, count))
         await self.contender.fill(self._filled)
         random.Random(1).shuffle(self._filled)
         self._again = itertools.cycle(self._filled)  # No session is used twice at the same time.
         gc.collect()
-        gc.freeze()  # Otherwise a collection in a turn looks through all that was made before.
+        gc.freeze()  # Otherwise garbage collection in a turn would scan all objects made before.
 
     async def turn(self, operation: str, tasks: int, seconds: float) -> dict[str, float]:
-        """Let tasks call one operation, each again and again, and measure."""
+        """Let *tasks* tasks call one operation again and again, and measure the calls."""
         left = self._again
         if operation == "create":
             left = self._numbers
@@ -84,7 +85,7 @@ async def serve(kind: Any, options: dict[str, Any]) -> None:
     contender = kind(options["url"], options["prefix"], options["padding"])
     say({"name": kind.name, "lacks": kind.lacks, "operations": kind.operations()})
     turns = Turns(contender)
-    while line := await asyncio.to_thread(sys.stdin.readline):  # The loop goes on meanwhile.
+    while line := await asyncio.to_thread(sys.stdin.readline):  # The event loop goes on meanwhile.
         say(await turns.answer(json.loads(line)))
     await contender.aclose()
 
@@ -98,7 +99,7 @@ def main() -> None:
     """Read the options, import the contender, and serve."""
     options = json.loads(sys.argv[1])
     if options["checkout"]:
-        sys.path.insert(0, options["checkout"])  # Its rss; `benchmarks` is imported already and stays this one.
+        sys.path.insert(0, options["checkout"])  # Import rss from there; `benchmarks` is imported already.
     module, name = options["contender"].split(".")
     kind = getattr(importlib.import_module(f"benchmarks.{module}"), name)
     assert str(sys.modules["rss"].__file__).startswith(options["checkout"]), "another rss was imported"

@@ -1,5 +1,5 @@
 --[[
-  How sessions end. Needs sets.
+  Ending sessions. Needs sets.
 
   KEYS        none
   ARGV        none
@@ -7,13 +7,14 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- Take an id out of a set. A key of another type holds no id, so it must not keep a session alive.
+-- Remove an id from a set. Ignore a key of another type: it holds no id, and a session must still end.
 local function leave(set, id)
   local reply = redis.pcall("SREM", set, id)
   if type(reply) == "table" then wrong_type(reply) end
 end
 
--- Leave a tombstone under a name that is free, with these fields behind `_ended`. It never stays without a TTL.
+-- Write a tombstone under a free key. The arguments follow the field `_ended`. If PEXPIRE fails, `undo` removes the
+-- tombstone, so it never stays without a TTL.
 local function entomb(name, lives, ...)
   undo = function() redis.pcall("UNLINK", name) end
   redis.call("HSET", name, "_ended", ...)
@@ -21,8 +22,8 @@ local function entomb(name, lives, ...)
   undo = false
 end
 
--- End a session that has a `ttl`. The hash goes first, so that the session is never alive outside its sets. UNLINK
--- comes before HSET, since a server that is out of memory takes an HSET only after another write of the script.
+-- End a session that has a `ttl`. Remove the hash first, so that the session is never alive outside its sets. UNLINK
+-- must precede HSET: without memory, a server refuses an HSET that is the first write of a script.
 local function bury(session, reason)
   local name = session.key
   redis.call("UNLINK", name)

@@ -1,5 +1,5 @@
 --[[
-  What the fields of a session are expected to hold.
+  Expectations: the values that fields of a session must hold.
 
   KEYS        none
   ARGV        for each session
@@ -8,7 +8,7 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- Whether a session differs from what these ARGV expect of it.
+-- Whether a session fails its expectations. These begin at ARGV[first].
 local function differs(session, first, expectations)
   for i = first, first + 3 * expectations - 1, 3 do
     local held, how = redis.call("HGET", session.key, ARGV[i]), ARGV[i + 1]

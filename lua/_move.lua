@@ -1,5 +1,5 @@
 --[[
-  Moving a session between reference sets: first planned as a whole, then done. Needs session, write, renew, end, fence.
+  Moving a session between reference sets: plan the whole move, then do it. Needs session, write, renew, end, fence.
 
   KEYS        none
   ARGV        none
@@ -7,14 +7,14 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- All members of a set at its limit are looked at, and so many more in one write: a set that is larger, because the
--- limit is new, shrinks with each session that joins.
+-- In a full set, a write looks at this many members beyond the limit. So if a limit is new, a set that exceeds it
+-- shrinks with each session that joins.
 local SURPLUS = 100
 
 clock()
 
--- Read the sets of each reference that the next session is to be in from KEYS. Their numbers stand in ARGV behind
--- *counts*: "keep" for a field that is not written. The list is the same for all sessions of a batch.
+-- Read the wanted sets of the next session from KEYS into `sets`, for each reference. ARGV after *counts* holds the
+-- number of sets of each reference, or "keep" for a field that is not written. All sessions of a batch share these.
 local sets = {}
 local function read_sets(counts)
   for n = 1, references do
@@ -35,8 +35,8 @@ local function read_sets(counts)
   end
 end
 
--- How many references, counted from the first, need no move: the session is in exactly the set that is wanted. Few
--- writes move a session; `plan_move` looks at the rest. Returns an error if it finds one.
+-- Return how many references, counted from the first, need no move: the session is in exactly the wanted set. Most
+-- writes move no session. `plan_move` handles the other references. Returns an error if a set has another type.
 local function settled(session)
   local held = session.held
   for n = 1, references do
@@ -53,25 +53,25 @@ local function settled(session)
   return references
 end
 
--- Whether a session would get another identity.
+-- Whether the write would change the identity of the session.
 local function changes_identity(session)
   local after = identity and sets[identity]
   local before = after and sets_in(session, identity)
   return after and (before[1] ~= after[1] or before[2] ~= after[2])
 end
 
--- Whether the data of the n-th reference names a set. Reading a long list takes time: once enough is spent, a list is
--- taken to name it, since its session is a member.
+-- Whether the data of the n-th reference names a set. Parsing a long list takes time. So once enough is spent, assume
+-- that a list names the set, because its session is a member.
 local function names(n, held, set)
   local one = held and set_of(n, held)
   if one or not held or held == "" or held == "null" then return one == set end
   return spent >= ENOUGH or has(sets_of(n, held), set)
 end
 
--- Make room in a set for one more session: add the oldest to the sessions to evict, and other surplus to those that go
--- if there is time. Returns an error if the reference refuses. A member that is older than max_lifetime stays in the
--- set, because a store with other options may find it alive, but does not count. A member that another strict reference
--- has revoked counts: to find out would take too long.
+-- Make room in a full set for one more session. Add the oldest member to `evicted`, and any surplus to `surplus`.
+-- Returns an error if the reference refuses. A member that is older than max_lifetime does not count. But it stays in
+-- the set, because a store with other options may find it alive. A member that another strict reference has revoked
+-- counts, because checking that would take too long.
 local function make_room(plan, n, set)
   local live, dead, limit = {}, {}, limits[n]
   local members = redis.call("SRANDMEMBER", set, limit + SURPLUS)
@@ -104,7 +104,7 @@ local function make_room(plan, n, set)
   for i = 2, #live - limit + 1 do plan.surplus[#plan.surplus + 1] = live[i].id end
 end
 
--- Add a set to the plan that the session joins. Returns an error if it cannot.
+-- Plan that the session joins a set. Returns an error if it cannot.
 local function plan_join(plan, n, set)
   local members = redis.pcall("SRANDMEMBER", set, SAMPLE)
   if members.err then return members end
@@ -120,9 +120,10 @@ local function plan_join(plan, n, set)
   if #samples < 100 then samples[#samples + 1], samples[#samples + 2] = set, members end
 end
 
--- Look at the fences of the sets that the session joins, the first so many, and leaves. A blocked value cannot be
--- joined. While delete_by_ref works through a set, a session that it would end ends as it leaves, or it would escape. A
--- session that joins is marked, and keeps its mark if only its id changes. Returns an error if the session cannot join.
+-- Check the fences of the plan. The first *joined* ones belong to sets that the session joins, the others to sets that
+-- it leaves. Returns an error if the session would join a blocked value. While delete_by_ref works through a set, its
+-- sessions must end when they leave, or they would escape. A session that joins gets a mark. If only the id changes,
+-- the new id gets the mark of the old one.
 local function pass_fences(plan, session, joined)
   plan.marks = {}
   for i = 1, #plan.fences do
@@ -142,19 +143,21 @@ local function pass_fences(plan, session, joined)
   end
 end
 
--- What must happen for a session to be in `sets`, under an id that is a new one in a rotation. Each set is looked at
--- once, before anything is written. A set that was lost, to an eviction say, is joined again. *from*: so many
--- references are settled. Returns the plan, or an error. Writes nothing, except that it ends a session that must not
--- escape.
---   joins     sets and their PTTL: set, pttl, ...
---   keeps     sets that the session is in already
---   leaves    sets that the old id leaves
---   samples   sets that are joined and some of their members: set, members, ...
---   fences    of the sets that are joined, then of those that are left; numbers: the references of the first
---   stays     the fences of sets that only the id leaves
---   marks     what is written into fences
---   evicted   the ids of sessions to end for a limit; surplus: of others to end if there is time
---   dead      for some sets, the ids that it need not hold
+-- Plan the move of a session into `sets`. In a rotation, *id* is its new id. The first *from* references are settled.
+-- Each set is looked at once, before anything is written. A set that Redis lost, for example by eviction, is joined
+-- again. Returns the plan, or an error. Writes nothing, but ends a session that would escape from delete_by_ref.
+-- The plan has:
+--   joins     the sets to join and their PTTL: set, pttl, ...
+--   keeps     the sets that the session is already in
+--   leaves    the sets that the old id leaves
+--   samples   the sets to join and some of their members: set, members, ...
+--   fences    the fences of the sets to join, then of the sets to leave
+--   numbers   the references of the sets to join
+--   stays     the fences of the sets that only the old id leaves
+--   marks     the arguments of HSET for fences
+--   evicted   the ids of sessions to end for a limit
+--   surplus   the ids of other sessions to end, if there is time
+--   dead      for some sets, the ids to remove
 local function plan_move(session, id, from)
   local plan = { id = id, joins = {}, keeps = {}, leaves = {}, samples = {}, fences = {}, numbers = {} }
   local own, joins, keeps, leaves, fences = session.held[1], plan.joins, plan.keeps, plan.leaves, plan.fences
@@ -206,9 +209,9 @@ local function plan_move(session, id, from)
   return plan
 end
 
--- Enter the sets, before the hash is written: an SADD first, because a server without memory refuses only the first
--- write of a script. *name*: the key of a hash that is new, or nil. If a later command is refused, for want of a right
--- say, `undo` takes back a new hash and what the session has joined.
+-- Join the sets of the plan, before the hash is written. SADD must come first: a server that is out of memory refuses
+-- only the first write of a script. *name*: the key of a new hash, or nil. If a later command is refused, for example
+-- by the ACL, `undo` removes the new hash, and the id from the joined sets.
 local function enter(plan, session, name, ttl)
   local joins, keeps, marks, id = plan.joins, plan.keeps, plan.marks, plan.id
   undo = function()
@@ -227,8 +230,8 @@ local function enter(plan, session, name, ttl)
   for i = 1, marks and #marks or 0 do redis.call("HSET", unpack(marks[i])) end
 end
 
--- Finish a move, after the hash has its TTL: let the sets live as long as the session, leave the others, end who is
--- evicted, and take dead ids out of the sets that were joined.
+-- Finish a move, after the hash has its TTL. Renew the kept sets, leave the others, end the evicted sessions, and
+-- remove dead ids from the joined sets.
 local function settle(plan, session, ttl)
   local keeps, leaves, own = plan.keeps, plan.leaves, session.held[1]
   if keeps[1] and horizon(ttl) > horizon(session.ttl - 1000) then

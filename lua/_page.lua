@@ -1,5 +1,5 @@
 --[[
-  Going through a reference set page by page. Needs session.
+  Reading a reference set page by page. Needs session.
 
   KEYS        none
   ARGV        none
@@ -7,14 +7,14 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- The session with this id, if its hash names the set, which is one of the n-th reference. It may be `ended` for this
--- store and alive for another one with other options. Nil means that the set need not hold the id.
+-- Return the session with this id, if its hash names the set, which belongs to the n-th reference. The session may be
+-- `ended` for this store, but alive for a store with other options. Falsy: the set need not hold the id.
 local function member(id, n, set, every, fields)
   local session = look(session_key(id), every, fields)
   return session and session.ttl and has(sets_in(session, n), set) and session
 end
 
--- Call a function for each of some ids until enough time is spent, for at least one. Returns the ids that are left.
+-- Call a function for each id until enough time is spent, but at least once. Returns the ids that are left.
 local function each_of(ids, run)
   local left = {}
   for i = 1, #ids do

@@ -1,5 +1,5 @@
 --[[
-  The fields of sessions that are wanted: all or some. Needs session.
+  Reading fields of sessions: all, or some of them. Needs session.
 
   KEYS        none
   ARGV        the stems, then
@@ -11,7 +11,7 @@ local all = ARGV[3] == "all"
 local count, more = not all and tonumber(ARGV[3]) or 0, state
 arg = 3 + count
 
--- So many of the fields are read in one command with the state. `unpack` fails at 8,000 items.
+-- The maximum number of fields in one command, together with the state. `unpack` fails at 8,000 items.
 local AT_ONCE = 900
 
 if count > 0 then
@@ -19,7 +19,7 @@ if count > 0 then
   for i = 1, math.min(count, AT_ONCE) do more[#state + i] = ARGV[3 + i] end
 end
 
--- The wanted fields of a session that was looked up with `all, more`, and its id: field, value, ...
+-- Return the wanted fields of a session and its id: field, value, ... The session was looked up with `all, more`.
 local function read(session)
   if all then return session.fields end
   local list, held, n, offset = { "id", session.held[1] }, session.held, 2, #state
@@ -39,14 +39,14 @@ local function read(session)
   return list
 end
 
--- The reply for a session that cannot be read; nil if it can.
+-- Return the reply for a session that cannot be read. Nil if it can.
 local function unreadable(session)
   if not session then return { "absent" } end
   if session.err then return session end
   if session.ended then return { session.ended, "ended" } end
 end
 
--- Put how a session stands behind its fields: its TTL, and a word.
+-- Append the TTL and a word for the state of a session to its fields.
 local function describe(fields, ttl, word)
   local n = #fields
   fields[n + 1], fields[n + 2] = ttl, word

@@ -1,5 +1,5 @@
 --[[
-  How long sessions and their reference sets live. Needs sets.
+  The lifetimes of sessions and of their reference sets. Needs sets.
 
   KEYS        none
   ARGV        none
@@ -7,13 +7,13 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- So many members of a set are looked at when a session joins it or moves its horizon; if one of them is dead, so many
--- more. So the dead leave faster than they come while they are more than a fifth of the set.
+-- How many members of a set to check when a session joins it or moves its horizon. If one of them is dead, check MORE
+-- members. So while more than a fifth of a set is dead, its dead ids leave faster than new ones come.
 local SAMPLE, MORE = 2, 8
 
--- The time until which the sets of a session with this TTL live: at least as long as the session, and rounded up to a
--- step, so that most renewals need not touch the sets. A step is a power of two, a 64th to a 32nd of the TTL. As the
--- session grows old its steps only ever halve, so the rounded time never moves towards the session's end.
+-- Return the horizon of a TTL: the time until which the sets of the session live. It is the end of the session, rounded
+-- up to a step. So most renewals need not touch the sets. A step is a power of two, from a 64th to a 32nd of the TTL.
+-- As the TTL shrinks, the step can only halve. So without a renewal, the horizon never becomes later.
 local power, step = 0, 1
 local function horizon(ttl)
   if ttl < power or ttl >= 2 * power then
@@ -25,16 +25,16 @@ local function horizon(ttl)
   return till + -till % step
 end
 
--- Let a set live as long as a session. *before* is its PTTL: -2 for a new set. A set without a TTL, which others made,
--- keeps none. PEXPIREAT, because PEXPIRE counts from the time of the command, where time runs on in scripts. There a
--- PTTL is also read later than `now`, and looks too short: hence some milliseconds to spare.
+-- Let a set live at least as long as a session. *before* is the PTTL of the set: -2 for a new set. A set without a TTL,
+-- which another program made, gets none. On Redis 6.2 and 7.0 the time runs on in scripts. So use PEXPIREAT: PEXPIRE
+-- would count from the time of the command. A PTTL is also shorter there than it was at `now`: SPARE makes up for that.
 local SPARE = 100
 local function outlive(set, ttl, before)
   local till = horizon(ttl)
   if before == -2 or (before >= 0 and now + before < till) then redis.call("PEXPIREAT", set, till + SPARE) end
 end
 
--- Take dead ids out of sets. *samples* holds sets and some of their members: set, members, ...
+-- Remove dead ids from sets. *samples* holds sets and some of their members: set, members, ...
 local function prune(samples)
   local names, n = {}, 0
   for i = 2, #samples, 2 do
@@ -58,7 +58,7 @@ local function prune(samples)
   end
 end
 
--- The TTL of a session from now on. *given* is its max_age in milliseconds; nil for the one that it has.
+-- Return the TTL of a session from now on. *given*: a new max_age in milliseconds, or nil to use the present one.
 local function lifetime(session, given)
   if not now then clock() end
   local age = given or tonumber(session.held[4] or max_age)
@@ -66,8 +66,8 @@ local function lifetime(session, given)
   return math.min(age, (session.held[3] or now) + max_lifetime - now)
 end
 
--- Give the hash under a name its TTL. The notes come first, when the session was made and which max_age it was given:
--- written behind a TTL that is over, they would make a hash that never expires.
+-- Give the hash of a session its notes, `_created` and `_max_age`, and then its TTL. If the TTL has passed already,
+-- PEXPIREAT removes the hash. Notes that are written afterwards would make a hash that never expires.
 local function expire(session, name, given, ttl)
   local held = session.held
   if not held[3] then redis.call("HSET", name, "_created", now) end
@@ -75,8 +75,8 @@ local function expire(session, name, given, ttl)
   redis.call("PEXPIREAT", name, now + ttl)
 end
 
--- Renew a session and the sets it is in. Returns its new TTL. The horizons are compared with a second to spare, since
--- the session's PTTL may have been read later than `now`.
+-- Renew a session and its sets, and return the new TTL. The horizons are compared with a second to spare: the PTTL of
+-- the session may have been read later than `now`.
 local function renew(session, given)
   local ttl = lifetime(session, given)
   if horizon(ttl) > horizon(session.ttl - 1000) then

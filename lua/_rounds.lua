@@ -1,5 +1,5 @@
 --[[
-  The calls of delete_by_ref that need several pages. `_fence.lua` says what a fence holds. Needs write, fence.
+  The calls of delete_by_ref that need several pages. `_fence.lua` lists the fields of a fence. Needs write, fence.
 
   KEYS        none
   ARGV        none
@@ -7,27 +7,28 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- A caller that died never finishes its call. So that marks cannot pile up while other calls recur, all are forgotten
--- when a call begins and there are so many. Then a call that is under way may end sessions that joined meanwhile.
+-- A call whose caller has died is never finished, so its fence would collect marks. If there are more than this number
+-- when a call begins, forget all of them. Then an unfinished call may end sessions that joined after its begin.
 local MARKS = 20000
 
--- Let a fence live as long as it matters.
+-- Let a fence live as long as a tombstone, and as long as its block.
 local function keep_fence(fence)
   local till = tonumber(redis.call("HGET", fence, "until") or 0)
   redis.call("PEXPIREAT", fence, math.max(clock() + tombstone, till))
 end
 
--- Forget all but the block.
+-- Remove all fields of a fence except those of the block.
 local function forget(fence)
   local blocked = redis.call("HMGET", fence, "until", "why")
   redis.call("UNLINK", fence)
   if blocked[1] then redis.call("HSET", fence, "until", blocked[1], "why", blocked[2]) end
 end
 
--- Redis takes an HSET without memory only after another write of the script, and sessions must end also then.
+-- Begin with a write that frees memory. Otherwise a full server would refuse the HSET of a fence, and no session could
+-- end.
 local function allow_writes(fence, token) redis.call("HDEL", fence, "call:" .. token) end
 
--- Begin a call: give it a round, and add that round to the marks of the ids that it keeps. Returns the round.
+-- Begin a call: give it a round, and add the round to the marks of the ids to keep. Returns the round.
 local function begin(fence, token, reason, keep)
   allow_writes(fence, token)
   if redis.call("HLEN", fence) > MARKS then forget(fence) end
@@ -47,8 +48,7 @@ local function begin(fence, token, reason, keep)
   return round
 end
 
--- Finish a call. With the last one that is open, forget all but the block, and that this call is done, in case it is
--- sent again.
+-- Finish a call. If no other call is open, remove all marks. Note that this call is done, because it may be sent again.
 local function finish(fence, token, round)
   local open = string.gsub((redis.call("HGET", fence, "open") or "") .. " ", " " .. round .. " ", " ", 1)
   open = string.sub(open, 1, -2)

@@ -1,5 +1,5 @@
 --[[
-  A session as it stands. Needs sets.
+  Reading the state of a session. Needs sets.
 
   KEYS        none
   ARGV        none
@@ -7,7 +7,7 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- Set `held` of a session that was read with all of its fields, except for references, which `sets_in` finds.
+-- Set `held` of a session that was read with all fields. It lacks the references: `sets_in` finds these in the fields.
 local function detail(session)
   local fields, held = session.fields, { false, false, false, false }
   for i = 1, #fields, 2 do
@@ -18,8 +18,8 @@ local function detail(session)
   session.held = held
 end
 
--- Set `ended` of a session that is alive in Redis but not for this store: it is older than max_lifetime, or not in the
--- set of a strict reference. A store with other options may still take it for alive.
+-- Set `ended` of a session that is alive in Redis, but not for this store. It is older than max_lifetime, or not in the
+-- set of a strict reference. For a store with other options it may be alive.
 local judge = (strict or max_lifetime > 0) and function(session)
   if not session.held then detail(session) end
   local created = session.held[3]
@@ -35,9 +35,9 @@ local judge = (strict or max_lifetime > 0) and function(session)
   end
 end
 
--- The session under a key; nil if there is none.
---   all     read all of its fields into `fields`; else read `state`, or the fields in `more`, into `held`
--- `ended` is why it is not alive. A tombstone has no `ttl`. A key of another type has only `err`.
+-- Return the session under a key. Nil if there is none.
+--   all     true: read all fields into `fields`; false: read `state`, or the fields in `more`, into `held`
+-- `ended` is the reason why the session is not alive. A tombstone has no `ttl`. A key of another type has only `err`.
 local function look(name, all, more)
   local reply, id, ended
   if all then
@@ -63,7 +63,7 @@ local function look(name, all, more)
   return session
 end
 
--- The same, but the id of a session that was rotated with grace leads to its successor, over at most eight rotations.
+-- Return the session under a key, as `look` does. Follow a grace to the successor, over at most eight rotations.
 local function find(name, all, more)
   local session, hops = look(name, all, more), 0
   while session and session.ended == "rotated" and hops < 8 do

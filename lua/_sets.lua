@@ -1,5 +1,5 @@
 --[[
-  The reference sets that a session is in, as its hash says.
+  The reference sets of a session, according to its hash.
 
   KEYS        none
   ARGV        none
@@ -7,20 +7,20 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- Return the error of a command that met a key of another type. Raise any other error, such as a missing right: it does
+-- Return the error of a command if the key has another type. Raise any other error, such as a missing right: it does
 -- not mean that there is no session.
 local function wrong_type(reply)
   if not string.find(reply.err, "WRONGTYPE") then error(reply.err, 0) end
   return reply
 end
 
--- A list of sets also has each set as a key, so that `has` need not search. Most lists hold one set, so the first is
--- not put into the table. NONE is shared: never change it.
+-- A list of sets also has its sets as keys, so that `has` need not search. The first set is no key: most lists hold
+-- only one set, and `has` compares it. NONE is shared: never change it.
 local NONE = {}
 local function has(sets, set) return sets[1] == set or sets[set] end
 
--- The set of the n-th reference for the data in its field. Nil if the data names no set, several, or is a JSON string
--- with an escape, which only a parser can read.
+-- Return the set of the n-th reference for the data in its field. Falsy if the data names no set or several. Falsy also
+-- for a JSON string with an escape: only a parser can read it.
 local function set_of(n, held)
   local first = json and string.byte(held)
   if first == 34 then
@@ -31,8 +31,8 @@ local function set_of(n, held)
   return held and held ~= "" and set_stem .. state[4 + n] .. before_value .. held .. ending
 end
 
--- The sets of the n-th reference for the data in its field: a text, a JSON string, or a JSON list of texts and
--- integers.
+-- Return the sets of the n-th reference for the data in its field. The data is a text, a JSON string, or a JSON list of
+-- strings and integers.
 local function sets_of(n, held)
   if not held or held == "" or (json and held == "null") then return NONE end
   local set = set_of(n, held)
@@ -51,7 +51,7 @@ local function sets_of(n, held)
   return sets
 end
 
--- The sets of the n-th reference that a session is in.
+-- Return the sets of the n-th reference that a session is in.
 local function sets_in(session, n)
   local fields, field = session.fields, state[4 + n]
   if not fields then return sets_of(n, session.held[4 + n]) end

@@ -1,36 +1,37 @@
 --[[
-  The first lines of every script. Before them stands the schema of the store, written by rss/engine/scripts.py:
+  The first lines of every script. They follow the schema of the store, which rss/engine/scripts.py writes:
     max_age, max_lifetime, tombstone
-                      milliseconds: a session lives so long without a write; so long from its creation, 0 for no limit;
-                      a tombstone lives so long
-    json              true if a reference field holds JSON, false if it holds one text as it stands
+                      milliseconds: the lifetime of a session without a write; its maximum lifetime from its creation, 0
+                      for none; the lifetime of a tombstone
+    json              true if a reference field holds JSON, false if it holds one plain text
     before_value, ending
-                      what stands between field and value in the key of a reference set; the end of every key
+                      the characters between field and value in the key of a reference set; the end of every key
     state             the fields that describe a session: "id", "_ended", "_created", "_max_age", then each reference
     references        the number of references; the n-th is state[4 + n]
     identity          the number of the reference that is the identity, or false
     strict, limits, refuses
-                      lists with an item for each reference: whether it is strict, its limit (0 for none), whether it
-                      refuses one more; false if that holds for no reference
+                      lists with an item for each reference: whether it is strict; its limit, 0 for none; whether it
+                      refuses a session beyond the limit. False instead of a list without a true or positive item
 
   KEYS        key: how many of them have been read
   ARGV        session_stem, the beginning of the key of a session, "rss:{"; set_stem, the beginning of the key of a
-              reference set, "rss:"; then what the script says. arg: how many have been read
+              reference set, "rss:"; then the arguments of the script. arg: how many have been read
 
   Returns nothing: it stands before every script.
 ]]
 local KEYS, ARGV = KEYS, ARGV
 local session_stem, set_stem, key, arg = ARGV[1], ARGV[2], 0, 2
 
--- The estimated microseconds that this script has taken so far: Redis serves nobody else meanwhile. Estimates, because
--- os.clock is missing on Redis 6.2, and TIME stands still inside scripts on 7.4 and later.
+-- `spent` is the estimated number of microseconds that this script has taken. The script stops at ENOUGH, because Redis
+-- serves no other client meanwhile. The time cannot be measured: Redis 6.2 lacks os.clock, and since 7.4 TIME stands
+-- still in scripts.
 local spent, ENOUGH = 0, 2000
 
--- The key of a session.
+-- Return the key of a session.
 local function session_key(id) return session_stem .. id .. ending end
 
--- The server's time in milliseconds, the same for the whole script. Call it before the first PTTL of a script that
--- computes with both: on Redis 6.2 and 7.0 the time runs on inside scripts.
+-- Return the server's time in milliseconds. It is the same for the whole script. A script that computes with this time
+-- and a PTTL must call `clock` before PTTL. On Redis 6.2 and 7.0 the time runs on inside scripts.
 local now
 local function clock()
   if now then return now end
@@ -39,12 +40,12 @@ local function clock()
   return now
 end
 
--- A function that undoes the writes of the session at work, or false. `each` calls it if a later write fails.
+-- A function that undoes the writes of the current session, or false. `each` calls it if a later write fails.
 local undo = false
 
--- Call a function for each session of the batch. It reads the keys and arguments of one session and returns its reply.
--- The batch ends early when enough time is spent, and where the function fails, as when Redis refuses a write. Sessions
--- without a reply are sent again.
+-- Call a function for each session of the batch. The function reads the keys and arguments of one session, and returns
+-- its reply. The batch ends early when enough time is spent, or when the function fails, as when Redis refuses a write.
+-- The engine sends sessions without a reply again.
 local function each(run)
   local replies, n = {}, 0
   repeat

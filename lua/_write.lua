@@ -1,5 +1,5 @@
 --[[
-  What the scripts that write to sessions have in common.
+  The common parts of the scripts that write to sessions.
 
   KEYS        none
   ARGV        none
@@ -7,14 +7,14 @@
   Returns nothing: it stands before the scripts that need it.
 ]]
 
--- The error for a session that cannot be written to; nil if it can.
+-- Return the error for a session that cannot be written to. Nil if it can.
 local function refusal(session)
   if not session then return redis.error_reply("RSSNOTFOUND no such session") end
   if session.err then return session end
   if session.ended then return redis.error_reply("RSSENDED " .. session.ended) end
 end
 
--- Call a command on a key with the items first to last of a list, in pieces: `unpack` fails at 8,000 items.
+-- Call a command on a key with the items *first* to *last* of a list, in pieces. `unpack` would fail at 8,000 items.
 local function spread(command, name, list, first, last)
   if last - first < 1000 then
     if last >= first then redis.call(command, name, unpack(list, first, last)) end

@@ -1,10 +1,10 @@
 --[[
-  Tell for how long values are blocked.
+  Return how long values stay blocked.
 
   KEYS        the fences of their reference sets, "rss:_fence:<field>:{<value>}"
   ARGV        the stems
 
-  Returns for each value the milliseconds that are left, 0 if it is not blocked.
+  Returns for each value the milliseconds until its block ends, 0 if it is not blocked.
 ]]
 local function blocked()
   key = key + 1

@@ -1,5 +1,5 @@
 --[[
-  Count the ids in reference sets, also those of sessions that have expired.
+  Count the ids in reference sets, including ids of sessions that have expired.
 
   KEYS        reference sets, "rss:<field>:{<value>}"
   ARGV        the stems

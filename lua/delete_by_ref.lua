@@ -1,24 +1,24 @@
 --[[
-  End a page of the sessions in a reference set: of those that were in it when the first page began. Block its value, if
-  that is wanted. `_fence.lua` says what the fence holds. Needs session, write, end, fence, page, rounds.
+  End a page of the sessions that were in a reference set when the first page began. Optionally block the value.
+  `_fence.lua` lists the fields of the fence. Needs session, write, end, fence, page, rounds.
 
   KEYS        the reference set, "rss:<field>:{<value>}"; its fence, "rss:_fence:<field>:{<value>}"
   ARGV        the stems, then
     reference         the number of its reference
     cursor            "0", or what the last page returned
-    page              about how many sessions to look at
-    left              number of ids that the last page left, then the ids: if there are any, they are the page
+    page              the approximate number of sessions in a page
+    left              number of ids that the last page left, then the ids. If there are any, they are this page
     token             the name of this call, the same for all of its pages
-    reason            what the tombstones say, "deleted"
-    block             milliseconds for which nothing may join the value, from the first page on; or "open"
-    keep              number of ids to spare, then the ids
+    reason            the reason in the tombstones, "deleted"
+    block             milliseconds for which to block the value, from the first page on; or "open" for no block
+    keep              number of ids to keep, then the ids
 
-  Returns the cursor of the next page, "0" after the last; the ids that this page left because they would have taken too
-  long; and how many sessions it ended.
+  Returns the cursor of the next page, "0" after the last; the ids that this page left, because its time was spent; and
+  the number of sessions that it ended.
 
-  A call that needs several pages has a round in the fence: rounds are counted as calls begin, and sessions that join
-  are marked with the latest. A call spares the sessions that joined in its round or a later one, and those that it
-  keeps. When no call is left, the fence forgets the marks.
+  A call that needs several pages gets a round in the fence: the number of such calls so far. A session that joins the
+  set is marked with the latest round. A call spares sessions that joined in its round or later, and those to keep. When
+  no call is open, the marks are removed.
 ]]
 local set, fence, n, cursor = KEYS[1], KEYS[2], tonumber(ARGV[3]), ARGV[4]
 local page, left = tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -36,7 +36,7 @@ local function close()
   keep_fence(fence)
 end
 
--- The ids to keep, and on the first page the ids that they lead to; later the fence has marks of both.
+-- Return the ids to keep. On the first page, include the ids that they lead to. Later pages find marks of both.
 local function read_keep(first_page)
   local keep = args(kept)
   for i = 1, first_page and #keep or 0 do

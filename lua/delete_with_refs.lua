@@ -1,13 +1,13 @@
 --[[
-  End sessions: each leaves its reference sets, and a tombstone under its key. Needs session, expect, end.
+  End sessions: each leaves its reference sets, and a tombstone replaces its hash. Needs session, expect, end.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        the stems, then
-    expectations      how many fields of each session are expected to hold something; then for each session
-    reason            what its tombstone says, "deleted"
+    expectations      the number of expected fields of each session; then for each session
+    reason            the reason in its tombstone, "deleted"
     expected          for each field: its name; "holds", "lacks", or "lacks_or_holds"; the data, "" for "lacks"
 
-  Returns for each session 1 if it was ended; 0 if there is none, or it differs from what is expected.
+  Returns for each session 1 if it was ended; 0 if there is none, or if it fails an expectation.
 ]]
 local expectations = tonumber(ARGV[3])
 arg = 3

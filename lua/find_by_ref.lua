@@ -1,17 +1,17 @@
 --[[
-  Read a page of the sessions in a reference set, and take out the ids whose session is gone. Needs read, page.
+  Read a page of the sessions in a reference set, and remove the ids of sessions that are gone. Needs read, page.
 
   KEYS        the reference set, "rss:<field>:{<value>}"
   ARGV        the stems, then
     fields            "all", or their number and their names
     reference         the number of its reference
     cursor            "0", or what the last page returned
-    page              about how many sessions to look at
-    left              number of ids that the last page left, then the ids: if there are any, they are the page
+    page              the approximate number of sessions in a page
+    left              number of ids that the last page left, then the ids. If there are any, they are this page
 
-  Returns the cursor of the next page, "0" after the last; the ids that this page left because they would have taken too
-  long; then for each session a list of field, value, ... with its id.
-    A session may be on two pages if the set grows or shrinks in between.
+  Returns the cursor of the next page, "0" after the last; the ids that this page left, because its time was spent; then
+  for each session a list of field, value, ... with its id.
+    If the set grows or shrinks between two pages, a session may be on both.
 ]]
 local function find_by()
   local set, n, cursor, page = KEYS[key + 1], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3]
@@ -30,7 +30,7 @@ local function find_by()
     if session and not session.ended then
       reply[#reply + 1] = read(session)
     elseif not session then
-      redis.pcall("SREM", set, id) -- A server that takes no writes can still be read.
+      redis.pcall("SREM", set, id) -- Ignore an error: the page can be read without this write.
     end
   end)
   return reply

@@ -6,7 +6,7 @@
     fields            "all", or their number and their names
 
   Returns for each session field, value, ... with its id, then
-    ttl, "alive"      its TTL in milliseconds; or instead of all that
+    ttl, "alive"      its TTL in milliseconds; or, instead of all these
     reason, "ended"   if it was ended
     "absent"          if there is none
 ]]

@@ -1,23 +1,23 @@
 --[[
-  Read sessions, and renew those that are due. Needs read, renew.
+  Read sessions, and renew those that are due for a renewal. Needs read, renew.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        the stems, then
     fields            "all", or their number and their names
-    due               "always"; or "after" and the milliseconds since the last renewal, with half of the session's
-                      lifetime as the longest; or "check" and these: only tell whether it is due
+    due               "always"; or "after" and milliseconds: due if so much time, or half of the session's lifetime, has
+                      passed since the last renewal; or "check" and milliseconds: only report whether it is due
 
   Returns for each session field, value, ... with its id, then
     ttl, "alive"      its TTL in milliseconds
-    ttl, "renewed"    the new one
-    ttl, "due"        if that was to be checked, and it is; or instead of all that
+    ttl, "renewed"    its new TTL in milliseconds
+    ttl, "due"        if a check found it due; or, instead of all these
     reason, "ended"   if it was ended
     "absent"          if there is none
 ]]
 local due, idle = ARGV[arg + 1], tonumber(ARGV[arg + 2])
 
--- Renew a session. Returns its TTL, or nil if the server takes no writes at the moment: a renewal now and then can
--- wait, and the session can still be read.
+-- Renew a session and return its TTL. Return nil if the server takes no writes at the moment: the session can still be
+-- read, and a later read renews it. With "always" the caller asked for the renewal, so raise the error.
 local function renewed(session)
   local done, ttl = pcall(renew, session)
   if done then return ttl end

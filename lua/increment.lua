@@ -6,7 +6,7 @@
     field             its name
     by                the integer to add
 
-  Returns for each session the sum, as its digits where Lua would round it, or
+  Returns for each session the sum, or its digits if Lua would round it, or
     RSSNOTFOUND       if there is none
     RSSENDED reason   if it was ended
     RSSINTEGER        if the field holds no integer, or the sum does not fit into 64 bits
@@ -23,7 +23,7 @@ local function increment()
   if string.find(sum.err, "integer") or string.find(sum.err, "overflow") then
     return redis.error_reply("RSSINTEGER the field holds no integer, or the sum does not fit into 64 bits")
   end
-  return redis.call("HINCRBY", session.key, field, by) -- Fails again, for all sessions of the batch.
+  return redis.call("HINCRBY", session.key, field, by) -- This fails again, and ends the batch with the error.
 end
 
 return each(increment)

@@ -1,25 +1,25 @@
 --[[
-  Give sessions a new id, write fields of them and take others out. All else stays. Needs move.
+  Give sessions a new id, write some of their fields, and remove others. All else stays. Needs move.
 
   KEYS        for each session: its hash, "rss:{<id>}"; its new hash; then the reference sets for its new values,
               "rss:<field>:{<value>}"
   ARGV        the stems, then
-    gone              how many fields of each session are taken out
+    gone              the number of fields to remove from each session
     sets              for each reference the number of new reference sets of each session, "keep" if its field is
-                      neither written nor taken out; then for each session
+                      neither written nor removed; then for each session
     id                its new id
     grace             milliseconds for which the old id still leads to it, if its identity stays; or "none"
     max_age           milliseconds to live from now on, and after later writes; or "renew": as long as before; or
-                      "keep": leave its TTL alone
+                      "keep": leave its TTL unchanged
     values            number of fields and values, then field, value, ...
-    gone              the names of the fields that are taken out
+    gone              the names of the fields to remove
 
   Returns for each session its TTL in milliseconds, or
     RSSNOTFOUND       if there is none
-    RSSENDED reason   if it was ended, also while delete_by_ref works through a set it is in
+    RSSENDED reason   if it was ended, even by this call, while delete_by_ref works through one of its sets
     RSSLIMIT field    if a reference of that field refuses another session
     RSSBLOCKED until reason field
-                      if a value of that field is blocked, until then in milliseconds
+                      if a value of that field is blocked; the end of the block in milliseconds
 ]]
 local gone, counts = tonumber(ARGV[3]), 3
 arg = counts + references
@@ -34,7 +34,7 @@ local function rotate()
 
   local session = look(old)
   if session and session.ended == "rotated" then
-    -- Ids are random: if there is a session under the new one, this is the second run of the same call.
+    -- Ids are random. So if a session has the new id, this is the second run of the same call.
     local successor = look(new)
     if successor then return refusal(successor) or successor.ttl end
   end
@@ -42,7 +42,7 @@ local function rotate()
   if refused then return refused end
   local plan = plan_move(session, id, 0)
   if plan.err then return plan end
-  -- An id that was planted before a login must not lead into the session after it.
+  -- An attacker may have planted the old id before this login. It must not lead to the session afterwards.
   if changes_identity(session) then grace = nil end
 
   local ttl = keep and session.ttl or lifetime(session, given)

@@ -1,33 +1,33 @@
 --[[
-  Write fields of sessions and take others out, move the sessions between reference sets and renew them; make those
-  that are not there. Needs expect, move.
+  Write fields of sessions and remove others, move the sessions between reference sets, and renew them. Make sessions
+  that do not exist. Needs expect, move.
 
   KEYS        for each session: its hash, "rss:{<id>}"; then the reference sets for its new values,
               "rss:<field>:{<value>}"
   ARGV        the stems, then
-    mode              "set"; "update" if they must be there; "create" if they are new, or made by the same call before
-    expectations      how many fields of each session are expected to hold something
-    gone              how many fields of each session are taken out; only of sessions that must be there
+    mode              "set"; "update" if they must exist; "create" if they are new or an earlier run made them
+    expectations      the number of expected fields of each session
+    gone              the number of fields to remove from each session, 0 unless the mode is "update"
     sets              for each reference the number of new reference sets of each session, "keep" if its field is
-                      neither written nor taken out; then for each session
+                      neither written nor removed; then for each session
     max_age           milliseconds to live from now on, and after later writes; or "renew": as long as before
     expected          for each field: its name; "holds", "lacks", or "lacks_or_holds"; the data, "" for "lacks"
     values            number of fields and values, then field, value, ...
-    gone              the names of the fields that are taken out
+    gone              the names of the fields to remove
 
-  Returns for each session its TTL in milliseconds; 0 if nothing would be left of it, and so it was ended; or
-    RSSNOTFOUND       if it is to be updated and there is none
-    RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
-    RSSCONFLICT       if it differs from what is expected
-    RSSIDENTITY       if it would get another identity
+  Returns for each session its TTL in milliseconds; 0 if it was ended, because no field would be left; or
+    RSSNOTFOUND       if there is none, and the mode is "update"
+    RSSENDED reason   if it was ended, even by this call, as it leaves a set that delete_by_ref works through
+    RSSCONFLICT       if it fails an expectation
+    RSSIDENTITY       if its identity would change
     RSSLIMIT field    if a reference of that field refuses another session
     RSSBLOCKED until reason field
-                      if a value of that field is blocked, until then in milliseconds
+                      if a value of that field is blocked; the end of the block in milliseconds
 ]]
 local mode, expectations, gone, counts = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), 5
 arg = counts + references
 
--- Whether the fields that are taken out are all that a session has.
+-- Whether the fields to remove are all fields that a session has.
 local function empties(session, first, last)
   local held, left = session.held, redis.call("HLEN", session.key) - 1
   for i = 3, 4 do

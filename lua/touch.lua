@@ -1,5 +1,5 @@
 --[[
-  Renew sessions and the reference sets they are in. Needs session, renew.
+  Renew sessions and their reference sets. Needs session, renew.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        the stems, then for each session

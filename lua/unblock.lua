@@ -1,5 +1,5 @@
 --[[
-  Let sessions join values again.
+  Unblock values: sessions may join them again.
 
   KEYS        the fences of their reference sets, "rss:_fence:<field>:{<value>}"
   ARGV        the stems

@@ -1,15 +1,15 @@
 --[[
-  Take fields out of sessions, and these out of the reference sets of the fields. Needs move.
+  Remove fields of sessions, and move the sessions out of the reference sets of these fields. Needs move.
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        the stems, then for each session
     max_age           milliseconds to live from now on, and after later writes; or "renew": as long as before; or
-                      "keep": leave its TTL alone
+                      "keep": leave its TTL unchanged
     fields            their number, then their names
 
-  Returns for each session field, value, ... of what was taken out, then its TTL in milliseconds; or
+  Returns for each session field, value, ... of the removed fields, then its TTL in milliseconds; or
     RSSNOTFOUND       if there is none
-    RSSENDED reason   if it was ended, also if it would leave a set that delete_by_ref works through
+    RSSENDED reason   if it was ended, even by this call, as it leaves a set that delete_by_ref works through
     RSSIDENTITY       if it would lose its identity
 ]]
 local function unset()

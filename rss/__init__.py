@@ -1,11 +1,11 @@
-"""Web sessions in Redis for asyncio: every operation is one script, and all sessions of a user are one call away.
+"""Web sessions in Redis for asyncio. Every operation is one script; one call ends all sessions of a user.
 
     store = SessionStore.from_url("redis://localhost", references={"user_id": Reference(identity=True)})
     await store.delete_by("user_id", 7)  # ends every session of the user, on every server
 
 `SessionStore` keeps sessions. `Sessions` adds the cookie, and gives each request of a web application its `Session`.
-`rss.aiohttp`, `rss.asgi`, `rss.fastapi`, `rss.quart` and `rss.aiohttp_session` serve frameworks, and `rss.oidc` ends
-sessions when an OpenID provider says so. The guides are in the folder `guides` of this package.
+The adapters for frameworks are `rss.aiohttp`, `rss.asgi`, `rss.fastapi`, `rss.quart` and `rss.aiohttp_session`.
+`rss.oidc` ends sessions when an OpenID provider reports a logout. The folder `guides` of this package has the guides.
 """
 
 from rss.codec import Codec, JSONCodec, TextCodec

@@ -1,4 +1,4 @@
-"""Sessions for aiohttp: also for its sub-applications, streams, files and WebSockets."""
+"""Sessions for aiohttp, including its sub-applications, streams, files and WebSockets."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -10,13 +10,13 @@ from aiohttp.typedefs import Handler
 from rss.session import Session, Sessions, checked
 
 if TYPE_CHECKING:
-    from rss.oidc import BackChannelLogout  # Not everybody has what it needs.
+    from rss.oidc import BackChannelLogout  # It needs the extra [oidc].
 
-#: Where an application keeps its sessions: `request.config_dict[SESSIONS]` finds them in a sub-application too.
+#: The key of an application's sessions. `request.config_dict[SESSIONS]` works in a sub-application too.
 SESSIONS: Final = web.AppKey("rss_sessions", Sessions[Any])
-#: Where a request keeps its session.
+#: The key of a request's session.
 SESSION: Final = web.RequestKey("rss_session", Session[Any])
-# All sessions of a request: applications within it may have sessions of their own.
+# All sessions of a request. There are several if a sub-application has sessions of its own.
 _ALL: Final = web.RequestKey("rss_sessions", list[Session[Any]])
 
 _ERRORS: Final = {
@@ -30,20 +30,30 @@ _logger = logging.getLogger("rss")
 
 
 def setup(app: web.Application, sessions: Sessions[Any]) -> None:
-    """Give each request its session, and each response its cookie; open the store with the application and close it.
+    """Add sessions to an application: each request gets its session, and each response its cookie.
 
-    If a handler lets an error of its session pass, the response is 503 (Redis does not answer), 409 (the request raced
-    a login), 401 (the session has ended), or 403 (a limit or a block refuses it).
+    The store is opened and closed with the application. Raises TypeError if *sessions* is no `Sessions`.
+
+    If a handler does not catch an error of its session, the error becomes the response:
+
+    - 503: Redis does not answer.
+    - 409: the request raced a login.
+    - 401: the session has ended.
+    - 403: a limit or a block refuses the session.
     """
     app[SESSIONS] = checked(sessions, "setup(app, Sessions(store))")
     app.cleanup_ctx.append(_open)
     app.middlewares.insert(0, _attach)
-    # A cookie that is set in a response by now is too late: its headers are made.
+    # The headers of a stream leave before its handler returns, so `_attach` would add the cookie too late. When this
+    # signal is sent, aiohttp has rendered `response.cookies`, so `_add_headers` adds headers instead.
     app.on_response_prepare.append(_add_headers)
 
 
 async def get_session(request: web.Request) -> Session[Any]:
-    """Return the session of a request. Raises RuntimeError if `setup` was not called for the application."""
+    """Return the session of a request.
+
+    Raises RuntimeError if `setup` was not called for the application.
+    """
     try:
         return request[SESSION]
     except KeyError:
@@ -51,7 +61,7 @@ async def get_session(request: web.Request) -> Session[Any]:
 
 
 def logout_handler(logout: "BackChannelLogout") -> Handler:
-    """Return the handler to which an OpenID provider posts its logout tokens: `web.post("/logout", handler)`."""
+    """Return a handler for the logout tokens that an OpenID provider posts: `web.post("/logout", handler)`."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         answer = await logout.answer(request.method, request.headers.get("Content-Type", ""), await request.read())
@@ -67,12 +77,13 @@ async def _open(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
-    sessions, around = request.app[SESSIONS], request.get(SESSION)
-    if around is not None and around.sessions is sessions:  # An application around this one has the same.
+    sessions, outer = request.app[SESSIONS], request.get(_ALL, ())
+    around = request[SESSION] if outer else None
+    if around is not None and around.sessions is sessions:  # An outer application has attached it.
         return await handler(request)
     cookies = "; ".join(request.headers.getall("Cookie", ()))
     session = request[SESSION] = sessions.create_session(cookies, scheme=request.scheme)
-    request[_ALL] = [*request.get(_ALL, ()), session]
+    request[_ALL] = [*outer, session]
     try:
         return await handler(request)
     except Exception as error:
@@ -80,7 +91,7 @@ async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
         if session.sent or status is None:
             raise
         _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
-        # An error of HTTP, not a response: middlewares of the application may make a page of it.
+        # Raise an error, not return a response: middlewares of the application may render a page for it.
         raise _ERRORS[status] from error
     finally:
         if around is not None:

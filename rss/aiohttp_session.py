@@ -1,4 +1,4 @@
-"""For applications on aiohttp-session: the same sessions, with references and revocation."""
+"""A storage for aiohttp-session: its sessions, with references and revocation."""
 
 import copy
 import time
@@ -11,16 +11,16 @@ import rss.aiohttp
 from rss.dict_session import field_of, item_of, write
 from rss.session import Sessions
 
-# The field that tells when it was made, as aiohttp-session counts.
+# The field with the creation time of the session, in seconds, as aiohttp-session counts.
 _CREATED: Final = "aiohttp_session.created"
 
 
 class _Session(aiohttp_session.Session):
     """A session that was loaded."""
 
-    #: The fields as they were.
+    #: The fields as they were loaded.
     before: dict[str, Any]
-    #: Whether it was cleared: then it ends, or gets a new id if items were set after that.
+    #: Whether it was cleared. If so, it ends; if items were set afterwards, it gets a new id.
     cleared = False
 
     def invalidate(self) -> None:
@@ -31,24 +31,28 @@ class _Session(aiohttp_session.Session):
 
 
 def setup(app: web.Application, sessions: Sessions[Any]) -> None:
-    """Do what `aiohttp_session.setup` does, with a storage of ours.
+    """Set up aiohttp-session with a storage of this library.
 
-    `aiohttp_session.get_session(request)` works as before. If it was changed, the fields that differ are written, in
-    one script. `invalidate` and `clear` end the session. If items are set then, and after `new_session`, it gets a new
-    id. `rss.aiohttp.get_session(request)` is the same session, with the verbs that a dict does not have.
+    `aiohttp_session.get_session(request)` works as before. If the session was changed, one script writes the fields
+    that differ. `invalidate` and `clear` end the session. If items are set afterwards, the session gets a new id.
+    `new_session` gives it a new id too.
+
+    `rss.aiohttp.get_session(request)` is the same session, with the verbs that a dict does not have.
+
+    Raises TypeError if *sessions* is no `Sessions`.
     """
     rss.aiohttp.setup(app, sessions)
     aiohttp_session.setup(app, Storage())
 
 
 class Storage(aiohttp_session.AbstractStorage):
-    """Keeps the sessions of aiohttp-session in the session of the request. Its cookie is set by `rss.aiohttp`.
+    """Keeps the items of aiohttp-session in the session of the request. `rss.aiohttp` sets the cookie.
 
-    In Redis the item names `id`, and those that begin with an underscore, get a dot before them.
+    In Redis, a dot precedes the names of items that are called `id` or begin with an underscore.
     """
 
     async def load_session(self, request: web.Request) -> aiohttp_session.Session:
-        """Return the session of a request, a new one if it has none."""
+        """Return the session of a request. If the request has none, return a new session."""
         fields = await (await rss.aiohttp.get_session(request)).get()
         session_id = fields.pop("id", None)
         items = {item_of(field): value for field, value in fields.items() if field != _CREATED}
@@ -60,12 +64,12 @@ class Storage(aiohttp_session.AbstractStorage):
     async def save_session(
         self, request: web.Request, response: web.StreamResponse, session: aiohttp_session.Session
     ) -> None:
-        """Write what differs from what was loaded. If nothing is left in Redis, the session ends."""
+        """Write the fields that differ from those that were loaded. If no field is left in Redis, the session ends."""
         del response
         handle = await rss.aiohttp.get_session(request)
         if isinstance(session, _Session):
             before, cleared = session.before, session.cleared
-        else:  # It is of `new_session`.
+        else:  # `new_session` made it.
             before, cleared = dict(await handle.get()), True
             before.pop("id", None)
         after: dict[str, Any] = {field_of(item): value for item, value in session.items()}

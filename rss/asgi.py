@@ -1,4 +1,4 @@
-"""Sessions for every ASGI application: Starlette, FastAPI, Litestar, Quart, or none of these."""
+"""Sessions for every ASGI application: on Starlette, FastAPI, Litestar, Quart, or without a framework."""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         def scope(self) -> Any: ...
 
 else:
-    try:  # FastAPI injects a connection where this class is the annotation: so `Depends(get_session)` works.
+    try:  # FastAPI injects the connection if this class is the annotation. `Depends(get_session)` needs that.
         from starlette.requests import HTTPConnection as _Connection
     except ImportError:
         _Connection = Any
@@ -30,10 +30,10 @@ _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
-#: Where the session of a request is in its scope.
+#: The key of the session in the scope of a request.
 KEY: Final = "rss.session"
 
-# The messages that carry headers to the client: one of them for each request.
+# The messages that carry headers to the client. Each request sends one of them.
 _BEGINNINGS: Final = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
 
 _logger = logging.getLogger("rss")
@@ -42,13 +42,19 @@ _logger = logging.getLogger("rss")
 class SessionMiddleware:
     """Gives each request and each WebSocket its session, in `scope["rss.session"]`, and the response its cookie.
 
-    *dict_session*: also give it `scope["session"]`, a dict: that is `request.session` in Starlette and FastAPI, also in
-    `def` endpoints. It is read when a request with a cookie begins, and what was changed is written when the response
-    begins. `rss.dict_session.DictSession` says how.
+    *dict_session*: also put a dict into `scope["session"]`, which is `request.session` in Starlette and FastAPI. It
+    works in `def` endpoints too. The session is read when a request with a cookie begins. Changes are written when
+    the response begins. `rss.dict_session.DictSession` describes the dict.
 
-    If the application lets an error of its session pass, the response is 503 (Redis does not answer), 409 (the request
-    raced a login), 401 (the session has ended), or 403 (a limit or a block refuses it). So is a 500 that the
-    application makes of such an error.
+    Raises TypeError if *sessions* is no `Sessions`.
+
+    If the application does not catch an error of its session, the error becomes the response. The same response
+    replaces a 500 that the application sends for such an error.
+
+    - 503: Redis does not answer.
+    - 409: the request raced a login.
+    - 401: the session has ended.
+    - 403: a limit or a block refuses the session.
     """
 
     def __init__(self, app: Any, sessions: Sessions[Any], *, dict_session: bool = False) -> None:
@@ -61,7 +67,7 @@ class SessionMiddleware:
             await self._app(scope, receive, send)
             return
         around: Session[Any] | None = scope.get(KEY)
-        if around is not None and around.sessions is self._sessions:  # A middleware around this one adds the headers.
+        if around is not None and around.sessions is self._sessions:  # An outer middleware adds the headers.
             if self._dict_session and not isinstance(scope.get("session"), DictSession):
                 send = await _with_items(scope, around, send)
             await self._app(scope, receive, send)
@@ -77,7 +83,7 @@ class SessionMiddleware:
         except Exception as error:
             status = session.status_for(error)
             if session.sent:
-                if response.refused and status is not None:  # The response tells of this error already.
+                if response.refused and status is not None:  # The response reports this error already.
                     return
                 raise
             if status is None:
@@ -87,7 +93,7 @@ class SessionMiddleware:
 
 
 async def _with_items(scope: _Scope, session: Session[Any], send: _Send) -> _Send:
-    """Put the session into the scope as a dict, and return what writes its changes before the response begins."""
+    """Put the session into the scope as a dict. Return a `send` that writes its changes before the response begins."""
     items = scope["session"] = DictSession(session, await session.peek())
 
     async def save_and_send(message: _Message) -> None:
@@ -95,7 +101,7 @@ async def _with_items(scope: _Scope, session: Session[Any], send: _Send) -> _Sen
             try:
                 await items.save()
             except SessionError as error:
-                # The application cannot handle it any more: for it, the response has begun.
+                # The application can no longer catch this error, because its response has begun.
                 status = session.status_for(error)
                 if status is None:
                     raise
@@ -110,14 +116,14 @@ class _Response:
     """The response to one request."""
 
     def __init__(self, scope: _Scope, session: Session[Any], send: _Send) -> None:
-        #: Whether an error took the place of what the application sends.
+        #: Whether the response is an error, and the messages of the application are dropped.
         self.refused = False
         self._scope = scope
         self._session = session
         self._send = send
 
     async def send(self, message: _Message) -> None:
-        """Send what the application sends, with the headers of the session."""
+        """Send a message of the application, with the headers of the session."""
         if message["type"] in _BEGINNINGS:
             failure = self._session.failure
             if failure and message.get("status") == HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -128,7 +134,7 @@ class _Response:
             await self._send(message)
 
     async def refuse(self, status: int) -> None:
-        """Answer with an error, in place of whatever the application sends."""
+        """Respond with an error. Later messages of the application are dropped."""
         self.refused = True
         kind = "websocket.http.response" if self._scope["type"] == "websocket" else "http.response"
         if kind == "http.response" or kind in (self._scope.get("extensions") or ()):
@@ -142,7 +148,7 @@ class _Response:
             )
 
     async def _begin(self, message: _Message) -> None:
-        # A copy is changed: the application may send the same message to others.
+        # Change a copy: the application may send the same message to other clients.
         headers = [(bytes(name).lower(), bytes(value)) for name, value in message.get("headers", ())]
         own = (
             b", ".join(value for name, value in headers if name == wanted).decode("latin-1") or None
@@ -155,7 +161,10 @@ class _Response:
 
 
 async def get_session(connection: _Connection) -> Session[Any]:
-    """Return the session of a request or a WebSocket. Raises RuntimeError if there is no `SessionMiddleware`."""
+    """Return the session of a request or a WebSocket.
+
+    Raises RuntimeError if there is no `SessionMiddleware`.
+    """
     try:
         session: Session[Any] = connection.scope[KEY]
     except KeyError:
@@ -164,9 +173,12 @@ async def get_session(connection: _Connection) -> Session[Any]:
 
 
 def lifespan(sessions: Sessions[Any]) -> Callable[[Any], AbstractAsyncContextManager[None]]:
-    """Return what opens the store when the application starts and closes it at its end.
+    """Return a lifespan that opens the store when the application starts, and closes it when the application stops.
 
-    For Starlette, FastAPI and Litestar, as their argument `lifespan`. In others: `async with sessions.store`.
+    Pass it as the argument `lifespan` of Starlette, FastAPI or Litestar. In other applications, use
+    `async with sessions.store`.
+
+    Raises TypeError if *sessions* is no `Sessions`.
     """
     checked(sessions, "lifespan(Sessions(store))")
 

@@ -1,4 +1,4 @@
-"""How the value of a field stands in the hash."""
+"""Codecs: they convert the values of fields to the data that Redis stores."""
 
 import json
 import re
@@ -6,14 +6,14 @@ from typing import Any, Protocol
 
 
 class Codec(Protocol):
-    """What turns the value of a field into what Redis keeps, and back: plug in encryption, msgspec, ..."""
+    """Converts the value of a field to the data in Redis, and back. Write your own for encryption or msgspec."""
 
     def encode(self, field: str, value: Any, /) -> str | bytes:
-        """Return what to store; raise TypeError or ValueError if it cannot be stored."""
+        """Return the data to store. Raise TypeError or ValueError if the value cannot be stored."""
         ...
 
     def decode(self, field: str, data: bytes, /) -> Any:
-        """Return the value; raise ValueError if the data is not readable."""
+        """Return the value of stored data. Raise ValueError if the data is not readable."""
         ...
 
 
@@ -24,8 +24,8 @@ def _refuse(constant: str) -> float:
 _loads = json.JSONDecoder(parse_constant=_refuse).decode
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
-# The characters that a JSON text can begin with. Most texts that begin with a digit are no numbers: they are addresses,
-# dates or ids. So a pattern decides, not the parser.
+# The characters that a JSON text can begin with. A pattern recognises numbers, because a failed parse costs more. Most
+# texts that begin with a digit are addresses, dates or ids.
 _JSON_STARTS = frozenset('"[{-0123456789tfn \t\n\r')
 _NUMBER_STARTS = frozenset("-0123456789")
 _ZERO = ord("0")
@@ -33,7 +33,7 @@ _is_number = re.compile(r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++
 
 
 def _is_like_json(text: str) -> bool:
-    # The scripts parse what begins like this with a parser of their own, which takes more for JSON than ours.
+    # Quote every such text: the scripts have another parser, which accepts more texts as JSON than this one.
     if text[0] in '"[{':
         return True
     try:
@@ -46,9 +46,10 @@ def _is_like_json(text: str) -> bool:
 class JSONCodec:
     """Keeps types, and stays readable in redis-cli.
 
-    A str is stored as it is, unless it could be taken for JSON: then it is quoted. All else is compact JSON.
-    So 1 is `1`, "1" is `"1"` with the quotes, "alice" is `alice`, None is `null`, [1] is `[1]`.
-    Every JSON value comes back exactly; what would not, such as a tuple, a set, bytes or NaN, is refused.
+    A str that could be mistaken for JSON is quoted. Any other str is stored unchanged. All other values are stored as
+    compact JSON. So 1 is `1`, "1" is `"1"` with the quotes, "alice" is `alice`, None is `null`, [1] is `[1]`.
+
+    Every JSON value is read back exactly. A value that would not be, such as a tuple, a set, bytes or NaN, is refused.
     """
 
     def encode(self, field: str, value: Any, /) -> str | bytes:
@@ -80,11 +81,11 @@ class JSONCodec:
                 return text
             return _loads(text)
         except (ValueError, RecursionError):
-            return data.decode()  # It only begins like JSON.
+            return data.decode()  # It begins like JSON, but is not.
 
 
 class TextCodec:
-    """Stores str as it is and int as its digits, and reads all as str: as the Node original does."""
+    """Stores a str unchanged and an int as its digits. Reads every value as a str, as the Node original does."""
 
     def encode(self, field: str, value: Any, /) -> str | bytes:
         if type(value) is not str and type(value) is not int:

@@ -1,4 +1,4 @@
-"""The session cookie: how it is read from a request and written into a response."""
+"""The session cookie: read it from a request, write it into a response, sign it."""
 
 import hashlib
 import math
@@ -12,19 +12,19 @@ _NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _DOMAIN: Final = re.compile(r"\.?[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*")
 _PATH: Final = re.compile(
     r"/[!-:<-~]*"
-)  # No semicolon, no space, no control character: they would begin another header.
+)  # A semicolon, a space or a control character would begin another attribute or header.
 
 
 @dataclass(frozen=True, slots=True)
 class CookiePolicy:
     """The name and the attributes of the session cookie.
 
-    *name*: in production best "__Host-session-id": browsers then take it from this host alone, over TLS, so that no
-    sibling domain can plant one. It asks for *secure*, the path "/" and no *domain*, which is checked.
-    *persistent*: whether the cookie outlives the browser; else it ends with the browser.
-    *partitioned*: whether it belongs to the site that embeds this one (CHIPS); it needs *secure*.
+    *name*: use "__Host-session-id" in production. Browsers then accept the cookie only from this host, over TLS, so a
+    sibling domain cannot plant one. Such a name requires *secure*, the path "/" and no *domain*.
+    *persistent*: whether the cookie outlives the browser. If not, the browser drops it when it closes.
+    *partitioned*: whether the cookie belongs to the site that embeds this one (CHIPS). It requires *secure*.
 
-    Raises ValueError for what browsers would refuse, and for what could break out of the header.
+    Raises ValueError for a combination that browsers would refuse, and for characters that could inject a header.
     """
 
     name: str = "session-id"
@@ -56,10 +56,10 @@ class CookiePolicy:
             raise ValueError("browsers refuse a cookie named __Host-... that is not secure, or has a domain or a path")
 
     def read(self, header: str) -> list[str]:
-        """Return the different values that the cookie has in a Cookie header: nearly always one, or none.
+        """Return the distinct values of the cookie in a Cookie header: usually one, or none.
 
-        A sibling domain, or a page on another path, can set a cookie of the same name, and the order does not tell
-        which value is the right one. Values are not unquoted. Cookies of other names may be malformed.
+        There are several if a sibling domain, or a page on another path, set a cookie of the same name. Their order
+        does not tell which value is right. Quotes around a value stay. Malformed cookies of other names are ignored.
         """
         values: dict[str, None] = {}
         if self.name in header:
@@ -70,12 +70,12 @@ class CookiePolicy:
         return [*values]
 
     def write(self, value: str, max_age: timedelta) -> str:
-        """Return a Set-Cookie header for a cookie that browsers keep for so long, unless it ends with the browser."""
+        """Return the Set-Cookie header for this value. If the cookie is persistent, browsers keep it for *max_age*."""
         # Round up: Max-Age=0 would delete the cookie.
         return self._line(value, f"; Max-Age={math.ceil(max_age.total_seconds())}" if self.persistent else "")
 
     def clear(self) -> str:
-        """Return a Set-Cookie header that removes the cookie."""
+        """Return the Set-Cookie header that deletes the cookie."""
         return self._line("", "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT")
 
     def _line(self, value: str, age: str) -> str:
@@ -87,11 +87,11 @@ class CookiePolicy:
 
 
 class Signer:
-    """Signs what the cookie holds, by itsdangerous: the first of the keys signs, all of them verify."""
+    """Signs the values of cookies with itsdangerous. The first key signs; all keys verify."""
 
     def __init__(self, secret_keys: Sequence[str]) -> None:
         try:
-            import itsdangerous  # noqa: PLC0415 - not everybody signs
+            import itsdangerous  # noqa: PLC0415 - only the extra [signed] installs it
         except ImportError:
             raise RuntimeError("secret_keys needs itsdangerous: pip install redis-session-sets[signed]") from None
         if not secret_keys or not all(isinstance(key, str) and len(key) >= 16 for key in secret_keys):
@@ -106,8 +106,8 @@ class Signer:
         return self._signer.sign(value).decode()
 
     def unsign(self, signed: str) -> str | None:
-        """Return a value without its signature; None if that is not of one of the keys."""
+        """Return a value without its signature. Return None if no key verifies the signature."""
         try:
             return self._signer.unsign(signed).decode()
-        except (self._forged, UnicodeError):  # What is not Unicode was not signed here.
+        except (self._forged, UnicodeError):  # A signed value is Unicode.
             return None

@@ -1,4 +1,4 @@
-"""A session that is a dict, for frameworks that have it so."""
+"""A session as a dict, for frameworks whose sessions are dicts."""
 
 import copy
 import functools
@@ -10,15 +10,15 @@ from rss.session import Session
 
 
 class DictSession(dict[str, Any]):
-    """The items of a session. They are read when the request begins, and `save` writes what has changed.
+    """The items of a session. The adapter reads them when the request begins; `save` writes the changes.
 
-    Changes are noticed however deep they are. Only the fields that differ are written, in one script, so parallel
-    requests do not undo each other's writes. If nothing is left in Redis then, the session ends. `clear` ends it in any
-    case; if items are set after it, the session gets a new id.
+    Changes inside nested values are detected too. One script writes the fields that differ, so parallel requests do
+    not undo each other's writes. If no field is left in Redis, the session ends. `clear` always ends the session. If
+    items are set after `clear`, the session gets a new id.
 
-    In Redis the names `id`, and those that begin with an underscore, get a dot before them.
+    In Redis, a dot precedes the names of items that are called `id` or begin with an underscore.
 
-    Its methods only look at memory, so that code which is not async can use it too, also in a thread.
+    The methods of dict only use memory, so they also work in code that is not async, and in threads.
     """
 
     def __init__(self, handle: Session[Any], fields: dict[str, Any]) -> None:
@@ -26,22 +26,22 @@ class DictSession(dict[str, Any]):
         self.handle = handle
         #: Whether the request came without a session.
         self.new = not fields
-        #: Whether the response depends on it.
+        #: Whether the response depends on the session.
         self.looked_at = False
         self._before = {field: value for field, value in fields.items() if field != "id"}
         self._cleared = self._saved = False
         super().__init__({item_of(field): self.item_from(copy.deepcopy(data)) for field, data in self._before.items()})
 
     def item_from(self, data: Any) -> Any:
-        """Return the value of an item, from what the store has."""
+        """Return the value of an item, given the value in the store."""
         return data
 
     def data_from(self, item: Any) -> Any:
-        """Return what the store gets for the value of an item."""
+        """Return the value to store, given the value of an item."""
         return item
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields that the store would have now."""
+        """Return the fields that `save` would leave in the store."""
         return {field_of(name): self.data_from(value) for name, value in dict.items(self)}
 
     @property
@@ -50,16 +50,16 @@ class DictSession(dict[str, Any]):
         return self._cleared or self.fields() != self._before
 
     async def save(self) -> None:
-        """Write what differs. Raises what `Session.set` raises."""
-        if self._saved:  # If that failed, this call belongs to the response that tells so.
+        """Write the fields that differ, once. Raises the errors of `Session.set`."""
+        if self._saved:  # If the first call failed, this one belongs to the error response.
             return
         self._saved = True
         written = await write(self.handle, self._before, self.fields(), cleared=self._cleared)
         if self.looked_at and not written:
-            await self.handle.get(["id"])  # Which renews it if that is due.
+            await self.handle.get(["id"])  # This renews the session if a renewal is due.
 
     def mark_accessed(self) -> None:
-        """Note that the response depends on the session. Starlette calls it for each `request.session`."""
+        """Note that the response depends on the session. Starlette calls this for each use of `request.session`."""
         self.looked_at = True
 
     def clear(self) -> None:
@@ -67,7 +67,7 @@ class DictSession(dict[str, Any]):
         super().clear()
 
     def __setitem__(self, name: str, value: Any) -> None:
-        field_of(name)  # Raises TypeError now, not when the response begins.
+        field_of(name)  # Raise TypeError here rather than when the response begins.
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
@@ -100,8 +100,9 @@ async def write(
 ) -> bool:
     """Write what differs between two states of a session, and return whether anything was written.
 
-    *cleared*: whether the application cleared the session in between. If so, it ends; if items were set after that, it
-    gets a new id. If the application has ended or rotated it by the handle, only the difference is written.
+    *cleared*: whether the application cleared the session in between. If so, the session ends; if items were set
+    afterwards, it gets a new id. If the application made, rotated or ended the session through the handle, *cleared*
+    has no effect.
     """
     if not cleared or handle.cookie_changes:
         return await handle.replace(before, after, max_age)
@@ -111,14 +112,17 @@ async def write(
 
 
 def field_of(item: str) -> str:
-    """Return the name of the field for an item: names that are the store's own get a dot. Raises TypeError."""
+    """Return the name of the field for an item. A name that the store reserves gets a dot.
+
+    Raises TypeError if the name is no str.
+    """
     if not isinstance(item, str):
         raise TypeError(f"the name of an item must be a str, not {type(item).__name__}")
     return f".{item}" if _is_reserved(item) else item
 
 
 def item_of(field: str) -> str:
-    """Return the name of the item for such a field."""
+    """Return the name of the item for a field: the reverse of `field_of`."""
     return field[1:] if field.startswith(".") and _is_reserved(field) else field
 
 

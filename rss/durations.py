@@ -1,9 +1,9 @@
-"""Lengths of time as users write them."""
+"""Durations: convert them to milliseconds."""
 
 import re
 from datetime import timedelta
 
-#: A timedelta, a number of seconds, or a text with a unit, such as "28 days" or "15m".
+#: A timedelta, a number of seconds, or a str with a unit, such as "28 days" or "15m".
 Duration = timedelta | int | float | str
 
 _GRAMMAR = re.compile(
@@ -13,16 +13,17 @@ _GRAMMAR = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000, "y": 31_557_600_000}
-_LONGEST = 100 * _UNITS["y"]  # Redis and Lua are exact far beyond this, timedelta and cookies are not.
+_LONGEST = 100 * _UNITS["y"]  # Redis and Lua are exact far beyond this; timedelta and cookies are not.
 
 
 def milliseconds(duration: Duration, name: str = "duration") -> int:
     """Return a duration in whole milliseconds.
 
-    A text is one number and one unit, in the grammar of npm's `ms`: "28 days", "1.5h", "90s"; a year has 365.25 days.
-    A plain number is seconds, and a text without a unit is refused: it means one thing here and another there.
+    A plain number is seconds. A str has one number and one unit, as in "28 days", "1.5h" or "90s". The grammar is that
+    of npm's `ms`. A year has 365.25 days. A str without a unit is refused, since `ms` would read it as milliseconds.
 
-    Raises ValueError, which says *name*, for anything else, for less than a millisecond and more than 100 years.
+    Raises ValueError for anything else, and for less than a millisecond or more than 100 years. The message holds
+    *name*.
     """
     if isinstance(duration, timedelta):
         ms: float = duration / timedelta(milliseconds=1)
@@ -35,6 +36,6 @@ def milliseconds(duration: Duration, name: str = "duration") -> int:
         ms = duration * 1000
     else:
         raise ValueError(f"{name} must be a timedelta, a number of seconds or a text with a unit")  # noqa: TRY004 - as documented
-    if not 1 <= ms <= _LONGEST:  # NaN is not, either.
+    if not 1 <= ms <= _LONGEST:  # NaN fails this too.
         raise ValueError(f"{name} must be between a millisecond and 100 years")
     return round(ms)

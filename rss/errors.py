@@ -1,21 +1,25 @@
-"""What can go wrong. No text here ever holds a session id, a value or a key."""
+"""The errors of this library. Their texts never hold a session id, a value or a key."""
 
 from datetime import datetime
 
 
 class SessionError(Exception):
-    """Base of all errors of this library; raised itself for data in Redis that is not ours, or not readable."""
+    """The base of all errors of this library.
+
+    It is raised itself for data that is unreadable or not of this library, for missing rights, and for bugs.
+    """
 
 
 class SessionNotFound(SessionError):
-    """Raised when an operation needs a session and there is none: it expired, or never was."""
+    """Raised when an operation needs a session that does not exist: it expired, or was never made."""
 
 
 class SessionEnded(SessionNotFound):
-    """Raised when a session that was ended is written to, for as long as its tombstone lasts."""
+    """Raised by a write to a session that was ended, while its tombstone lasts: usually five minutes."""
 
-    #: Why it was ended: "deleted" or the *reason* given for it, "rotated", "evicted" (by a limit), "expired" (it is
-    #: older than `max_lifetime`), or "revoked" (it is not in the set of a strict reference).
+    #: Why the session was ended: "deleted", or the *reason* that the caller gave. "rotated": it got a new id.
+    #: "evicted": a limit ended it. "expired": it is older than `max_lifetime`. "revoked": it is not in the set of a
+    #: strict reference.
     reason: str
 
     def __init__(self, reason: str) -> None:
@@ -27,13 +31,13 @@ class SessionEnded(SessionNotFound):
 
 
 class Conflict(SessionError):
-    """Raised by `set` when a field does not hold what *expect* says; nothing was written."""
+    """Raised by `set` when a field does not hold the value in *expect*. Nothing was written."""
 
 
 class LimitExceeded(SessionError):
-    """Raised when a reference refuses one more session for a value; nothing was written."""
+    """Raised when a value of a reference already has as many sessions as its limit allows. Nothing was written."""
 
-    #: The field of that reference.
+    #: The field of the reference.
     field: str
 
     def __init__(self, field: str) -> None:
@@ -45,11 +49,11 @@ class LimitExceeded(SessionError):
 
 
 class Blocked(LimitExceeded):
-    """Raised when a value of a reference is blocked, so no session may join it; nothing was written."""
+    """Raised when no session may join a value of a reference, because it is blocked. Nothing was written."""
 
-    #: Why, as `SessionStore.block` was told.
+    #: The *reason* that `block` or `delete_by` was given.
     reason: str
-    #: Until when, by the clock of Redis, in UTC.
+    #: The end of the block, in UTC, by the clock of Redis.
     until: datetime
 
     def __init__(self, field: str, reason: str, until: datetime) -> None:
@@ -63,14 +67,14 @@ class Blocked(LimitExceeded):
 
 
 class IdentityChanged(SessionError):
-    """Raised by a write that would change who is signed in, under the same session id; nothing was written.
+    """Raised by a write that would change the identity of a session without changing its id. Nothing was written.
 
-    `rotate` changes the identity of a session, and gives it a new id.
+    Use `rotate`: it gives the session a new id, and may change the identity.
     """
 
 
 class StoreUnavailable(SessionError):
-    """Raised when Redis gave no answer, or refused to work, until the deadline. Never means that there is no session.
+    """Raised when Redis did not answer before the deadline, or refused to work.
 
-    The operation may or may not have taken effect.
+    It never means that the session does not exist. The operation may or may not have taken effect.
     """

@@ -1,4 +1,4 @@
-"""The session of a request or a WebSocket as a dependency of FastAPI; the rest is in `rss.asgi`."""
+"""The session of a request or a WebSocket as a dependency of FastAPI. The middleware is in `rss.asgi`."""
 
 from typing import Annotated, Any
 
@@ -7,5 +7,5 @@ from fastapi import Depends
 from rss.asgi import get_session
 from rss.session import Session
 
-#: `async def view(session: SessionDep)`.
+#: The annotation of a parameter: `async def view(session: SessionDep)`.
 SessionDep = Annotated[Session[Any], Depends(get_session)]

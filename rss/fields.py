@@ -1,4 +1,4 @@
-"""Values to fields of the hash and values of references, and back; and the checks of arguments."""
+"""The fields of sessions: encode and decode their values, and check the arguments of operations."""
 
 import functools
 from collections.abc import Callable, ItemsView, Iterable, Mapping
@@ -12,7 +12,7 @@ from rss.references import Reference
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
-# So that one session keeps Redis busy for less than 5 ms.
+# These limits keep Redis busy for less than 5 ms for one session.
 _MOST_FIELDS: Final = 1000
 _MOST_VALUES: Final = 128
 _MOST_MEMBERS: Final = 1000
@@ -20,15 +20,15 @@ _MOST_LIMITED: Final = 10
 
 
 class Encoded(NamedTuple):
-    """What a write sends."""
+    """The encoded fields of a write."""
 
     #: Fields and data in turn.
     pairs: list[str | bytes]
-    #: The fields of references and the texts of their values.
+    #: For each value of a reference: the field, and the text of the value.
     references: list[tuple[str, str]]
-    #: For each reference of the store how many of these there are, "keep" if its field is not written.
+    #: For each reference: the number of its values in `references`, or "keep" if its field is not written.
     counts: tuple[str, ...]
-    #: The fields that are taken out.
+    #: The fields to remove.
     gone: tuple[str, ...] = ()
 
 
@@ -39,15 +39,17 @@ class Fields:
         self.references = _references(references)
         self.identity = next((field for field, kind in self.references.items() if kind.identity), None)
         self.codec = codec
-        self._own = codec if isinstance(codec, TextCodec) else JSONCodec()  # The scripts read it: for references.
+        self._own = codec if isinstance(codec, TextCodec) else JSONCodec()  # For references: the scripts read these.
         self._numbers = {field: str(n) for n, field in enumerate(self.references, 1)}
         self._encoders = _Cached(self._encoder)
         self._decoders = _Cached(self._decoder)
 
     def encode(self, values: Mapping[str, Any], gone: tuple[str, ...] = ()) -> Encoded:
-        """Return what a write of these values sends. Raises TypeError or ValueError, which name the field.
+        """Encode these values for a write.
 
-        *gone*: names of other fields, each once, that are taken out.
+        *gone*: the names of other fields to remove, each once.
+
+        Raises TypeError or ValueError, which name the field.
         """
         items = _items(values, "values")
         if len(items) > _MOST_FIELDS:
@@ -76,7 +78,7 @@ class Fields:
         return Encoded(pairs, named, tuple(counts), gone)
 
     def _texts(self, field: str, values: list[Any]) -> list[str]:
-        """Return the texts that stand for several values of a reference."""
+        """Return the texts of several values of a reference, each once."""
         reference = self.references[field]
         if reference.identity:
             raise ValueError(f"{field!r} is the identity: it has one value, not a list")
@@ -85,13 +87,13 @@ class Fields:
         texts = list(dict.fromkeys(reference_value(value, field) for value in values))
         if reference.limit and len(texts) > min(_MOST_LIMITED, _MOST_MEMBERS // reference.limit):
             raise ValueError(
-                f"{field!r} has a limit: a list must not have more than {_MOST_LIMITED} values, nor more than "
-                f"{_MOST_MEMBERS:,} by its limit"
+                f"{field!r} has a limit: a list must not have more than {_MOST_LIMITED} values, and their number "
+                f"times the limit must not be more than {_MOST_MEMBERS:,}"
             )
         return texts
 
     def encode_value(self, field: str, value: Any) -> str | bytes:
-        """Return the data of one field."""
+        """Encode the value of one field. Raises TypeError or ValueError, which name the field."""
         encode = self._encoders[field]
         try:
             data = encode(field, value)
@@ -99,16 +101,19 @@ class Fields:
                 return data
             return _checked(data)
         except (TypeError, ValueError) as error:
-            # The text of the error may hold the value, so it is not shown.
+            # Do not show the error of the codec: its text may hold the value.
             kind = TypeError if isinstance(error, TypeError) else ValueError
             codec = type(self._codec(field)).__name__
         raise kind(
-            f"{codec} cannot store this {type(value).__name__} in the field {field!r}: store a str, a number, or JSON "
-            "made of it, or give the store another codec"
+            f"{codec} cannot store this {type(value).__name__} in the field {field!r}: store a str, a number or other "
+            "JSON, or give the store another codec"
         )
 
     def expect(self, values: Mapping[str, Any]) -> list[str | bytes]:
-        """Return what the scripts take for expectations: field, how, data for each. None: absent, or holding None."""
+        """Encode expectations for the scripts: field, how, data for each.
+
+        None expects that the field is absent, or holds None.
+        """
         expected: list[str | bytes] = []
         for field, value in _items(values, "expect"):
             try:
@@ -116,14 +121,14 @@ class Fields:
             except (TypeError, ValueError):
                 if value is not None:
                     raise
-                how, data = "lacks", ""  # This codec stores no None.
+                how, data = "lacks", ""  # This codec cannot store None.
             expected += (field, how, data)
         if len(expected) > 3 * _MOST_FIELDS:
             raise ValueError(f"expect must not have more than {_MOST_FIELDS:,} fields")
         return expected
 
     def decode(self, pairs: list[bytes]) -> dict[str, Any]:
-        """Return the values of fields and data in turn. Raises SessionError, which names a field that is unreadable."""
+        """Decode a list of field, data, ... to values. Raises SessionError, which names an unreadable field."""
         values: dict[str, Any] = {}
         decoders, turns = self._decoders, iter(pairs)
         for name, data in zip(turns, turns, strict=True):
@@ -136,11 +141,11 @@ class Fields:
         return values
 
     def as_stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return values as a read will bring them back."""
+        """Return values as a read would return them."""
         return self.decode([data.encode() if isinstance(data, str) else data for data in self.encode(values).pairs])
 
     def number(self, field: str) -> str:
-        """Return the number of a reference, as the scripts count. Raises ValueError if the field is none."""
+        """Return the number of a reference, counted from 1. Raises ValueError if the field is no reference."""
         try:
             return self._numbers[field]
         except (KeyError, TypeError):
@@ -153,14 +158,14 @@ class Fields:
         return self._codec(field_name(field)).encode
 
     def _decoder(self, name: bytes) -> tuple[str, Callable[[str, bytes], Any] | None]:
-        """Return the name of a field and what decodes it: None for the fields of the library."""
+        """Return the name of a field and its decoder. The decoder is None for the internal fields of the library."""
         field = name.decode(errors="backslashreplace")
         decode = None if field.startswith("_") else self._codec(field).decode
         return field, _read_id if field == "id" else decode
 
 
 class _Cached(dict[_K, _V]):
-    """What is made from each key, once. The names of fields may be data of their own, so they must not pile up."""
+    """A bounded cache of a function. Its bound matters if names of fields hold ids, such as `item:<id>`."""
 
     def __init__(self, make: Callable[[_K], _V]) -> None:
         self._make = make
@@ -173,14 +178,14 @@ class _Cached(dict[_K, _V]):
 
 
 def listed(values: Iterable[str], name: str) -> list[str]:
-    """Return several texts as a list. Raises TypeError, which says *name*, for a single text and anything else."""
+    """Return an iterable of str as a list. Raises TypeError, which holds *name*, for a single str or another type."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be several str, in a list for one")
     return list(values)
 
 
 def field_name(field: str) -> str:
-    """Return the name of a field. Raises TypeError or ValueError if it is reserved, or no text for Redis."""
+    """Return the name of a field. Raises TypeError or ValueError if the name is reserved or invalid."""
     return _unreserved(field if field.__class__ is str else text(field, "a field"))
 
 
@@ -193,7 +198,10 @@ def _unreserved(field: str) -> str:
 
 
 def field_names(fields: Iterable[str], *readable: str) -> list[str]:
-    """Return the names of some fields. Raises TypeError or ValueError if one is reserved, except those *readable*."""
+    """Return the names of fields without those in *readable*.
+
+    Raises TypeError or ValueError if there are no fields, too many, or if another name is reserved or invalid.
+    """
     names = listed(fields, "fields")
     if not names:
         raise ValueError("fields must not be empty")
@@ -209,7 +217,7 @@ def _items(values: Mapping[str, Any], name: str) -> ItemsView[str, Any]:
 
 
 def _checked(data: object) -> bytes:
-    """Return what a codec made of a value, as bytes. Nothing else but str and bytes may be sent."""
+    """Return the result of a codec as bytes. Raises TypeError if it is neither str nor bytes."""
     if isinstance(data, str):
         return data.encode()
     if isinstance(data, bytes):

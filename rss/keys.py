@@ -1,4 +1,4 @@
-"""The layout of keys, and the ids in them: the only place that knows the grammar of either."""
+"""The layout of keys and ids. No other module knows their grammar."""
 
 import secrets
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 
 def text(value: object, name: str) -> str:
-    """Return *value* if it is a text that can stand in a key; else raise TypeError or ValueError with its *name*."""
+    """Return *value* as a str that can be part of a key. Raises TypeError or ValueError, which hold *name*."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, not {type(value).__name__}")
     if not value:
@@ -21,14 +21,17 @@ def text(value: object, name: str) -> str:
 
 
 def reference_value(value: object, field: str) -> str:
-    """Return the text that stands for a reference value: str and int, 1 to 512 bytes; 1 and "1" are the same."""
+    """Return the text of a reference value, a str or an int. The values 1 and "1" have the same text.
+
+    Raises TypeError for other types, and ValueError if the text is empty or longer than 512 bytes.
+    """
     if isinstance(value, str):
         plain = str.__str__(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         plain = int.__repr__(value)
     else:
         raise TypeError(f"a value of the reference {field!r} must be a str or an int, not {type(value).__name__}")
-    if plain.isascii() and 0 < len(plain) <= 512:  # Nearly always, and quick.
+    if plain.isascii() and 0 < len(plain) <= 512:  # The common case, without an encode.
         return plain
     if len(text(plain, f"a value of the reference {field!r}").encode()) > 512:
         raise ValueError(f"a value of the reference {field!r} must not be longer than 512 bytes")
@@ -39,13 +42,13 @@ def reference_value(value: object, field: str) -> str:
 class Plain:
     """The layout of one Redis, as the Node original names keys: `<prefix>:{<id>}` and `<prefix>:<field>:{<value>}`.
 
-    Scripts build the keys that they find by themselves from the same pieces, so they know no grammar.
+    Scripts also build keys, of sets and sessions that they find. They get the pieces from here.
     """
 
     prefix: str
     id_bytes: int
 
-    #: What stands between field and value in the key of a reference set; and the last characters of every key.
+    #: The characters between field and value in the key of a reference set, and the last characters of every key.
     before_value: ClassVar[str] = ":{"
     ending: ClassVar[str] = "}"
 
@@ -57,17 +60,17 @@ class Plain:
             raise ValueError("id_bytes must be an integer from 16 to 256")
 
     def stems(self, partition: int) -> tuple[str, str]:
-        """Return the beginnings of the keys of sessions and of reference sets in a partition: there is one, 0."""
+        """Return the beginnings of the keys of sessions and of reference sets. The only *partition* is 0."""
         del partition
         return f"{self.prefix}:{{", f"{self.prefix}:"
 
     def mint(self) -> str:
-        """Return a new random id, URL-safe."""
+        """Return a new random URL-safe id."""
         return secrets.token_urlsafe(self.id_bytes)
 
     def session(self, session_id: str) -> str:
         """Return the key of a session."""
-        if session_id.__class__ is str and session_id and session_id.isascii():  # Nearly always, and quick.
+        if session_id.__class__ is str and session_id and session_id.isascii():  # The common case, without a call.
             return f"{self.prefix}:{{{session_id}}}"
         return f"{self.prefix}:{{{text(session_id, 'session_id')}}}"
 
@@ -76,9 +79,9 @@ class Plain:
         return self.references([(str.__str__(field), reference_value(value, field))])[0]
 
     def references(self, texts: Iterable[tuple[str, str]]) -> list[str]:
-        """Return the keys of reference sets, each of a field and the text that stands for the value."""
+        """Return the keys of reference sets. Each pair is a field and the text of a value."""
         return [f"{self.prefix}:{field}:{{{value}}}" for field, value in texts]
 
     def fence(self, field: str, value: object) -> str:
-        """Return the key of the fence of a reference set: `_fence.lua` says what it holds."""
+        """Return the key of the fence of a reference set. `_fence.lua` describes fences."""
         return f"{self.prefix}:_fence:{str.__str__(field)}:{{{reference_value(value, field)}}}"

@@ -1,4 +1,4 @@
-"""Sessions for Quart: an extension, and an interface by which `quart.session` is one of them."""
+"""Sessions for Quart: an extension, and an interface that keeps `quart.session` in Redis."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,7 +20,7 @@ from rss.session import Session, Sessions, checked
 from rss.store import SessionStore
 
 if TYPE_CHECKING:
-    from rss.oidc import BackChannelLogout  # Not everybody has what it needs.
+    from rss.oidc import BackChannelLogout  # It needs the extra [oidc].
 
 _SCALARS: Final = {str, int, float, bool, type(None)}
 _MISSING: Final = "QuartSessions was not set up for this application"
@@ -30,12 +30,15 @@ _tagged: Final = TaggedJSONSerializer()
 class QuartSessions:
     """The extension: gives each request and each WebSocket its session, and each response its cookie.
 
-    *app*: where it is set up; or later by `init_app`, for an application factory.
-    *sessions*: which ones. Without them they are made from the configuration of the application: RSS_URL, of Redis;
-    RSS_STORE, RSS_COOKIE and RSS_SESSIONS, which are dicts of what `SessionStore`, `CookiePolicy` and `Sessions` take.
+    *app*: the application to set up. An application factory leaves it out, and calls `init_app` later.
+    *sessions*: the sessions to use. If None, they are made from the configuration of the application. RSS_URL is the
+    URL of Redis. RSS_STORE, RSS_COOKIE and RSS_SESSIONS are dicts with arguments of `SessionStore`, `CookiePolicy` and
+    `Sessions`.
 
-    They are in `app.extensions["rss"]`. The store is opened and closed with the application. If a view lets an error of
-    its session pass, the response is 503, 409, 403 or 401, as with `rss.asgi.SessionMiddleware`.
+    `app.extensions["rss"]` holds the sessions. The store is opened and closed with the application. If a view does not
+    catch an error of its session, the error becomes the response, as `rss.asgi.SessionMiddleware` describes.
+
+    Raises TypeError if *app* is no Quart application, or *sessions* is no `Sessions`.
     """
 
     def __init__(self, app: Quart | None = None, sessions: Sessions[Any] | None = None) -> None:
@@ -46,7 +49,7 @@ class QuartSessions:
             self.init_app(app)
 
     def init_app(self, app: Quart) -> None:
-        """Set it up for an application."""
+        """Set up the extension for an application."""
         sessions = self._sessions or _configured(app.config)
         app.extensions["rss"] = sessions
         app.asgi_app = SessionMiddleware(app.asgi_app, sessions)  # type: ignore[method-assign]
@@ -66,7 +69,7 @@ def _configured(config: Mapping[str, Any]) -> Sessions[Any]:
 
 
 def logout_view(logout: "BackChannelLogout") -> Callable[[], Awaitable[Response]]:
-    """Return the view to which an OpenID provider posts its logout tokens: `app.post("/logout")(view)`."""
+    """Return a view for the logout tokens that an OpenID provider posts: `app.post("/logout")(view)`."""
 
     async def back_channel_logout() -> Response:
         body: bytes = await request.body
@@ -77,7 +80,10 @@ def logout_view(logout: "BackChannelLogout") -> Callable[[], Awaitable[Response]
 
 
 async def get_session(connection: BaseRequestWebsocket) -> Session[Any]:
-    """Return the session of a request or a WebSocket. Raises RuntimeError where there is no extension."""
+    """Return the session of a request or a WebSocket.
+
+    Raises RuntimeError if the extension was not set up for the application.
+    """
     return _of(connection)
 
 
@@ -94,12 +100,12 @@ session: Session[Any] = cast("Session[Any]", LocalProxy(lambda: _of(websocket if
 
 
 class DictSession(_DictSession, SessionMixin):
-    """What `quart.session` is with `SessionInterface`.
+    """The type of `quart.session` with `SessionInterface`.
 
-    It takes values of all kinds that Quart's own sessions take.
+    Values may have all types that Quart's own sessions allow.
 
-    `modified` need not be set: changes are noticed. `permanent` means nothing: the store and the policy of the cookie
-    say how long the session lives. To set either does nothing.
+    Changes are detected, so setting `modified` is not necessary and does nothing. Setting `permanent` does nothing
+    either: the store and the cookie policy decide how long the session lives.
     """
 
     def item_from(self, data: Any) -> Any:
@@ -110,7 +116,7 @@ class DictSession(_DictSession, SessionMixin):
 
     @property
     def permanent(self) -> bool:
-        """True."""
+        """Always True."""
         return True
 
     @permanent.setter
@@ -119,12 +125,12 @@ class DictSession(_DictSession, SessionMixin):
 
     @property
     def accessed(self) -> bool:
-        """Whether the response depends on it."""
+        """Whether the response depends on the session."""
         return self.looked_at
 
     @accessed.setter
     def accessed(self, value: bool) -> None:
-        pass  # Quart sets it when it saves the session, too.
+        pass  # Quart also sets it when it saves the session.
 
     @property
     def modified(self) -> bool:
@@ -137,18 +143,21 @@ class DictSession(_DictSession, SessionMixin):
 
 
 class SessionInterface(_SessionInterface):
-    """Makes `quart.session` a session in Redis: `app.session_interface = SessionInterface()`, beside `QuartSessions`.
+    """Keeps `quart.session` in Redis: `app.session_interface = SessionInterface()`. It requires `QuartSessions`.
 
-    It is read when a request with a cookie begins. What was changed is written when the response is made: the fields
-    that differ, in one script. `rss.dict_session` says more.
+    The session is read when a request with a cookie begins. When the response is made, one script writes the fields
+    that differ. `rss.dict_session` has the details.
 
     `rss.quart.session` is the same session, with the verbs that a dict does not have.
     """
 
     async def open_session(self, app: Quart, request: BaseRequestWebsocket) -> DictSession:
-        """Read the session. Raises RuntimeError if `QuartSessions` was not set up for the application."""
+        """Read the session.
+
+        Raises RuntimeError if `QuartSessions` was not set up for the application.
+        """
         handle = cast("Session[Any] | None", request.scope.get(KEY))
-        if handle is None:  # A transaction of the test client goes round the application.
+        if handle is None:  # A session transaction of the test client does not run the middleware.
             try:
                 sessions: Sessions[Any] = app.extensions["rss"]
             except KeyError:
@@ -160,7 +169,7 @@ class SessionInterface(_SessionInterface):
     async def save_session(
         self, app: Quart, session: SessionMixin, response: Response | WerkzeugResponse | None
     ) -> None:
-        """Write what was changed, and add the cookie to the response; after a WebSocket there is none."""
+        """Write the changes, and add the cookie to the response. After a WebSocket the response is None."""
         del app
         if not isinstance(session, DictSession):
             raise TypeError("this interface keeps its own sessions only")

@@ -1,4 +1,4 @@
-"""What may be said of an indexed field."""
+"""The options of an indexed field."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,18 +6,22 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """How a field is indexed.
+    """The options of an indexed field.
 
-    *limit*: at most that many sessions for each value, 1 to 1,000. When one more joins, *on_limit* says whether the
-    oldest, by creation, is ended with the reason "evicted", or `LimitExceeded` is raised.
+    *limit*: the maximum number of sessions for each value, 1 to 1,000. None: no limit.
 
-    *strict*: a session counts as alive only while its id is in the set of each of its values. So deleting a set
-    revokes all sessions in it at once, and a set that Redis lost fails closed.
+    *on_limit*: the action when one more session joins. "evict": end the session that was created first, with the
+    reason "evicted". "refuse": raise `LimitExceeded`.
 
-    *identity*: the value says who is signed in; None, or no value, means nobody. A session keeps its identity under one
-    id: a write that would change it raises `IdentityChanged`, and `rotate` changes it, with a new id. So nobody can
-    plant a session id before a login and use it afterwards. At most one reference is the identity, and its value is
-    never a list.
+    *strict*: a session is alive only while its id is in the set of each of its values. So deleting a set revokes all
+    its sessions at once. If Redis loses a set, its sessions end.
+
+    *identity*: the value is the user who is signed in. None, or no value, means that nobody is signed in. A session
+    cannot change its identity and keep its id. `rotate` can change both; any other write raises `IdentityChanged`.
+    So an attacker cannot plant a session id before a login and use it afterwards. At most one reference is the
+    identity, and its value is never a list.
+
+    Raises ValueError if *limit* or *on_limit* is none of these.
     """
 
     limit: int | None = None

@@ -277,7 +277,7 @@ class Session(Generic[S]):
         """
         names = None if fields is None else {"id", *field_names(fields, "id")}
         async with self._lock:
-            values = await self._read()
+            values = await self._load()
         return cast("S", {name: _copied(values[name]) for name in values if names is None or name in names})
 
     async def peek(self) -> S:
@@ -289,15 +289,16 @@ class Session(Generic[S]):
             values = await self._load(renew=False)
         return cast("S", {name: _copied(value) for name, value in values.items()})
 
-    async def _read(self) -> dict[str, Any]:
-        """Return the values of the session for the application: {} if there is none."""
-        self.accessed = True
-        # Read again instead of `touch`: on a server that takes no writes a read skips the renewal, and touch fails.
-        if self._due:
-            self._values, self._due = None, False
-        return await self._load(renew=True)
+    async def _load(self, *, renew: bool = True) -> dict[str, Any]:
+        """Return the values of the session: {} if there is none.
 
-    async def _load(self, *, renew: bool) -> dict[str, Any]:
+        *renew*: whether the application reads it: this renews it if that is due, and the response depends on it.
+        """
+        if renew:
+            self.accessed = True
+            # Read again instead of `touch`: on a server that takes no writes a read skips the renewal, and touch fails.
+            if self._due:
+                self._values, self._due = None, False
         if self._state not in (_State.UNREAD, _State.ALIVE):
             return {}
         if self._values is None:
@@ -661,7 +662,7 @@ class Session(Generic[S]):
                 "no reference of the store is the identity: write references={'user_id': Reference(identity=True)}"
             )
         async with self._lock:
-            return field, (await self._read()).get(field)
+            return field, (await self._load()).get(field)
 
     # CSRF tokens.
 
@@ -710,7 +711,7 @@ class Session(Generic[S]):
                     "cache could give the cookie to others, so the response has no-store instead."
                 )
             headers.append(("Cache-Control", "no-store"))
-        if self.accessed and not {"cookie", "*"} & {name.strip().lower() for name in (vary or "").split(",")}:
+        if self.accessed and not (vary and {"cookie", "*"} & _names(vary)):
             headers.append(("Vary", "Cookie"))
         return headers
 
@@ -739,8 +740,12 @@ def checked(sessions: Sessions[Any], call: str) -> Sessions[Any]:
 
 
 def _is_private(cache_control: str) -> bool:
-    directives = {directive.partition("=")[0].strip().lower() for directive in cache_control.split(",")}
-    return bool(directives & {"private", "no-store"})
+    return bool({"private", "no-store"} & _names(cache_control))
+
+
+def _names(header: str) -> set[str]:
+    """Return the names in a header that is a list, in lower case and without their values."""
+    return {item.partition("=")[0].strip().lower() for item in header.split(",")}
 
 
 def _copied(value: Any) -> Any:

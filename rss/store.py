@@ -1,4 +1,4 @@
-"""The store: one method is one operation is one script."""
+"""The store: each method is one operation, and each operation is one script."""
 
 import codecs
 import re
@@ -33,7 +33,7 @@ _MOST_KEPT: Final = 1000
 
 
 class StoreOptions(TypedDict, total=False):
-    """What `SessionStore` takes beside a client."""
+    """The options of `SessionStore`."""
 
     references: Iterable[str] | Mapping[str, Reference]
     prefix: str
@@ -47,25 +47,27 @@ class StoreOptions(TypedDict, total=False):
 class SessionStore(Generic[S]):
     """Sessions in one Redis, or in one Redis behind Sentinels.
 
-    *client*: a `redis.asyncio.Redis`. The store makes connections of its own, as the client would: it neither uses up
-    the client's pool, nor configures or closes the client.
-    *references*: the indexed fields; a mapping says more about each with a `Reference`.
+    *client*: a `redis.asyncio.Redis`. The store makes its own connections with the settings of the client. It takes
+    none from the pool of the client, and does not close the client.
+    *references*: the indexed fields. A mapping gives each of them a `Reference` with options.
     *prefix*: the beginning of every key, without braces. No other data may have keys that begin with it.
-    *max_age*: how long a session lives without a write. A session that is given a *max_age* of its own keeps that for
-    later writes and renewals, until it is given another.
-    *max_lifetime*: the longest that a session lives from its creation, however often it is renewed.
-    *id_bytes*: random bytes in an id, at least 16.
-    *codec*: how values are stored. Values of references are always stored by `JSONCodec`, or by `TextCodec` if *codec*
-    is that.
-    *timeout*: how long an operation may take; an operation by reference, for each page.
+    *max_age*: the lifetime of a session without a write. A call can give a session its own *max_age*, which then
+    applies to later writes and renewals too.
+    *max_lifetime*: the maximum lifetime from the creation of a session, regardless of renewals. None: no maximum.
+    *id_bytes*: the number of random bytes in an id, 16 to 256.
+    *codec*: encodes and decodes values. Values of references use `JSONCodec`, or `TextCodec` if *codec* is one.
+    *timeout*: the deadline of each operation. In an operation on a reference, each page has its own.
 
-    A store serves the event loop that runs: one at a time.
+    A store serves one event loop at a time: the running one.
 
-    All methods: bad arguments raise `TypeError` or `ValueError` before anything is sent. What fails, fails as a whole.
-    A write to a session that was ended raises `SessionEnded`. If Redis does not answer until the deadline, or more than
-    10,000 calls wait, `StoreUnavailable` is raised. Until the deadline a call is sent again if Redis did not run it, or
-    if that is not known: a second run recognises the work of the first, or does the same again. `pop`, `increment` and
-    a `set` that expects something are never run twice.
+    Every method raises `TypeError` or `ValueError` for bad arguments, before anything is sent. If Redis
+    refuses an operation on one session, nothing of it takes effect. A write to an ended session raises `SessionEnded`.
+
+    `StoreUnavailable` is raised if Redis does not answer before the deadline, or if more than 10,000 calls wait.
+
+    Until the deadline, a call is retried if Redis did not run it, or if that is unknown. Retries are safe: a second run
+    recognises the work of the first, or does the same again. `pop`, `increment` and a `set` with *expect* are not
+    idempotent, so they are never run twice.
     """
 
     def __init__(
@@ -85,14 +87,14 @@ class SessionStore(Generic[S]):
             raise TypeError(f"client must be a redis.asyncio.Redis, not {type(client).__name__}{hint}")
         encoder = client.get_encoder()  # type: ignore[no-untyped-call]
         if codecs.lookup(encoder.encoding).name != "utf-8":
-            raise ValueError("client must have the encoding utf-8, in which keys and values are compared")
+            raise ValueError("client must have the encoding utf-8, because keys and values are compared as utf-8")
         lifetime = None if max_lifetime is None else milliseconds(max_lifetime, "max_lifetime")
-        #: The longest that a session lives from its creation; None if it may live for ever.
+        #: The maximum lifetime of a session from its creation. None: no maximum.
         self.max_lifetime = None if lifetime is None else timedelta(milliseconds=lifetime)
         #: The fields of sessions, for the web layer.
         self.fields = Fields(references, codec)
         self._layout = Plain(prefix, id_bytes)
-        #: The operations with their whole replies, for the web layer.
+        #: The operations with their full replies, for the web layer.
         self.operations = Operations(
             client,
             self._layout,
@@ -107,28 +109,34 @@ class SessionStore(Generic[S]):
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:
-        """Return a store with a client of its own, which `aclose` closes: redis://, rediss:// or unix://."""
-        # Every call has a deadline, so the client need not watch each packet too.
+        """Return a store with its own client, which `aclose` closes. The URL is redis://, rediss:// or unix://."""
+        # Every call has a deadline, so the client needs no socket timeout and no retries.
         client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
         store = cls(client, **options)
         store._owned = client
         return store
 
     async def load(self) -> None:
-        """Connect and load the scripts. Optional: it tells early whether Redis is there."""
+        """Connect and load the scripts.
+
+        Calling this is optional: it detects an unreachable Redis before the first operation.
+        """
         await self.ended(self._layout.mint())
 
     async def aclose(self) -> None:
-        """Take no more calls, wait for operations that have begun, and close the connections.
+        """Refuse new calls, wait for operations that have begun, and close the connections.
 
-        The client is closed if the store made it.
+        If the store made its client, the client is closed too.
         """
         await self._engine.aclose()
         if self._owned is not None:
             await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
-        """Open the store. Raises `StoreUnavailable` at once if no server answers at its address."""
+        """Open the store.
+
+        Raises `StoreUnavailable` immediately if no server answers at its address.
+        """
         self._engine.reopen()
         try:
             await self._engine.connect()
@@ -147,7 +155,7 @@ class SessionStore(Generic[S]):
         return f"{type(self).__name__}(prefix={self._layout.prefix!r}, references={[*self.fields.references]!r})"
 
     def create_session_id(self) -> str:
-        """Return a new random id, URL-safe, for `set`; `create` makes its own."""
+        """Return a new random URL-safe id for `set`. `create` makes its own id."""
         return self._layout.mint()
 
     def get_session_key(self, session_id: str) -> str:
@@ -155,24 +163,26 @@ class SessionStore(Generic[S]):
         return self._layout.session(session_id)
 
     def get_reference_key(self, field: str, value: str | int) -> str:
-        """Return the key of a reference set: SMEMBERS of it are the ids, also of some sessions that have expired."""
+        """Return the key of a reference set: a Redis set of ids, including those of some expired sessions."""
         self.fields.number(field)
         return self._layout.reference(field, value)
 
     async def create(self, values: S | None = None, max_age: Duration | None = None) -> str:
-        """Make a session with these values and return its id, which is new.
+        """Make a session with these values, and return its new id.
 
-        Raises `LimitExceeded` if a reference refuses it, and `Blocked` if one of its values is blocked.
+        Raises `LimitExceeded` if a reference refuses the session, and `Blocked` if a value is blocked.
         """
         session_id, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
         await self.operations.set(session_id, encoded, max_age_argument(max_age), "create")
         return session_id
 
     async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool | Duration = False) -> S:
-        """Return a session with its `id`, or these fields of it; those it does not have are left out.
+        """Return the fields of a session with its `id`: all, or only *fields*. Return {} if there is no session.
 
-        With *touch*, renew it in the same round trip; with a duration, such as "1m", only if the last renewal is at
-        least that long ago, or half of its lifetime. Returns {} if there is no session.
+        Fields that the session does not have are left out.
+
+        *touch*: True renews the session in the same round trip. A duration, such as "1m", does so only if the last
+        renewal is at least that long ago. For a short session, half of its lifetime is enough.
         """
         names = None if fields is None else field_names(fields, "id")
         read = await self.operations.get(session_id, names, () if touch is False else _renewal(touch))
@@ -189,14 +199,14 @@ class SessionStore(Generic[S]):
     ) -> S:
         """Write these fields, renew the session, and return the values. Other fields stay.
 
-        *max_age*: how long the session lives from now on, and after later writes.
-        *create*: whether to make the session if it is not there; if not, `SessionNotFound` is raised.
-        *expect*: write only if these fields hold these values now, else raise `Conflict`. None expects that a field is
-        not there, or holds None. Values are compared as they are stored: a dict with its keys in order. A call that
-        expects something is never run twice: if the connection breaks, it is not known whether it was written.
+        *max_age*: the lifetime of the session from now on, and after later writes.
+        *create*: whether to make the session if it does not exist. If False, `SessionNotFound` is raised instead.
+        *expect*: write only if these fields hold these values now; otherwise raise `Conflict`. None expects that a
+        field is absent, or holds None. Values are compared as they are stored, so the order of keys in a dict counts.
+        A call with *expect* is never run twice. If the connection breaks, it is unknown whether the write took effect.
 
-        Raises `LimitExceeded` if a reference refuses the session, `Blocked` if a value is blocked, and
-        `IdentityChanged` if the write would change the identity of a session that is there.
+        Raises `LimitExceeded` if a reference refuses the session, and `Blocked` if a value is blocked. Raises
+        `IdentityChanged` if the write would change the identity of an existing session.
         """
         expected = () if expect is None else self.fields.expect(expect)
         mode: Literal["set", "update"] = "set" if create else "update"
@@ -204,7 +214,7 @@ class SessionStore(Generic[S]):
         return values
 
     async def unset(self, session_id: str, fields: Iterable[str], max_age: Duration | None = None) -> None:
-        """Take out these fields and renew the session, as `set` does. Does nothing if there is no session.
+        """Remove these fields and renew the session, as `set` does. Do nothing if there is no session.
 
         Raises `IdentityChanged` if the session would lose its identity.
         """
@@ -216,20 +226,25 @@ class SessionStore(Generic[S]):
             pass
 
     async def pop(self, session_id: str, fields: Iterable[str]) -> S:
-        """Take out these fields and return what they held, without `id`: {} if there were none of them.
+        """Remove these fields, and return their values without `id`. Return {} if the session had none of them.
 
-        The TTL stays. Raises `SessionNotFound` if there is no session, and `IdentityChanged` as `unset` does. Never run
-        twice: if the connection breaks, it is not known whether the fields are still there.
+        The TTL stays. The call is never run twice. If the connection breaks, it is unknown whether the fields are
+        still there.
+
+        Raises `SessionNotFound` if there is no session. Raises `IdentityChanged` if the session would lose its
+        identity.
         """
         taken = await self.operations.unset(session_id, field_names(fields), "keep", repeatable=False)
         return cast("S", self.fields.decode(taken.pairs))
 
     async def increment(self, session_id: str, field: str, by: int = 1) -> int:
-        """Add to an integer field, 0 if it is not there, and return the sum. The TTL stays.
+        """Add *by* to an integer field, and return the sum. An absent field counts as 0. The TTL stays.
 
-        The sum is stored as its digits, which a codec of your own must be able to read. Raises `ValueError` if the
-        field holds something else or the sum does not fit into 64 bits, and `SessionNotFound` if there is no session.
-        Never run twice: if the connection breaks, it is not known whether it was counted.
+        The sum is stored as decimal digits, so a codec of your own must be able to read digits. The call is never run
+        twice. If the connection breaks, it is unknown whether the increment took effect.
+
+        Raises `ValueError` if the field holds no integer, or if the sum does not fit into 64 bits. Raises
+        `SessionNotFound` if there is no session.
         """
         if (field := field_name(field)) in self.fields.references:
             raise ValueError(f"{field!r} is a reference: it cannot be counted")
@@ -238,23 +253,23 @@ class SessionStore(Generic[S]):
         return await self.operations.increment(session_id, field, by)
 
     async def touch(self, session_id: str, max_age: Duration | None = None) -> bool:
-        """Renew a session as `set` does, and the reference sets it is in. Returns False if there is no session."""
+        """Renew a session and its reference sets, as `set` does. Return False if there is no session."""
         return bool(await self.operations.touch(session_id, max_age_argument(max_age)))
 
     async def delete(self, session_id: str, *, expect: S | None = None, reason: str = "deleted") -> bool:
-        """End a session; for five minutes `ended` tells the *reason*, a short word.
+        """End a session, and return True. Return False if there is no session, or if it does not match *expect*.
 
-        *expect*: end it only if these fields hold these values, as in `set`. So `expect={"user_id": 7}` ends no session
-        of another user.
+        *expect*: end the session only if these fields hold these values, as in `set`. So `expect={"user_id": 7}` never
+        ends a session of another user.
+        *reason*: a short word that `ended` returns for five minutes.
 
-        Returns False if there is no session, or it is not as expected. It may also return False if the connection broke
-        and the call was run twice.
+        If the connection breaks, the call may run twice. Then it may return False although it ended the session.
         """
         expected = () if expect is None else self.fields.expect(expect)
         return await self.operations.delete(session_id, _reason(reason), expected)
 
     async def ended(self, session_id: str) -> str | None:
-        """Return why a session was ended. None if it was not ended, or more than five minutes ago."""
+        """Return why a session was ended. Return None if it was not ended, or was ended more than five minutes ago."""
         return (await self.operations.get(session_id, [])).ended
 
     async def rotate(
@@ -265,15 +280,17 @@ class SessionStore(Generic[S]):
         *,
         grace: Duration | None = None,
     ) -> str:
-        """Give a session a new id, as at a login, write these values, and return the id. Data and age stay.
+        """Give a session a new id, write these values, and return the id. Call this at a login.
 
-        *max_age*: as in `set`; without it the TTL stays too.
-        *grace*: for so long the old id still leads to the session, so that requests in flight are not signed out. It
-        cannot be rotated again by the old id. A rotation that changes the identity gives no grace: whoever knew the
-        old id must not get in.
+        Other fields and the creation time stay. The old id ends with the reason "rotated".
 
-        The old id has ended, with the reason "rotated". Raises `SessionNotFound` if there is no session,
-        `LimitExceeded` if a reference refuses it, and `Blocked` if a new value is blocked.
+        *max_age*: the lifetime from now on, as in `set`. None: the TTL stays.
+        *grace*: how long the old id still leads to the session, so that requests in flight keep their session. The old
+        id cannot be rotated again. If the rotation changes the identity, there is no grace: an attacker may know the
+        old id.
+
+        Raises `SessionNotFound` if there is no session. Raises `LimitExceeded` if a reference refuses the session, and
+        `Blocked` if a new value is blocked.
         """
         new, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
         grace_age = "none" if grace is None else str(milliseconds(grace, "grace"))
@@ -282,29 +299,32 @@ class SessionStore(Generic[S]):
         return new
 
     async def ttl(self, session_id: str) -> timedelta | None:
-        """Return how long a session has left to live; None if there is none."""
+        """Return the time until a session expires. Return None if there is no session."""
         read = await self.operations.get(session_id, [])
         return timedelta(milliseconds=read.ttl) if read.ttl else None
 
     async def ids_by(self, field: str, value: str | int) -> list[str]:
-        """Return the ids of the sessions with that value of a reference, in no order."""
+        """Return the ids of the sessions with this value of a reference, in no particular order."""
         with self.operations.several():
             return [session["id"] async for session in self._find(field, value, [], begun=True)]
 
     async def count_by(self, field: str, value: str | int, *, exact: bool = True) -> int:
-        """Return how many sessions have that value of a reference.
+        """Return how many sessions have this value of a reference.
 
-        All of them are looked at, page by page. With *exact* false it is one command whatever their number, and also
-        counts some sessions that have expired: an upper bound.
+        *exact*: look at each of the sessions, page by page. If False, return an upper bound: one command counts the
+        ids, including those of some expired sessions.
         """
         self.fields.number(field)
         return len(await self.ids_by(field, value)) if exact else await self.operations.count_by(field, value)
 
     def find_by(self, field: str, value: str | int, fields: Iterable[str] | None = None) -> AsyncIterator[S]:
-        """Iterate over the sessions with that value of a reference, as `get` returns them, in no order.
+        """Iterate over the sessions with this value of a reference, as `get` returns them, in no particular order.
 
-        Reads fifty at a time. A session that joins or ends meanwhile may be seen or not; none is seen twice. Sessions
-        that are not readable are left out; at the end a `SessionError` says how many there were.
+        A page of about fifty sessions is read at a time. A session that joins or ends meanwhile may be included or not.
+        No session is returned twice.
+
+        Sessions that are not readable are left out. Then the end of the iteration raises `SessionError` with their
+        number.
         """
         return self._find(field, value, None if fields is None else field_names(fields, "id"))
 
@@ -317,15 +337,19 @@ class SessionStore(Generic[S]):
         reason: str = "deleted",
         block: Duration | None = None,
     ) -> int:
-        """End every session with that value of a reference, and return how many that were.
+        """End every session with this value of a reference, and return their number.
 
-        *keep*: ids of sessions to spare, at most 1,000; the old id of a session that was rotated with grace counts too.
-        *block*: for so long no session may join the value: what would raises `Blocked`. So a login that checked the old
-        password a moment ago cannot slip in behind a password reset. A longer block that is there already stays.
+        *keep*: the ids of sessions to keep, at most 1,000. The old id of a session that was rotated with grace counts
+        too.
+        *reason*: a short word that `ended` returns for five minutes.
+        *block*: block the value for this time: a session that would join it raises `Blocked`. So a login that checked
+        the old password just before a password reset cannot succeed after it. A longer existing block stays.
 
-        All that have the value when it is called end, and none that gets it later: fifty at a time, so that others need
-        not wait long. If `StoreUnavailable` is raised, some may have ended and some not: call it again. If a connection
-        broke it may count too few, or end a session that got the value between two attempts.
+        Sessions that have the value at the time of the call end. Sessions that get it later do not. About fifty
+        sessions end at a time, so that other calls need not wait long.
+
+        If `StoreUnavailable` is raised, some of the sessions may have ended: call it again. If a connection broke, the
+        number may be too low, and a session that joined between two attempts may end.
         """
         token, position = self._layout.mint(), Position()
         spared = [text(session_id, "an id to keep") for session_id in listed(keep, "keep")]
@@ -343,29 +367,29 @@ class SessionStore(Generic[S]):
                     return ended
 
     async def block(self, field: str, value: str | int, duration: Duration, *, reason: str = "blocked") -> int:
-        """End every session with that value of a reference, and let none join it for so long: `Blocked` is raised.
+        """Block a value of a reference, end every session with it, and return their number.
 
-        Returns how many sessions were ended. A longer block that is there already stays.
+        Until the block ends, a session that would join the value raises `Blocked`. A longer existing block stays.
         """
         length = timedelta(milliseconds=milliseconds(duration, "duration"))
         return await self.delete_by(field, value, reason=reason, block=length)
 
     async def unblock(self, field: str, value: str | int) -> bool:
-        """Let sessions join that value of a reference again. Returns False if it was not blocked.
+        """Let sessions join this value of a reference again. Return False if it was not blocked.
 
-        It may also return False if the connection broke and the call was run twice.
+        If the connection breaks, the call may run twice. Then it may return False although it removed a block.
         """
         self.fields.number(field)
         return await self.operations.unblock(field, value)
 
     async def blocked(self, field: str, value: str | int) -> timedelta | None:
-        """Return for how long no session may join that value of a reference; None if it is not blocked."""
+        """Return how long this value of a reference stays blocked. Return None if it is not blocked."""
         self.fields.number(field)
         left = await self.operations.blocked(field, value)
         return timedelta(milliseconds=left) if left else None
 
     def _find(self, field: str, value: str | int, fields: list[str] | None, *, begun: bool = False) -> AsyncIterator[S]:
-        self.get_reference_key(field, value)  # Bad arguments are told now, not at the first step.
+        self.get_reference_key(field, value)  # Raise errors of the arguments here, not at the first step.
 
         async def sessions() -> AsyncIterator[S]:
             position, seen, unreadable = Position(), set[str](), set[bytes]()
@@ -377,7 +401,7 @@ class SessionStore(Generic[S]):
                     except SessionError:
                         unreadable.add(dict(zip(pairs[::2], pairs[1::2], strict=True))[b"id"])
                         continue
-                    if session["id"] not in seen:  # A set that is rehashed between two pages shows members again.
+                    if session["id"] not in seen:  # After a rehash, SSCAN may return a member again.
                         seen.add(session["id"])
                         yield cast("S", session)
                 position = page.position
@@ -392,12 +416,12 @@ class SessionStore(Generic[S]):
 
 
 def max_age_argument(max_age: Duration | None) -> MaxAge:
-    """Return what the scripts take for the lifetime that a write gives: "renew" if it is None."""
+    """Encode the *max_age* of a write for the scripts. None is "renew"."""
     return "renew" if max_age is None else str(milliseconds(max_age, "max_age"))
 
 
 def _renewal(touch: bool | Duration) -> Renewal:  # noqa: FBT001 - as `get` takes it
-    """Return what the scripts take for when a read renews."""
+    """Encode the *touch* of a read for the scripts."""
     return ("always",) if touch is True else ("after", str(milliseconds(touch, "touch")))
 
 

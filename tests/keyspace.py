@@ -1,21 +1,22 @@
-"""A look at everything a store has in Redis."""
+"""A view of all keys that a store has in Redis."""
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
-#: A session or tombstone as its fields, a reference set as its ids; anything else as its type.
+#: The content of a key: the fields of a hash, the ids in a set, or else the type.
 Content = dict[str, str] | set[str] | str
 
 
-#: A reference set may live so many times as long as its longest-lived member.
+#: A reference set may live as long as its longest-lived member, times SLACK, plus SPARE.
 SLACK = 33 / 32
-#: And so many milliseconds more.
+#: Milliseconds; see SLACK.
 SPARE = 100
 
-# Looks at all keys in one moment. On Redis 6.2 and 7.0 the clock runs on inside scripts, so it is read before and after
-# a TTL, until both are the same. A key that is there stays meanwhile; a PTTL of 0 says that its time is over.
+# Reads all keys in one script. On Redis 6.2 and 7.0 time passes inside a script. So the clock is read before and after
+# each TTL, until both readings are the same. A key does not vanish during a script: a PTTL of 0 means that it has
+# expired.
 _LOOK = """
 local function clock()
   local time = redis.call("TIME")
@@ -51,7 +52,7 @@ def texts(value: object) -> list[str]:
 
 @dataclass
 class Snapshot:
-    """All keys of a store in one moment. Keys are named as in a dump."""
+    """A snapshot of all keys of a store, named as in a dump."""
 
     #: The time, in milliseconds.
     now: int
@@ -71,8 +72,9 @@ class Snapshot:
     def check(self, named: Mapping[str, set[str]], stale: Container[tuple[str, str]]) -> None:
         """Check promises 1 and 2: which ids are in sets, and how long keys live.
 
-        *named*: the ids of all live sessions, and the sets that each must be in. *stale*: sets and ids that may be in
-        them though no live session has that value, because it expired.
+        *named*: the sets that each live session must be in, by session id.
+
+        *stale*: pairs of a set and an id that the set may hold because the session with this id has expired.
         """
         endless = {name for name, when in self.expires.items() if when < 0}
         assert not endless, f"keys without a TTL: {endless}"
@@ -88,7 +90,7 @@ class Snapshot:
             extra = {session_id for session_id in held - wanted if (name, session_id) not in stale}
             assert not extra, f"{name} holds {extra}"
             late = {session_id for session_id in wanted & held if ends[session_id] > self.expires[name]}
-            assert not late, f"{name} dies before {late}"
+            assert not late, f"{name} expires before {late}"
 
 
 class Keyspace:
@@ -104,9 +106,10 @@ class Keyspace:
         return sorted([key async for key in self.client.scan_iter(match=f"{self.prefix}:*", count=1000)])
 
     async def dump(self) -> dict[str, Content]:
-        """Return all keys, without prefix and colon, and what they hold, but for what is noted of its times.
+        """Return the content of all keys, by their names without prefix and colon.
 
-        Fails if a key has no TTL, or a session does not say when it was created.
+        The fields _created and _max_age of sessions are left out. Fails if a key has no TTL, or if a session does not
+        say when it was created.
         """
         found: dict[str, Content] = {}
         for key in await self.keys():
@@ -126,7 +129,7 @@ class Keyspace:
         return found
 
     async def look(self) -> Snapshot:
-        """Return all keys, and what they hold, in one moment. Fails if a key is neither a hash nor a set."""
+        """Return a snapshot of all keys and their content. Fails if a key is neither a hash nor a set."""
         now, *keys = await self.client.eval(_LOOK, 0, f"{self.prefix}:*")
         seen = Snapshot(now)
         for key, kind, expires, content in keys:
@@ -148,13 +151,13 @@ class Keyspace:
         return int(await self.client.pttl(f"{self.prefix}:{name}"))
 
     async def expire(self, name: str) -> None:
-        """Let a key expire, named as in a dump, as Redis does it in its own time."""
+        """Let a key, named as in a dump, expire, and wait until Redis has removed it."""
         await self.client.pexpire(f"{self.prefix}:{name}", 1)
         while await self.client.exists(f"{self.prefix}:{name}"):
             pass
 
     async def shorten(self, milliseconds: int) -> None:
-        """Take that from the TTL of every session, as if it had been renewed so much earlier."""
+        """Shorten the TTL of every session, as if that much time had passed since its last renewal."""
         for key in await self.keys():
             if not key.startswith(f"{self.prefix}:{{"):
                 continue

@@ -14,7 +14,7 @@ from rss.engine import operations, scripts
 from rss.engine.coalesce import Operation
 from rss.references import Reference
 
-#: What the sandbox of Redis has, of that which the scripts use. All else is a mistake.
+#: The globals in the sandbox of Redis that the scripts use. Any other global is a mistake.
 _SANDBOX: Final = (
     *("redis", "KEYS", "ARGV", "cjson"),
     *("ipairs", "pairs", "pcall", "tonumber", "type", "unpack", "error", "math", "string", "table"),
@@ -33,7 +33,7 @@ Place = tuple[str, int]
 
 
 def schemas() -> list[str]:
-    """Return the configurations of some stores: no references; all that can be said of them; texts without JSON."""
+    """Return the schemas of some stores: without references, with all options of references, and without JSON."""
     kinds: list[Mapping[str, Reference]] = [
         {},
         {"user_id": Reference(limit=5, strict=True, identity=True), "team": Reference(limit=2, on_limit="refuse")},
@@ -63,10 +63,10 @@ def places(schema: str, operation: Operation) -> list[Place]:
 
 
 def findings() -> list[str]:
-    """Return what is wrong, each with file and line.
+    """Return all mistakes, each with file and line.
 
-    What a script does not use of a shared part is only wrong if no script uses it. But a part that a script does not
-    use at all does not belong to its parts.
+    A script need not use all functions of a shared part, but some script must use each function. A script must use
+    something of each of its parts.
     """
     found: dict[tuple[Place, str], set[str]] = defaultdict(set)
     unused: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -96,7 +96,7 @@ def findings() -> list[str]:
 
 
 def _reports() -> Iterator[tuple[str, Place, str, str]]:
-    """Run luacheck. Yields of each report the script, the place, the column and the text."""
+    """Run luacheck, and yield the script, the place, the column and the text of each report."""
     with tempfile.TemporaryDirectory(prefix="rss-") as folder:
         where: dict[tuple[str, str], list[Place]] = {}
         for n, schema in enumerate(schemas()):
@@ -116,7 +116,7 @@ def _reports() -> Iterator[tuple[str, Place, str, str]]:
 
 
 def _placed(text: str, lines: list[Place]) -> str:
-    """Return a text of luacheck with the line of a file instead of one of the assembled script."""
+    """Return a text of luacheck with the line in a file instead of the line in the assembled script."""
     other = _OTHER.search(text)
     return _OTHER.sub("in line {1} of {0}".format(*lines[int(other[1]) - 1]), text) if other else text
 

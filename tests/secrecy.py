@@ -1,4 +1,4 @@
-"""What nobody may see: the tokens in cookies, and what CSRF tokens are made of. Watches Redis and the log."""
+"""Watches Redis and the log for secrets: the tokens in cookies, and the secrets of CSRF tokens."""
 
 import base64
 import logging
@@ -15,7 +15,7 @@ from rss import Session, Sessions
 
 
 class Secrecy(logging.Handler):
-    """Knows every token, id and CSRF secret of this process, every command that Redis got, and all that was logged."""
+    """Collects every token, id and CSRF secret of this process, every command that Redis got, and all log records."""
 
     def __init__(self) -> None:
         """Begin with nothing."""
@@ -32,7 +32,7 @@ class Secrecy(logging.Handler):
 
     @contextmanager
     def learn(self) -> Iterator[None]:
-        """Get to know what is issued meanwhile."""
+        """Collect the secrets that are issued while the body runs."""
         write_token, id_of, secret = Sessions.write_token, Sessions.id_of, Session._csrf_secret
 
         def writing(sessions: Sessions, token: str) -> str:
@@ -59,7 +59,7 @@ class Secrecy(logging.Handler):
 
     @contextmanager
     def watch(self, url: str) -> Iterator[None]:
-        """Note every command that a server gets meanwhile, by MONITOR."""
+        """Record every command that a server gets while the body runs, by MONITOR."""
         client = redis.Redis.from_url(url, socket_timeout=None)
         connection: Any = client.connection_pool.get_connection()
         connection.send_command("MONITOR")
@@ -85,7 +85,7 @@ class Secrecy(logging.Handler):
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Note all that is logged meanwhile, at every level."""
+        """Record all log messages while the body runs, at every level."""
         root = logging.getLogger()
         level = root.level
         root.addHandler(self)
@@ -97,7 +97,7 @@ class Secrecy(logging.Handler):
             root.removeHandler(self)
 
     def leaks(self) -> list[str]:
-        """Return in what something was seen: "a command", "the log"."""
+        """Return where secrets were seen: "a command" or "the log" for each of them."""
         # Each word once: most commands repeat the names of scripts and keys.
         words = re.findall(r"[\w-]{20,}", b"\n".join(self.commands).decode(errors="replace"))
         commands, logged = "\n".join(set(words)), "\n".join(self.logged)
@@ -105,7 +105,7 @@ class Secrecy(logging.Handler):
         return in_redis + ["the log" for secret in self.tokens | self.others if secret in logged]
 
     def __str__(self) -> str:
-        """Say what was looked at."""
+        """Say how much was searched."""
         return (
             f"{len(self.tokens)} cookie tokens in {len(self.commands)} commands of MONITOR, and with "
             f"{len(self.others)} ids and CSRF secrets in {len(self.logged)} log records: {len(self.leaks())} seen"

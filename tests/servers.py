@@ -1,4 +1,4 @@
-"""Servers that a test has for itself: to break them, or what lies between them and the store."""
+"""Servers for one test alone, which may break them or the network between them and the store."""
 
 import asyncio
 import hashlib
@@ -30,15 +30,15 @@ def own_server(*arguments: str) -> Iterator[str]:
 
 
 class Proxy:
-    """What lies between a client and a server. It can swallow the reply to the next scripts and hang up."""
+    """A proxy between a client and a server, which can swallow the replies to the next scripts and hang up."""
 
     def __init__(self) -> None:
-        """Begin with letting everything through."""
+        """Let everything through at first."""
         self.swallow = 0
         self.scripts = 0
 
     async def relay(self, server: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass on what one client and the server say to each other."""
+        """Relay the data between one client and the server."""
         there, back = await asyncio.open_unix_connection(server)
         running = False
 
@@ -61,7 +61,7 @@ class Proxy:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            back.close()  # First: this task may be cancelled again while it waits.
+            back.close()  # Close first: this task may be cancelled again while it waits.
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
@@ -69,7 +69,7 @@ class Proxy:
 
 @asynccontextmanager
 async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
-    """Put a proxy before a server on a unix socket, and yield it and the URL to reach it by."""
+    """Put a proxy before a server on a unix socket, and yield the proxy and its URL."""
     proxy = Proxy()
     with tempfile.TemporaryDirectory(prefix="rss-") as folder, socket.socket(socket.AF_UNIX) as sock:
         sock.bind(f"{folder}/proxy.sock")
@@ -82,10 +82,10 @@ async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
 
 
 class Wire:
-    """A network between a client and a server. It can lose packets without a word, and cut connections."""
+    """A network between a client and a server, which can drop packets silently and cut connections."""
 
     def __init__(self, server: str) -> None:
-        """Begin with letting everything through."""
+        """Let everything through at first."""
         self.url = ""
         #: Connections that were made so far.
         self.made = 0
@@ -94,7 +94,7 @@ class Wire:
         self._ends: set[asyncio.StreamWriter] = set()
 
     async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass on what one client and the server say to each other, until one of them ends the connection."""
+        """Relay the data between one client and the server, until one of them ends the connection."""
         self.made += 1
         self._ends.add(writer)
         lost = self._lost
@@ -109,17 +109,17 @@ class Wire:
         pumps = [asyncio.ensure_future(pump(reader, back)), asyncio.ensure_future(pump(there, writer))]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            if lost.is_set():  # Neither side is told.
+            if lost.is_set():  # Neither side notices.
                 await asyncio.Event().wait()
         finally:
-            back.close()  # First: this task may be cancelled again while it waits.
+            back.close()  # Close first: this task may be cancelled again while it waits.
             self._ends.discard(writer)
             for one in pumps:
                 one.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
     def silence(self) -> None:
-        """Let nothing through any more on the connections that there are, and read nothing from them."""
+        """Drop all data of the open connections from now on, and read nothing more from them."""
         self._lost.set()
         self._lost = asyncio.Event()
         for writer in self._ends:
@@ -127,25 +127,25 @@ class Wire:
                 writer.transport.pause_reading()  # type: ignore[attr-defined]
 
     def stall(self) -> None:
-        """Read nothing any more from the clients, until `go_on`."""
+        """Stop reading from the clients, until `go_on`."""
         for writer in self._ends:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
 
     def go_on(self) -> None:
-        """Read again."""
+        """Read from the clients again."""
         for writer in self._ends:
             if not writer.transport.is_closing():
                 writer.transport.resume_reading()  # type: ignore[attr-defined]
 
     def cut(self) -> None:
-        """Break the connections that there are."""
+        """Abort all open connections."""
         for writer in self._ends:
             writer.transport.abort()
 
 
 @asynccontextmanager
 async def wired(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wire]:
-    """Put a network before a server on a unix socket, and yield it; it has the URL to reach the server by."""
+    """Put a network before a server on a unix socket, and yield the `Wire`, whose `url` leads to the server."""
     wire = Wire(url.removeprefix("unix://"))
     async with serving(wire.relay, tls=tls) as port:
         wire.url = f"redis{'s' if tls else ''}://127.0.0.1:{port}"
@@ -153,16 +153,16 @@ async def wired(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wi
 
 
 class Fake:
-    """A server that answers each script as a test wants. It knows the commands that a client needs to connect."""
+    """A server that answers each script as a test wants, and knows the commands that a client needs to connect."""
 
     def __init__(self, script: Callable[[list[bytes]], bytes | None]) -> None:
-        """*script*: takes an EVALSHA, and returns what is sent; None for hanging up."""
+        """*script*: takes an EVALSHA and returns the data to send; None means to hang up."""
         self.script = script
         self.url = ""
         #: Connections that were made so far, and the names of all commands.
         self.made = 0
         self.commands: list[str] = []
-        #: What is sent before and after the digest that SCRIPT LOAD returns, or instead of it.
+        #: Data that is sent before, after, or instead of the digest that SCRIPT LOAD returns.
         self.before = self.after = self.instead = b""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -190,7 +190,7 @@ class Fake:
 
 
 def ones(command: list[bytes]) -> bytes:
-    """Answer an EVALSHA as `touch` and `increment` do for sessions that are all alive and begin to count."""
+    """Answer an EVALSHA with 1 for each key, as `touch` of live sessions and a first `increment` do."""
     keys = int(command[2])
     return b"*%d\r\n" % keys + b":1\r\n" * keys
 
@@ -211,7 +211,7 @@ async def serving(
     sock: socket.socket | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
-    """Serve connections to a socket, else to a free port, and yield the port; end what is served at the end."""
+    """Serve connections to a socket, else to a free port, and yield the port. Close all connections at the end."""
     if sock is None:
         # If the protocol is named, asyncio switches Nagle's algorithm off. Else a second reply may wait for 40 ms.
         sock = socket.socket(proto=socket.IPPROTO_TCP)
@@ -239,9 +239,9 @@ async def serving(
         yield 0 if sock.family == socket.AF_UNIX else int(sock.getsockname()[1])
     finally:
         server.close()
-        for _ in range(5):  # What was accepted a moment ago is served a few turns later.
+        for _ in range(5):  # A connection that was just accepted is served a few turns later.
             for task, writer in running.items():
-                with suppress(AttributeError):  # TLS that was closed twice, on Python 3.11.2.
+                with suppress(AttributeError):  # Python 3.11.2 raises this if TLS is closed twice.
                     writer.transport.abort()
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -250,7 +250,7 @@ async def serving(
 
 @asynccontextmanager
 async def stopped(client: Redis) -> AsyncIterator[None]:
-    """Let the process of a server stand still, as on a machine that is overloaded."""
+    """Stop the process of a server for a while, as on an overloaded machine."""
     pid = int((await client.info("server"))["process_id"])
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -260,20 +260,20 @@ async def stopped(client: Redis) -> AsyncIterator[None]:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
+    """Return a free port of the loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_for(port: int) -> None:
-    """Wait until somebody listens on a port of the loopback."""
+    """Wait until a server listens on a port of the loopback."""
     until = time.monotonic() + 30
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
         except OSError:
-            assert time.monotonic() < until, "nobody listens on the port"
+            assert time.monotonic() < until, "no server listens on the port"
             time.sleep(0.01)
         else:
             return
@@ -294,7 +294,7 @@ def sentinel(folder: Path, master: int) -> Iterator[int]:
     try:
         wait_for(port)
         with redis.Redis(port=port) as client, suppress(redis.ResponseError):  # New in Redis 7.0.
-            # It looks ten times a second what others say, instead of every ten seconds.
+            # The sentinel polls the other servers ten times a second, instead of every ten seconds.
             client.execute_command("SENTINEL", "DEBUG", "info-period", 100, "publish-period", 100)
         yield port
     finally:
@@ -303,13 +303,13 @@ def sentinel(folder: Path, master: int) -> Iterator[int]:
 
 
 async def connections(admin: Redis) -> list[dict[str, str]]:
-    """Return the connections of a server, as CLIENT LIST describes them, without that of the administrator."""
+    """Return the connections of a server, as CLIENT LIST describes them, except the administrator's."""
     mine = str(await admin.client_id())
     return [client for client in await admin.client_list() if client["id"] != mine]
 
 
 async def until(client: Redis, section: str, name: str, value: object) -> None:
-    """Wait until INFO of a server says so."""
+    """Wait until a field of INFO has a value."""
     async with asyncio.timeout(30):
         while (await client.info(section)).get(name) != value:
             await asyncio.sleep(0.02)

@@ -33,7 +33,7 @@ asyncio.run(main())
 
 
 def main() -> None:
-    """Install it and try it."""
+    """Install the wheel in a new environment, and try it there."""
     wheel, lua = Path(sys.argv[1]).resolve(), Path(__file__).resolve().parents[1] / "lua"
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=False)

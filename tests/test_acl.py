@@ -1,4 +1,4 @@
-"""The rights that the store needs in Redis: with these it does everything, and without one of them it says which."""
+"""The permissions that the store needs in Redis: with them all calls work, and an error names a missing one."""
 
 import asyncio
 import re
@@ -14,7 +14,7 @@ from rss import Reference, SessionError, SessionStore
 from tests.keyspace import Keyspace
 
 GUIDE = (Path(__file__).parents[1] / "rss" / "guides" / "store.md").read_text()
-#: What a user of Redis must be allowed for a store with the prefix "rss", and no more.
+#: The permissions that a user of Redis needs for a store with the prefix "rss", and no more.
 ACL_RULE = GUIDE.split("for the prefix `rss`:\n\n```\n", 1)[1].split("```", 1)[0]
 COMMANDS = re.findall(r"\+(\S+)", ACL_RULE)
 
@@ -30,13 +30,13 @@ ELSEWHERE: dict[str, Any] = {"user_id": 9, "ip": "z", "team": "u"}
 
 
 async def _set_user(admin: Redis, *rules: str) -> None:
-    """Give the user rights, or take some away."""
+    """Give the user permissions, or take some away."""
     await admin.execute_command("ACL", "SETUSER", "app", *rules)  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(name="admin")
 async def _admin(url: str) -> AsyncIterator[Redis]:
-    """A client that may do everything; the user has the rights of the rule."""
+    """A client with all permissions; the user of the other client has those of the rule."""
     async with Redis.from_url(url, decode_responses=True) as admin:
         await _set_user(admin, "reset", "on", ">secret", *ACL_RULE.split())
         yield admin
@@ -45,7 +45,7 @@ async def _admin(url: str) -> AsyncIterator[Redis]:
 
 @pytest.fixture(name="free")
 async def _free(admin: Redis) -> AsyncIterator[SessionStore]:
-    """A store that may do everything: it makes what the other one works on."""
+    """A store with all permissions, which prepares the sessions for the other store."""
     free = SessionStore(admin, references=REFERENCES)
     yield free
     await free.aclose()
@@ -53,7 +53,7 @@ async def _free(admin: Redis) -> AsyncIterator[SessionStore]:
 
 @pytest.fixture(name="store")
 async def _store(url: str) -> AsyncIterator[SessionStore]:
-    """The store of the user."""
+    """The store of the user with the limited permissions."""
     async with Redis.from_url(url, username="app", password="secret") as client:
         store = SessionStore(client, references=REFERENCES)
         yield store
@@ -70,7 +70,7 @@ async def _found(store: SessionStore, field: str, value: object) -> list[Any]:
     return [session async for session in store.find_by(field, value)]  # type: ignore[arg-type]
 
 
-#: What the store can do, and what comes of it, as `_outcome` writes it.
+#: Calls of the store and their results, as `_outcome` writes them.
 CALLS: dict[str, tuple[Callable[[SessionStore], Awaitable[object]], object]] = {
     "create": (lambda s: s.create({"user_id": 1, "ip": "x", "team": "t"}), "an id"),
     "create with values that are new": (lambda s: s.create(ELSEWHERE, "1h"), "an id"),
@@ -124,7 +124,7 @@ def _outcome(result: object) -> object:
 
 
 async def _furnish(free: SessionStore, keyspace: Keyspace, name: str) -> None:
-    """Make what a call needs."""
+    """Prepare the sessions that a call needs."""
     await keyspace.clear()
     await free.set("a", ALICE)
     await free.set("short", {"user_id": 1, "ip": "y", "team": "t"}, "1m")
@@ -143,7 +143,7 @@ async def _furnish(free: SessionStore, keyspace: Keyspace, name: str) -> None:
 
 
 async def _faults(free: SessionStore, keyspace: Keyspace) -> list[str]:
-    """Return what must not be: a key without a TTL, a session that is alive and not in each of its sets."""
+    """Return broken promises: keys without a TTL, and live sessions that are missing in one of their sets."""
     try:
         dump = await keyspace.dump()
     except AssertionError as error:
@@ -168,18 +168,18 @@ async def _sessions(admin: Redis) -> int:
 
 
 def _blames(error: SessionError, command: str) -> bool:
-    """Whether an error says that this command is forbidden, if Redis said which, and no more."""
+    """Return whether an error names this command as forbidden, or no command if Redis named none."""
     what = re.fullmatch(
         "this user of Redis has no permission for (.*): see the ACL rule in the guide to the store", str(error)
     )
-    said = re.search(r"'([\w|]+)' command", str(error.__cause__))  # Redis 6.2 and 7.0 do not say it within scripts.
+    said = re.search(r"'([\w|]+)' command", str(error.__cause__))  # Redis 6.2 and 7.0 do not name it in scripts.
     return bool(what and what[1] == (f"the command {said[1]}" if said else "a command or a key of the scripts")) and (
         not said or said[1] in (command, command.partition("|")[0])
     )
 
 
 async def test_no_more_is_needed(store: SessionStore, free: SessionStore, keyspace: Keyspace) -> None:
-    """A user with these rights can do everything."""
+    """A user with these permissions can make all calls."""
     for name, (call, outcome) in CALLS.items():
         await _furnish(free, keyspace, name)
         assert _outcome(await call(store)) == outcome, name
@@ -190,7 +190,7 @@ async def test_no_more_is_needed(store: SessionStore, free: SessionStore, keyspa
 async def test_a_right_that_is_missing(
     store: SessionStore, free: SessionStore, admin: Redis, keyspace: Keyspace, command: str
 ) -> None:
-    """What needs it raises a SessionError that names the command, and does no harm; all else works as before."""
+    """Calls that need a missing permission raise a SessionError that names it, and break no promise."""
     await _set_user(admin, f"-{command.partition('|')[0]}")
     refused = 0
     faults = []
@@ -214,7 +214,7 @@ async def test_a_right_that_is_missing(
 
 
 async def test_no_right_to_the_keys(store: SessionStore, admin: Redis, free: SessionStore, keyspace: Keyspace) -> None:
-    """A user of other keys gets a SessionError, which tells none of ours."""
+    """A user without permission for the keys gets a SessionError that shows no key."""
     await _furnish(free, keyspace, "")
     before = await keyspace.dump()
     await _set_user(admin, "resetkeys", "~other:*")
@@ -226,7 +226,7 @@ async def test_no_right_to_the_keys(store: SessionStore, admin: Redis, free: Ses
 
 
 async def test_rights_that_come_back(store: SessionStore, admin: Redis) -> None:
-    """A store that was refused works again as soon as its user has the rights: it need not be made anew."""
+    """A store that was refused works again as soon as its user has the permissions."""
     for command in ("evalsha", "script|load", "hset"):
         await _set_user(admin, f"-{command.partition('|')[0]}")
         with pytest.raises(SessionError, match="has no permission"):

@@ -1,11 +1,12 @@
-"""Thirty actors at once on a few sessions and values, then a look at the whole keyspace.
+"""Thirty actors use a few sessions and values at once; after each act the whole keyspace is checked.
 
 The actors call every method of the store, through three stores on one prefix. Some calls are cancelled. The `Ledger`
-notes what was acknowledged, and what that means for calls that begin later. After each act no call is in flight, and
+notes which calls were acknowledged, and which replies later calls may get. After each act no call is in flight. Then
 all keys are compared with the ledger and with the promises of the store.
 
-Each test plays two short acts. With the profile `thorough` of Hypothesis it plays thirty long ones, and sessions live
-for up to two seconds. A failure names the seed; the server and the event loop decide the rest.
+Each test plays two short acts. With the Hypothesis profile `thorough`, a test plays thirty long acts, and sessions live
+for up to two seconds. A failure names the seed. The server and the event loop also decide the order of events, so a
+seed may not fail again.
 """
 
 import asyncio
@@ -47,21 +48,21 @@ T = TypeVar("T")
 ACTORS = 30
 #: Values of references, by field. 1 and "1" have the same set.
 VALUES: dict[str, list[str | int]] = {"user_id": [1, "1", 2, "[1]"], "ip": ["a", "b"]}
-#: Seconds by which two clocks may differ: that of the server and that of this process.
+#: Seconds by which the clock of the server and the clock of this process may differ.
 MARGIN = 0.005
 TOMBSTONE = operations.TOMBSTONE
-#: The longest grace, and the longest of other times that are kept under keys that are no sessions. Milliseconds.
+#: Milliseconds. No grace and no block in these tests is longer.
 GRACE = 1000
 
 
 def ms(number: float) -> timedelta:
-    """Return so many milliseconds."""
+    """Return a number of milliseconds as a timedelta."""
     return timedelta(milliseconds=number)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the stores of a test are configured, and what happens to them. Times are milliseconds."""
+    """The configuration of the stores of a test, and the faults that the test causes. Times are in milliseconds."""
 
     user: Reference = field(default_factory=Reference)
     ip: Reference = field(default_factory=Reference)
@@ -69,7 +70,7 @@ class Setting:
     lifetime: int | None = None
     text: bool = False
     tombstone: int = TOMBSTONE
-    #: What a script may take, in estimated microseconds, and the sessions of a page.
+    #: The time budget of a script in estimated microseconds, and the number of sessions in a page.
     enough: int = 2000
     page: str = "50"
     #: Whether calls are sent one by one, and whether connections are killed.
@@ -82,8 +83,9 @@ class Setting:
         return min(self.ages) > 60_000
 
 
-# Others are served after each two sessions of a page, and after each session or two of a batch. A script without time
-# does not look closely at the members of a set with a limit, so only pages are short there.
+# With HURRIED, a script ends after two sessions of a page, or after one or two of a batch. A script without
+# time does not look closely at the members of a set with a limit. So settings with limits use PAGES, which only
+# shortens pages.
 HURRIED: dict[str, Any] = {"enough": 12, "page": "2"}
 PAGES: dict[str, Any] = {"page": "2"}
 HOUR = (3_600_000, 7_200_000)
@@ -111,24 +113,24 @@ class Token:
     """A value that was written once, into the field `name`. Times are seconds of the monotonic clock."""
 
     origin: str
-    #: When the write was acknowledged.
+    #: When the write was acknowledged; None if it was not.
     written: float | None = None
-    #: When a write was acknowledged that had begun after this one was written: since then none may read it.
+    #: When a later write was acknowledged: calls that begin afterwards must not read this value. None: no later write.
     stale: float | None = None
     refused: bool = False
 
 
 @dataclass
 class Story:
-    """One session, over all of its ids. Its field `origin` says which story it belongs to."""
+    """One session, under all of its ids. The field `origin` of a session names its story."""
 
-    #: When it was begun.
+    #: When the session was begun.
     began: float
-    #: Whether it may expire and be made again under the same id.
+    #: Whether the session may expire and be made again under the same id.
     loose: bool = False
-    #: Since when no session of it may be alive.
+    #: The time after which no session of this story may be alive. None: there is no such time.
     over: float | None = None
-    #: What increments returned, and how many may have been done without an answer.
+    #: The sums that increments returned, and the number of increments that may have run without a reply.
     sums: set[int] = field(default_factory=set)
     unsure: int = 0
     fresh: list[Token] = field(default_factory=list)
@@ -136,44 +138,44 @@ class Story:
 
 @dataclass
 class Ending:
-    """A call that ends sessions, known by its reason."""
+    """A call that ends sessions, identified by its reason."""
 
     began: float
     keep: set[str] = field(default_factory=set)
-    #: When it was acknowledged, and how many it ended.
+    #: When the call was acknowledged (None: not yet), and how many sessions it ended.
     done: float | None = None
     count: int = 0
 
 
 class Ledger:
-    """What calls were told, and whether others may be told what they are."""
+    """A record of the replies of calls, which decides whether the replies of later calls are allowed."""
 
     def __init__(self, setting: Setting) -> None:
         """Begin with nothing."""
         self.setting = setting
         self.stories: dict[str, Story] = {}
         self.tokens: dict[str, Token] = {}
-        #: The stories of ids.
+        #: By id: the origin of its story.
         self.origins: dict[str, str] = {}
         #: Ids that had a session.
         self.made: set[str] = set()
-        #: Since when no call may find a session by an id.
+        #: By id: the time after which no call may find a session.
         self.dead: dict[str, float] = {}
         self.endings: dict[str, Ending] = {}
-        #: By ids: the reasons of acknowledged deletions, the new ids, and the identities.
+        #: By id: the reasons of acknowledged deletions, the new ids, and the identities.
         self.deleted: dict[str, str] = {}
         self.rotated: dict[str, str] = {}
         self.identities: dict[str, list[str]] = {}
-        #: Ids that were rotated to another identity: they lead nowhere.
+        #: Ids that were rotated to another identity. Such an id does not lead to the new session.
         self.cut_off: set[str] = set()
-        #: What only one call may get.
+        #: Results that only one call may get.
         self.taken: set[tuple[str, ...]] = set()
-        #: Until when a set is blocked for certain, in seconds since 1970.
+        #: By set: the time until which the set is certainly blocked, in seconds since 1970.
         self.blocks: dict[str, float] = {}
-        #: By sets: calls under way that may lift a block, and how many have begun so far.
+        #: By set: how many calls in flight may lift the block, and how many such calls have begun so far.
         self.lifting: Counter[str] = Counter()
         self.lifts: Counter[str] = Counter()
-        #: Sets for which a call of `delete_by` did not come to its end.
+        #: Sets for which a call of `delete_by` did not finish.
         self.left_fences: set[str] = set()
 
     def story(self, session_id: str) -> Story:
@@ -181,7 +183,7 @@ class Ledger:
         return self.stories[self.origins[session_id]]
 
     def begin(self, origin: str, *, loose: bool = False) -> Story:
-        """Return the story of an origin."""
+        """Return the story of an origin, which begins now if the origin is new."""
         return self.stories.setdefault(origin, Story(time.monotonic(), loose))
 
     def sets(self, values: dict[str, Any]) -> set[str]:
@@ -189,13 +191,16 @@ class Ledger:
         return {f"{name}:{{{text}}}" for name in VALUES for text in texts(values.get(name))}
 
     def ends(self, began: float, keep: Iterable[str] = ()) -> str:
-        """Return a reason that no other call has."""
+        """Note a call that ends sessions, and return its reason, which no other call has."""
         reason = f"reason-{len(self.endings)}"
         self.endings[reason] = Ending(began, set(keep))
         return reason
 
     def lift(self, name: str) -> None:
-        """Note that a call begins that may lift the block of a set. Without an answer it goes on until `settle`."""
+        """Note that a call begins which may lift the block of a set.
+
+        A call without a reply counts as in flight until `settle`.
+        """
         self.blocks.pop(name, None)
         self.lifting[name] += 1
         self.lifts[name] += 1
@@ -220,7 +225,7 @@ class Ledger:
         return name
 
     def written(self, name: str, began: float) -> None:
-        """Note that a write is done. What was written before it began is stale."""
+        """Note that a write is done. Values that were written before the write began are stale now."""
         token, now = self.tokens[name], time.monotonic()
         story = self.stories[token.origin]
         token.written = now
@@ -230,7 +235,7 @@ class Ledger:
         story.fresh = [other for other in story.fresh if not other.stale]
 
     def settle(self) -> None:
-        """Note that no call is in flight: writes without an answer are done or not, and will not be any more."""
+        """Note that no call is in flight. A write without a reply has been done by now, or never will be."""
         for token in self.tokens.values():
             token.written = token.written or time.monotonic()
         self.lifting.clear()
@@ -238,45 +243,45 @@ class Ledger:
     # ------------------------------------------------------------------ reads
 
     def found(self, session_id: str, began: float) -> None:
-        """Check that a call which began then may have found a session by an id."""
+        """Check that a call which began at *began* may find a session by an id."""
         late = self.dead.get(session_id, began) < began
-        assert not late or self.revives(session_id), f"{session_id} was ended, and is there"
+        assert not late or self.revives(session_id), f"{session_id} was ended, but was found"
         self.made.add(session_id)
 
     def read(self, session: dict[str, Any], began: float, *, whole: bool = True) -> None:
-        """Check that what a call which began then has read was written, and was not overwritten before it began."""
+        """Check that each value in *session* was written, and was not overwritten before the read began."""
         session_id, origin = session["id"], session.get("origin")
         assert not whole or {"origin", "name"} <= session.keys(), f"{session_id} lacks fields: {session}"
         if origin is not None:
-            assert origin in self.stories, f"nobody wrote {session}"
+            assert origin in self.stories, f"no call wrote {session}"
             assert self.origins.setdefault(session_id, origin) == origin, f"{session} has fields of another session"
             over = self.stories[origin].over
             assert over is None or over >= began, f"{session} should have been ended"
         if (name := session.get("name")) is not None:
             token = self.tokens[name]
-            assert token.origin == self.origins.get(session_id, token.origin), f"{session} has a name of another one"
-            if not self.revives(session_id):  # Then two sessions may have the same origin.
+            assert token.origin == self.origins.get(session_id, token.origin), f"{session} has another one's name"
+            if not self.revives(session_id):  # A session that was made again has the same origin.
                 assert token.stale is None or token.stale >= began, f"{session} has a name that was overwritten"
             assert not token.refused, f"{session} has a name that was refused"
         if whole and not self.revives(session_id):
             identity = texts(session.get("user_id"))
             if self.setting.user.identity:
                 assert len(identity) <= 1
-                assert self.identities.setdefault(session_id, identity) == identity, f"{session} is somebody else's"
+                assert self.identities.setdefault(session_id, identity) == identity, f"{session} has another identity"
 
     def once(self, *what: str) -> None:
-        """Check that only one call was told this. A call that was sent again may have done it twice."""
-        assert self.setting.kills or what not in self.taken, f"{what} came twice"
+        """Check that only one call got this result; calls that may be repeated after a kill are exempt."""
+        assert self.setting.kills or what not in self.taken, f"{what} was returned twice"
         self.taken.add(what)
 
     def explained(self, session_id: str, began: float) -> bool:
-        """Return whether `ended` must tell a call that began then why a session was ended."""
+        """Return whether `ended` must return a reason to a call that began at *began*."""
         known = self.setting.lasting or session_id in self.rotated or session_id in self.deleted
         return known and self.dead.get(session_id, began) < began and not self.forgets
 
     @property
     def forgets(self) -> bool:
-        """Whether tombstones expire meanwhile."""
+        """Whether tombstones expire during a test."""
         return self.setting.tombstone < TOMBSTONE
 
     def revives(self, session_id: str) -> bool:
@@ -287,7 +292,7 @@ class Ledger:
     # ------------------------------------------------------------------ the keyspace
 
     def check(self, seen: Snapshot, decode: Callable[[dict[str, str]], dict[str, Any]]) -> None:
-        """Compare all keys with the promises, and with what calls were told. No call is in flight."""
+        """Compare all keys with the promises of the store and with the replies of calls. No call may be in flight."""
         now, live = time.monotonic(), {i: decode(fields) for i, fields in seen.alive().items()}
         sets = {i: self.sets(session) for i, session in live.items()}
         ids = {(name, i) for name, held in seen.sets.items() for i in held}
@@ -302,7 +307,7 @@ class Ledger:
             self.read(session, now)
             story = self.story(session_id)
             if not self.revives(session_id):
-                assert origins[session["origin"]] == 1, f"there are several of {session}"
+                assert origins[session["origin"]] == 1, f"{session} shares its origin"
             if not story.loose:
                 count = int(session.get("count", 0))
                 assert len(story.sums) <= count <= len(story.sums) + story.unsure, f"{session}: {sorted(story.sums)}"
@@ -317,7 +322,7 @@ class Ledger:
                 assert set(rest.values()) <= {"done"}, f"the fence of {name} remembers {rest}"
 
     def check_times(self, seen: Snapshot) -> None:
-        """Check that nothing lives longer than it should."""
+        """Check that no key lives longer than it should."""
         setting, longest = self.setting, max(self.setting.ages)
         for name, when in seen.expires.items():
             left = when - seen.now
@@ -332,14 +337,14 @@ class Ledger:
                 assert when <= created + (setting.lifetime or 10**12), f"{name} lives longer than it may"
 
     def check_limits(self, sets: Iterable[set[str]]) -> None:
-        """Check that no value has more sessions than it may."""
+        """Check that no value has more sessions than its limit."""
         counts = Counter(name for named in sets for name in named)
         for name, count in counts.items():
             reference = self.setting.user if name.startswith("user_id:") else self.setting.ip
             assert count <= (reference.limit or count), f"{name} has {count} sessions"
 
     def check_ends(self, seen: Snapshot) -> None:
-        """Check that what was ended has a tombstone, which says why, and nothing else has."""
+        """Check that sessions which were ended have a tombstone with the reason, and that no other id has one."""
         setting = self.setting
         tombs = {i: fields for i, fields in seen.hashes.items() if "_ended" in fields}
         reasons = Counter(fields["_ended"] for fields in tombs.values())
@@ -351,7 +356,7 @@ class Ledger:
                 story = self.story(session_id)
                 late = ending.done is not None and story.began > ending.done
                 assert story.loose or not late, f"{session_id} was made after the call that ended it, {fields}"
-                assert session_id not in ending.keep, f"{session_id} was to be kept, but has {fields}"
+                assert session_id not in ending.keep, f"{session_id} should have been kept, but has {fields}"
         if self.forgets:
             return
         for reason, ending in self.endings.items():
@@ -374,16 +379,16 @@ class Ledger:
 
 
 class Nothing(Exception):
-    """Raised if a call gave no result: it was cancelled, or refused as it may be."""
+    """Raised when a call has no result: the call was cancelled, or was refused for a valid reason."""
 
     def __init__(self, *, refused: bool) -> None:
-        """*refused*: whether it is certain that nothing was done."""
+        """*refused*: True if the call certainly changed nothing."""
         super().__init__()
         self.refused = refused
 
 
 class Stage:
-    """The stores, and what the actors share."""
+    """The stores and all other state that the actors share."""
 
     def __init__(self, ledger: Ledger, stores: list[SessionStore], keyspace: Keyspace, rng: random.Random) -> None:
         """Begin with no session."""
@@ -398,18 +403,18 @@ class Stage:
         self.counts: Counter[str] = Counter()
 
     async def act(self, actors: "list[Actor]", deeds: int) -> None:
-        """Let each actor do so many things, and wait until no call is in flight."""
+        """Let each actor do *deeds* deeds, and wait until no call is in flight."""
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(actor.act(deeds)) for actor in actors]
             while not all(task.done() for task in tasks):
                 await self.disturb()
-        for store in self.stores:  # The replies of calls that were cancelled come first.
+        for store in self.stores:  # Replies come in order: cancelled calls are over when these return.
             await store.ended("nobody")
             await store.ids_by("user_id", "nobody")
         self.ledger.settle()
 
     async def disturb(self) -> None:
-        """After a moment cancel many calls at once, and kill connections if that is wanted."""
+        """Wait a moment, cancel many calls at once, and kill connections if the setting says so."""
         await asyncio.sleep(self.rng.uniform(0.005, 0.05))
         for call in [*self.flying]:
             if self.rng.random() < 0.4:
@@ -420,12 +425,12 @@ class Stage:
                 await self.keyspace.client.client_kill_filter(_id=connection["id"])
 
     async def check(self) -> None:
-        """Compare the keyspace with the ledger, and what can be found by reference with the keyspace."""
+        """Compare the keyspace with the ledger, and the results of finds by reference with the keyspace."""
         ledger, began = self.ledger, time.monotonic()
         before = await self.look()
         for session_id in self.rng.sample(sorted(ledger.dead), min(len(ledger.dead), 10)):
             ended = await self.stores[0].ended(session_id)
-            assert ended or not ledger.explained(session_id, began), f"nobody knows why {session_id} was ended"
+            assert ended or not ledger.explained(session_id, began), f"there is no reason for {session_id}"
         found: dict[str, set[str]] = {}
         for name, values in VALUES.items():
             for value in values:
@@ -435,7 +440,7 @@ class Stage:
         after = await self.look()
         for name, ids in found.items():
             first, last = self.members(before, name), self.members(after, name)
-            assert last <= ids <= first, f"found {ids} by {name}, where {first} were, and then {last}"
+            assert last <= ids <= first, f"found {ids} by {name}; before: {first}; after: {last}"
             assert after.sets.get(name, set()) <= first, f"{name} still has ids of dead sessions"
         self.counts["checks"] += 2
         self.counts["keys"] += len(before.expires) + len(after.expires)
@@ -455,7 +460,7 @@ class Stage:
         return {i for i, fields in seen.alive().items() if name in self.ledger.sets(self.decode(fields))}
 
     async def end(self) -> None:
-        """Let all sessions expire, and check that then no key is left but tombstones and fences."""
+        """Let all sessions expire, and check that only tombstones and fences are left."""
         seen = await self.keyspace.look()
         for session_id in seen.alive() if self.setting.lasting else ():
             await self.stores[0].touch(session_id, ms(1))
@@ -483,7 +488,7 @@ class Stage:
 
 
 class Actor:
-    """One of many who call the stores. What it does is decided by its seed, and by what calls return."""
+    """One of many callers of the stores. The seed and the results of its calls decide what an actor does."""
 
     def __init__(self, stage: Stage, seed: str) -> None:
         """Take a stage and a seed."""
@@ -516,7 +521,7 @@ class Actor:
         }
 
     async def act(self, deeds: int) -> None:
-        """Do so many things, one after the other."""
+        """Do *deeds* deeds, one after the other."""
         for deed in self.rng.choices([*self.deeds], [*self.deeds.values()], k=deeds):
             with suppress(Nothing):
                 await deed()
@@ -524,14 +529,14 @@ class Actor:
                 await asyncio.sleep(self.rng.choice([0, 0.001, 0.003]))
 
     async def call(self, call: Awaitable[T], *errors: type[Exception]) -> T:
-        """Make a call, which may be cancelled, and return its result. Raises `Nothing` if there is none."""
+        """Make a call, which may be cancelled, and return its result. Raises `Nothing` if there is no result."""
         task, stage = asyncio.ensure_future(call), self.stage
         stage.flying.add(task)
         if self.rng.random() < 0.06:
             asyncio.get_running_loop().call_later(self.rng.choice([0, 0.0005, 0.002]), task.cancel)
         try:
             await asyncio.wait([task])
-        finally:  # If another actor has failed, the call may still be under way.
+        finally:  # If another actor has failed, the call may still be in flight.
             stage.flying.discard(task)
             task.cancel()
         stage.counts["calls"] += 1
@@ -551,7 +556,7 @@ class Actor:
         raise error
 
     def check_error(self, error: Exception) -> None:
-        """Check that an error may be raised with this setting, and says what it should."""
+        """Check that an error is possible with this setting, and that its attributes are right."""
         if isinstance(error, Blocked):
             assert error.field in VALUES
             assert error.reason in self.ledger.endings
@@ -570,7 +575,7 @@ class Actor:
         return self.rng.choice(self.stage.stores)
 
     def pick(self) -> str:
-        """Choose an id that others use too: one that was minted, or one that changes with every forty calls."""
+        """Choose an id that other actors use too: a minted id, or one that changes with every forty calls."""
         if self.stage.ids and self.rng.random() < 0.85:
             return self.rng.choice(self.stage.ids)
         chosen = f"chosen-{self.stage.counts['calls'] // 40}"
@@ -587,7 +592,7 @@ class Actor:
         return self.rng.choice(VALUES[name])
 
     def references(self, share: float) -> dict[str, Any]:
-        """Choose values of references, of each with this probability; sometimes lists, or nothing."""
+        """Choose a value for each reference with the probability *share*: a single value, a list or None."""
         values: dict[str, Any] = {}
         for name in VALUES:
             kind = self.rng.random()
@@ -602,7 +607,7 @@ class Actor:
         return values
 
     async def write(self, origin: str, write: Callable[[str], Awaitable[T]], values: dict[str, Any], *errors: Any) -> T:
-        """Make a call that writes a name, and these values: none of them may be blocked."""
+        """Make a call that writes a name and *values*, and check that none of these values was blocked."""
         began, name, blocks = time.monotonic(), self.ledger.write(origin), self.ledger.blocks
         closed = {one: blocks[one] for one in self.ledger.sets(values) if blocks.get(one, 0) > time.time() + MARGIN}
         try:
@@ -618,7 +623,7 @@ class Actor:
     # ------------------------------------------------------------------ one session
 
     async def create(self) -> None:
-        """Make a session that others may use."""
+        """Make a session that other actors may use."""
         self.stage.ids.append(await self.make(self.references(0.8), self.age()))
 
     async def make(self, values: dict[str, Any], age: timedelta | None) -> str:
@@ -630,7 +635,7 @@ class Actor:
             lambda name: store.create({"origin": origin, "name": name, **values}, age),
             values,
             LimitExceeded,
-            *([SessionEnded] if self.setting.kills else []),  # Somebody ended it before the call was sent again.
+            *([SessionEnded] if self.setting.kills else []),  # The session was ended before the call was repeated.
         )
         self.ledger.origins[session_id] = origin
         self.ledger.made.add(session_id)
@@ -656,7 +661,7 @@ class Actor:
         self.ledger.found(session_id, began)
 
     async def change(self) -> None:
-        """Write to a session if it holds what it held a moment ago."""
+        """Write to a session if its name is still the one that was just read."""
         session_id, store = self.pick(), self.store
         origin = self.ledger.origins[session_id]
         read = await self.call(store.get(session_id, ["name"]))
@@ -676,13 +681,13 @@ class Actor:
         self.ledger.once("changed", read["name"])
 
     async def unset(self) -> None:
-        """Take fields out."""
+        """Unset fields."""
         fields = self.rng.choice([["note"], ["ip"], ["note", "n"], ["user_id", "ip"]])
         errors = [IdentityChanged] if self.setting.user.identity else []
         await self.call(self.store.unset(self.pick(), fields, self.age()), SessionEnded, *errors)
 
     async def pop(self) -> None:
-        """Take fields out and see what they held: nobody else gets that."""
+        """Pop fields, and check that no other call got the same value."""
         session_id, began = self.pick(), time.monotonic()
         fields = self.rng.choice([["note"], ["note", "ip"], ["user_id"]])
         errors = [IdentityChanged] if self.setting.user.identity else []
@@ -693,7 +698,7 @@ class Actor:
             self.ledger.once("popped", taken["note"])
 
     async def increment(self) -> None:
-        """Count: each call gets another sum."""
+        """Increment a field, and check that each call gets another sum."""
         session_id, began = self.pick(), time.monotonic()
         story = self.ledger.story(session_id)
         try:
@@ -724,7 +729,7 @@ class Actor:
             assert session.get("origin", self.ledger.origins[session_id]) == self.ledger.origins[session_id]
 
     async def delete(self) -> None:
-        """End a session, perhaps only if it has a name or a user."""
+        """End a session, perhaps only if it has a certain user."""
         session_id, began = self.pick(), time.monotonic()
         reason, expect = self.ledger.ends(began), self.rng.choice([None, None, {"user_id": self.value("user_id")}])
         if await self.call(self.store.delete(session_id, expect=expect, reason=reason)):
@@ -735,7 +740,7 @@ class Actor:
             self.ledger.endings[reason].done, self.ledger.endings[reason].count = now, 1
 
     async def rotate(self) -> None:
-        """Give a session a new id, which others may use."""
+        """Give a session a new id, which other actors may use."""
         values = self.references(0.5) if self.rng.random() < 0.5 else {}
         self.stage.ids.append(await self.move(self.pick(), values, self.rng.choice([None, None, 10, 200])))
 
@@ -770,7 +775,7 @@ class Actor:
         session_id, began = self.pick(), time.monotonic()
         reason = await self.call(self.store.ended(session_id))
         assert reason is None or reason in self.ledger.reasons
-        assert reason or not self.ledger.explained(session_id, began), f"nobody knows why {session_id} was ended"
+        assert reason or not self.ledger.explained(session_id, began), f"there is no reason for {session_id}"
 
     async def ttl(self) -> None:
         """Ask how long a session has left to live."""
@@ -801,7 +806,7 @@ class Actor:
             self.stage.ids.append(self.rng.choice(public))
 
     async def ids_by(self) -> None:
-        """Look for the sessions of a value."""
+        """List the ids of the sessions of a value."""
         name, began = self.rng.choice([*VALUES]), time.monotonic()
         ids = await self.call(self.store.ids_by(name, self.value(name)))
         assert len(ids) == len(set(ids))
@@ -809,12 +814,12 @@ class Actor:
             self.ledger.found(session_id, began)
 
     async def count_by(self) -> None:
-        """Count them, exactly or not."""
+        """Count the sessions of a value, exactly or not."""
         name = self.rng.choice([*VALUES])
         assert await self.call(self.store.count_by(name, self.value(name), exact=self.rng.random() < 0.5)) >= 0
 
     async def sign_out(self, name: str, value: str | int, keep: Iterable[str] = (), block: int | None = None) -> None:
-        """End all sessions of a value, but for some."""
+        """End all sessions of a value except those to keep, and perhaps block the value."""
         ledger, key, kept = self.ledger, f"{name}:{{{value}}}", [*keep]
         reason, until = ledger.ends(time.monotonic(), kept), time.time() + (block or 0) / 1000
         certain, lifts = block and not kept and not ledger.lifting[key], ledger.lifts[key]
@@ -832,7 +837,7 @@ class Actor:
             ledger.blocks[key] = max(until, ledger.blocks.get(key, 0))
 
     async def delete_by(self) -> None:
-        """End all sessions of a value: among them some that were just made."""
+        """End all sessions of a value, some of which were just made."""
         name = self.rng.choice([*VALUES])
         value, own = self.value(name), list[str]()
         for _ in range(self.rng.randrange(4)):
@@ -843,7 +848,7 @@ class Actor:
         await self.expect_over(own)
 
     async def expect_over(self, ids: Iterable[str]) -> None:
-        """Check that these sessions, and what became of them, have come to their end."""
+        """Check that these sessions have ended, under all of their ids."""
         now = time.monotonic()
         for session_id in ids:
             self.ledger.story(session_id).over = now
@@ -852,7 +857,7 @@ class Actor:
             assert await self.call(self.store.get(session_id)) == {}, f"{session_id} escaped"
 
     async def escape(self) -> None:
-        """Rotate sessions while all of their value are ended: they must not escape."""
+        """Rotate sessions while another call ends all sessions of their value, and check that none escapes."""
         name = self.rng.choice([*VALUES])
         value, ids = self.value(name), list[str]()
         for _ in range(self.rng.randrange(1, 5)):
@@ -874,7 +879,7 @@ class Actor:
         await self.expect_over(ids)
 
     async def keep(self) -> None:
-        """End all sessions of a value except one, perhaps by an id that it had before."""
+        """End all sessions of a value except one, which may be named by its old id."""
         name = self.rng.choice([*VALUES])
         value = self.value(name)
         kept = await self.make({name: value, "own": "yes"}, ms(max(self.setting.ages)))
@@ -882,12 +887,12 @@ class Actor:
         if self.rng.random() < 0.5:
             ids.append(await self.move(kept, {}, GRACE))
         await self.sign_out(name, value, [kept])
-        if time.monotonic() > began + GRACE / 1000:  # The id that is kept may not have led to the session any more.
+        if time.monotonic() > began + GRACE / 1000:  # The grace of the old id may have passed.
             return
-        for session_id in ids:  # Others may have ended it.
+        for session_id in ids:  # Other actors may have ended the session.
             reason = await self.call(self.store.ended(session_id))
             ending = self.ledger.endings.get(reason or "")
-            assert ending is None or kept not in ending.keep, f"{session_id} was to be kept"
+            assert ending is None or kept not in ending.keep, f"{session_id} should have been kept"
 
     # ------------------------------------------------------------------ blocks
 
@@ -897,7 +902,7 @@ class Actor:
         await self.sign_out(name, self.value(name), block=self.rng.choice([3, 30, 80]))
 
     async def unblock(self) -> None:
-        """Let sessions join a value again."""
+        """Unblock a value."""
         name = self.rng.choice([*VALUES])
         value = self.value(name)
         key = f"{name}:{{{value}}}"
@@ -920,15 +925,15 @@ class Actor:
 async def _admin(url: str) -> AsyncIterator[Redis]:
     """A client of the server of this file."""
     async with Redis.from_url(url, decode_responses=True) as admin:
-        with suppress(ResponseError):  # So that small sets have pages too; before Redis 7.2 they have.
+        with suppress(ResponseError):  # Small sets must have pages, too. Before Redis 7.2 they always do.
             await admin.config_set("set-max-listpack-entries", 0)
         yield admin
 
 
 async def _play(setting: Setting, url: str, admin: Redis, seed: str, lengths: tuple[int, int]) -> Counter[str]:
-    """Let thirty actors play, look at the keyspace after each act, and return what was counted.
+    """Let thirty actors play, check the keyspace after each act, and return the counts.
 
-    *lengths*: the number of acts, and what each actor does in an act.
+    *lengths*: the number of acts, and the number of deeds of each actor in an act.
     """
     keyspace, (acts, deeds) = Keyspace(admin, f"actors-{secrets.token_hex(8)}"), lengths
     async with AsyncExitStack() as stack:
@@ -958,7 +963,7 @@ async def _play(setting: Setting, url: str, admin: Redis, seed: str, lengths: tu
 
 @pytest.mark.parametrize("name", SETTINGS)
 async def test_thirty_actors(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Whatever they do, the store keeps its promises."""
+    """The store keeps its promises while thirty actors use it at the same time."""
     setting, thorough, read = SETTINGS[name], settings().max_examples >= 2000, scripts.read
     if thorough and not setting.lasting:
         setting = replace(setting, ages=(*setting.ages, 400, 400, 2000, 2000))

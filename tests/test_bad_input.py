@@ -17,7 +17,7 @@ from rss import Reference, SessionStore, TextCodec
 from tests.keyspace import Keyspace
 
 Call = Callable[[SessionStore, Any], object]
-#: A bad argument, the error that it raises, and what that says.
+#: A bad argument, the type of the error that it raises, and a pattern of the message.
 Case = tuple[object, type[Exception], str]
 Row = tuple[Call, object, type[Exception], str]
 
@@ -141,7 +141,7 @@ KEEP: dict[str, Case] = {
 
 
 def _durations(name: str, *others: object) -> dict[str, Case]:
-    """Return what is no duration; *others*: what else is none here."""
+    """Return cases of bad durations. *others*: more values that are no duration for this argument."""
     unclear = f"{name} must be a number and a unit"
     beyond = f"{name} must be between a millisecond and 100 years"
     neither = f"{name} must be a timedelta, a number of seconds or a text with a unit"
@@ -165,11 +165,11 @@ MAX_AGE = _durations("max_age", True)
 
 
 def _rows(argument: str, cases: dict[str, Case], call: Call) -> dict[str, Row]:
-    """Return rows that give one argument of a method these values."""
+    """Return a row for each case of one argument of a method."""
     return {f"{argument}: {case}": (call, *row) for case, row in cases.items()}
 
 
-#: For each method of a store rows by name: "argument: what is bad about it".
+#: For each method of a store: its rows, by names of the form "argument: case".
 BAD: dict[str, dict[str, Row]] = {
     "from_url": {
         "url: another scheme": (lambda s, x: s.from_url(x), "ftp://x", ValueError, "Redis URL must specify one of"),
@@ -251,7 +251,7 @@ BAD: dict[str, dict[str, Row]] = {
         **_rows("field, not exact", REFERENCE, lambda s, x: s.count_by(x, 1, exact=False)),
         **_rows("value, not exact", VALUE, lambda s, x: s.count_by("user_id", x, exact=False)),
     },
-    # It is no coroutine: it refuses when it is called, not when the first session is asked for.
+    # `find_by` is no coroutine: it refuses arguments when it is called, not at the first session.
     "find_by": {
         **_rows("field", REFERENCE, lambda s, x: s.find_by(x, 1)),
         **_rows("value", VALUE, lambda s, x: s.find_by("user_id", x)),
@@ -293,20 +293,20 @@ def _bad_store(client: Redis, prefix: str) -> SessionStore:
 
 
 async def _refusal(store: SessionStore, method: str, name: str) -> Exception | None:
-    """Return what a call with a bad argument raises."""
+    """Return the error that a call with a bad argument raises; None if there was none."""
     call, argument, _, _ = BAD[method][name]
     try:
         result = call(store, argument)
         if inspect.isawaitable(result):
             await result
-    except Exception as error:  # noqa: BLE001 - whatever it is
+    except Exception as error:  # noqa: BLE001 - any error is examined
         return error
     return None
 
 
 @pytest.mark.parametrize(("method", "name"), ROWS, ids=lambda text: text.replace(" ", "-"))
 async def test_a_bad_argument_is_refused(method: str, name: str) -> None:
-    """Nothing is sent: there is no server where this store looks for one."""
+    """A bad argument raises an error before anything is sent; this store has no server."""
     _, _, kind, text = BAD[method][name]
     async with Redis(unix_socket_path="/nowhere/redis.sock") as client:
         error = await _refusal(_bad_store(client, "rss"), method, name)
@@ -317,7 +317,7 @@ async def test_a_bad_argument_is_refused(method: str, name: str) -> None:
 
 
 async def test_nothing_is_sent(url: str) -> None:
-    """A server that is there gets no script from any of these calls, and no data of it changes."""
+    """Calls with bad arguments send no script to the server, and change no data."""
     async with Redis.from_url(url, decode_responses=True) as client:
         await client.flushall()
         keyspace = Keyspace(client, "bad")
@@ -334,7 +334,7 @@ async def test_nothing_is_sent(url: str) -> None:
 
 
 def test_every_argument_has_rows() -> None:
-    """Each public method that takes any, and each of its arguments, except for flags, which may be anything."""
+    """Each argument of each public method has rows, except for flags, which accept anything."""
     for method, function in vars(SessionStore).items():
         if method.startswith("_") or not (callable(function) or isinstance(function, classmethod)):
             continue
@@ -345,7 +345,7 @@ def test_every_argument_has_rows() -> None:
 
 @pytest.mark.parametrize("values", [range(1000), range(1, 1001)])
 async def test_a_mapping_need_be_no_dict(store: SessionStore, values: range) -> None:
-    """And what several are may come from any iterable, once."""
+    """A mapping need not be a dict, and several items may come from any iterable, even an iterator."""
     fields = {f"f{n}": n for n in values}
     await store.set("a", MappingProxyType(fields), expect=MappingProxyType({"f1": None}))  # type: ignore[arg-type]
     assert await store.get("a", (name for name in fields)) == {"id": "a", **fields}
@@ -383,14 +383,14 @@ STORES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("case", STORES)
 def test_a_bad_option_is_refused(client: Redis, case: str) -> None:
-    """A store that is made wrong says so when it is made."""
+    """A bad option raises an error when the store is made."""
     options, error, text = STORES[case]
     with pytest.raises(error, match=text):
         SessionStore(client, **options)
 
 
 def test_a_client_of_another_kind_is_refused() -> None:
-    """A client that blocks, and one for a cluster, whose slots no script can span."""
+    """A blocking client is refused, and so is a client for a cluster, whose slots no script can span."""
     with redis.Redis() as blocking, pytest.raises(TypeError, match="must be a redis.asyncio.Redis"):
         SessionStore(blocking)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="not RedisCluster"):
@@ -398,7 +398,7 @@ def test_a_client_of_another_kind_is_refused() -> None:
 
 
 def test_a_client_of_another_encoding_is_refused() -> None:
-    """Keys that it names and values that the codec stores would not be the same text."""
+    """A client with an encoding other than UTF-8 is refused, since its keys would differ from the codec's text."""
     with pytest.raises(ValueError, match="must have the encoding utf-8"):
         SessionStore(Redis(encoding="latin-1"))
     assert SessionStore(Redis(encoding="UTF8"))
@@ -408,14 +408,14 @@ def test_a_client_of_another_encoding_is_refused() -> None:
     "options", [{"limit": 0}, {"limit": True}, {"limit": 1001}, {"limit": "5"}, {"on_limit": "ignore"}]
 )
 def test_a_bad_reference_is_refused(options: dict[str, Any]) -> None:
-    """Its limit is an integer, 1 to 1,000, and there are two things to do at it."""
+    """A reference with a bad `limit` or `on_limit` is refused."""
     with pytest.raises(ValueError, match="limit"):
         Reference(**options)
 
 
 @pytest.mark.parametrize("value", [None, 1.5, True, ["x"], {"x": 1}, b"x"])
 async def test_text_codec_stores_str_and_int_only(client: Redis, keyspace: Keyspace, value: object) -> None:
-    """Anything else would come back as something else."""
+    """TextCodec refuses values other than str and int, which it could not bring back."""
     store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, codec=TextCodec())
     for field in ("x", "user_id"):
         with pytest.raises(TypeError, match=f"TextCodec cannot store this .* in the field '{field}'"):
@@ -424,7 +424,7 @@ async def test_text_codec_stores_str_and_int_only(client: Redis, keyspace: Keysp
 
 
 async def test_a_field_may_be_an_enumeration(client: Redis, keyspace: Keyspace) -> None:
-    """A member of an enumeration of str names the field that is its value, in whichever argument."""
+    """A member of a str enumeration stands for the field that is its value, in any argument."""
 
     class Field(str, enum.Enum):  # noqa: UP042 - str() of this one is not its value
         USER = "user_id"
@@ -455,7 +455,7 @@ async def test_enumerations_are_what_they_stand_for(store: SessionStore, keyspac
 
 
 async def test_no_value_stands_in_an_error_or_a_repr(store: SessionStore) -> None:
-    """Neither in the text nor in what it was raised from."""
+    """A value appears neither in an error nor in its cause nor in the repr of the store."""
     with pytest.raises(TypeError) as raised:
         await store.set("SECRET", {"x": {"SECRET": {1}}})
     error: BaseException | None = raised.value

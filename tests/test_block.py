@@ -1,4 +1,4 @@
-"""Blocking a value: its sessions end, and for a while none may join it."""
+"""Blocking a value ends its sessions, and no session can join it for a while."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ HOUR = 3_600_000
 
 
 async def _until(keyspace: Keyspace, name: str) -> datetime:
-    """Return until when a fence says that its value is blocked."""
+    """Return the time until which a fence blocks its value."""
     milliseconds = await keyspace.client.hget(f"{keyspace.prefix}:{name}", "until")
     assert milliseconds
     return datetime.fromtimestamp(int(milliseconds) / 1000, UTC)
@@ -32,7 +32,7 @@ async def _dump(keyspace: Keyspace) -> dict[str, Content]:
 
 
 async def test_block_ends_all_sessions_and_lets_none_join(store: SessionStore, keyspace: Keyspace) -> None:
-    """Those with the value end, with the reason; the block is a fence that lives at least as long as it."""
+    """`block` ends all sessions of a value with the reason, and leaves a fence that refuses others."""
     for session_id in "ab":
         await store.set(session_id, {"user_id": 1, "ip": "x"})
     await store.set("c", {"user_id": 2, "ip": "x"})
@@ -56,7 +56,7 @@ async def test_block_ends_all_sessions_and_lets_none_join(store: SessionStore, k
 
 
 async def test_blocked_says_why_and_until_when(store: SessionStore, keyspace: Keyspace) -> None:
-    """It is a LimitExceeded of the field, with the reason, and the time in UTC by the clock of Redis."""
+    """Blocked is a LimitExceeded with the field, the reason, and the end of the block in UTC."""
     await store.block("user_id", "alice", "1h", reason="pass-word_1")
     with pytest.raises(LimitExceeded) as raised:
         await store.create({"user_id": "alice"})
@@ -72,7 +72,7 @@ async def test_blocked_says_why_and_until_when(store: SessionStore, keyspace: Ke
 
 
 async def test_the_reason_is_blocked_if_none_is_given(store: SessionStore) -> None:
-    """It stands in the tombstones too."""
+    """The default reason of a block is "blocked", also in the tombstones."""
     await store.set("a", {"user_id": 1})
     await store.block("user_id", 1, "1h")
     assert await store.ended("a") == "blocked"
@@ -81,7 +81,7 @@ async def test_the_reason_is_blocked_if_none_is_given(store: SessionStore) -> No
 
 
 async def test_a_field_with_spaces_is_named(client: Redis, keyspace: Keyspace) -> None:
-    """Whatever its name, the error tells it as it is."""
+    """Blocked names a field that contains spaces as it is."""
     store = SessionStore(client, references=["a b c"], prefix=keyspace.prefix)
     await store.block("a b c", "x y", "1h")
     with pytest.raises(Blocked) as raised:
@@ -107,7 +107,7 @@ JOINS: dict[str, Callable[[SessionStore], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("case", JOINS)
 async def test_nothing_joins_a_value_that_is_blocked(store: SessionStore, keyspace: Keyspace, case: str) -> None:
-    """Each write that would put a session into its set raises Blocked, and writes nothing."""
+    """A write that would put a session into the set of a blocked value raises Blocked and writes nothing."""
     await store.set("anonymous", {"x": 1})
     await store.set("other", {"user_id": 2, "x": 1})
     await store.block("user_id", 1, "1h")
@@ -119,7 +119,7 @@ async def test_nothing_joins_a_value_that_is_blocked(store: SessionStore, keyspa
 
 
 async def test_other_values_are_free(store: SessionStore, keyspace: Keyspace) -> None:
-    """A block of one value of one field is no matter to others, nor are writes of other fields."""
+    """A block does not affect other values, or the same value of another field."""
     await store.set("a", {"ip": "1"})
     await store.block("user_id", 1, "1h")
     await store.set("a", {"user_id": 2, "ip": "1"})
@@ -139,7 +139,7 @@ async def test_other_values_are_free(store: SessionStore, keyspace: Keyspace) ->
 
 @pytest.mark.parametrize("sessions", [3, 120], ids=["one page", "several pages"])
 async def test_sessions_that_are_kept_go_on(store: SessionStore, keyspace: Keyspace, sessions: int) -> None:
-    """They may be written, renewed and rotated, with grace too; once one has left the value it cannot return."""
+    """Kept sessions can be written, renewed and rotated; one that leaves the blocked value cannot return."""
     await asyncio.gather(*(store.set(f"s{n}", {"user_id": 1}) for n in range(sessions)))
     assert await store.delete_by("user_id", 1, keep=["s0", "s1"], reason="password", block="1h") == sessions - 2
     await store.set("s0", {"user_id": 1, "x": 1})
@@ -160,11 +160,11 @@ async def test_sessions_that_are_kept_go_on(store: SessionStore, keyspace: Keysp
 
 
 async def test_a_login_that_checked_the_old_password(store: SessionStore) -> None:
-    """It is refused after the reset, however long it took; the login with the new password waits for the end."""
+    """A login that checked the old password is refused after the reset, until the block ends."""
     reset = asyncio.Event()
 
     async def login(session_id: str) -> str:
-        # The old password was right a moment ago.
+        # The old password was checked before the reset.
         await reset.wait()
         return await store.rotate(session_id, {"user_id": 1})
 
@@ -183,7 +183,7 @@ async def test_a_login_that_checked_the_old_password(store: SessionStore) -> Non
 
 
 async def test_logins_at_the_same_moment(store: SessionStore) -> None:
-    """Each is either ended by the block or refused by it: none is left."""
+    """Each login at the moment of a block is either ended or refused, so no session is left."""
     results = await asyncio.gather(
         *(store.create({"user_id": 1}) for _ in range(150)),
         store.block("user_id", 1, "1h"),
@@ -201,7 +201,7 @@ async def test_logins_at_the_same_moment(store: SessionStore) -> None:
 
 
 async def test_a_longer_block_stays(store: SessionStore, keyspace: Keyspace) -> None:
-    """With its reason; a longer one that comes later takes its place."""
+    """A shorter block does not replace a longer one, but a longer block does."""
     await store.block("user_id", 1, "1h", reason="first")
     until = await _until(keyspace, "_fence:user_id:{1}")
     await store.block("user_id", 1, "1m", reason="second")
@@ -217,7 +217,7 @@ async def test_a_longer_block_stays(store: SessionStore, keyspace: Keyspace) -> 
 
 
 async def test_a_later_delete_by_does_not_shorten_a_block(store: SessionStore, keyspace: Keyspace) -> None:
-    """Nor does one of several pages, which uses the same fence."""
+    """A later `delete_by` does not shorten a block, not even one of several pages, which uses the same fence."""
     await asyncio.gather(*(store.set(f"s{n}", {"user_id": 1}) for n in range(120)))
     await store.delete_by("user_id", 1, keep=[f"s{n}" for n in range(100)], block="1h", reason="first")
     assert await store.delete_by("user_id", 1, reason="second") == 100
@@ -230,7 +230,7 @@ async def test_a_later_delete_by_does_not_shorten_a_block(store: SessionStore, k
 
 
 async def test_a_block_passes(store: SessionStore, keyspace: Keyspace) -> None:
-    """After it sessions join as before, and what is left of it is no matter."""
+    """Sessions can join again after a block has passed, and its remains have no effect."""
     await store.block("user_id", 1, 0.05)
     while await store.blocked("user_id", 1):
         pass
@@ -247,7 +247,7 @@ async def test_a_block_passes(store: SessionStore, keyspace: Keyspace) -> None:
 
 
 async def test_unblock_lets_sessions_join(store: SessionStore, keyspace: Keyspace) -> None:
-    """It tells whether the value was blocked, and leaves nothing behind."""
+    """`unblock` lets sessions join again, returns whether the value was blocked, and leaves no key."""
     await store.block("user_id", 1, "1h")
     assert await store.unblock("user_id", "1")
     assert not await store.unblock("user_id", 1)
@@ -259,7 +259,7 @@ async def test_unblock_lets_sessions_join(store: SessionStore, keyspace: Keyspac
 
 
 async def test_unblock_leaves_the_rest_of_the_fence(store: SessionStore, keyspace: Keyspace) -> None:
-    """What else stands in the fence stays, for as long as it would without the block."""
+    """`unblock` keeps the rest of the fence, which expires as it would without the block."""
     await asyncio.gather(*(store.set(f"s{n}", {"user_id": 1}) for n in range(120)))
     assert await store.block("user_id", 1, "1h") == 120
     assert await store.unblock("user_id", 1)
@@ -270,7 +270,7 @@ async def test_unblock_leaves_the_rest_of_the_fence(store: SessionStore, keyspac
 
 
 async def test_blocked_of_a_value_that_is_not(store: SessionStore, keyspace: Keyspace) -> None:
-    """It is None, whether the value has sessions or none; nothing is written."""
+    """`blocked` returns None for a value that is not blocked, and writes nothing."""
     await store.set("a", {"user_id": 1})
     before = await keyspace.dump()
     assert await store.blocked("user_id", 1) is None
@@ -279,7 +279,7 @@ async def test_blocked_of_a_value_that_is_not(store: SessionStore, keyspace: Key
 
 
 async def test_delete_by_without_a_block_blocks_nothing(store: SessionStore, keyspace: Keyspace) -> None:
-    """Sessions join again at once."""
+    """Sessions can join a value at once after a `delete_by` without a block."""
     await store.set("a", {"user_id": 1})
     assert await store.delete_by("user_id", 1) == 1
     assert await store.blocked("user_id", 1) is None
@@ -292,7 +292,7 @@ async def test_delete_by_without_a_block_blocks_nothing(store: SessionStore, key
 
 
 async def test_a_value_without_sessions_is_blocked_too(store: SessionStore, keyspace: Keyspace) -> None:
-    """A session that would be the first is refused; a block needs none to end."""
+    """A value without sessions can be blocked, and refuses its first session."""
     assert await store.delete_by("user_id", 1, block="1h") == 0
     with pytest.raises(Blocked, match="deleted"):
         await store.create({"user_id": 1})
@@ -300,7 +300,7 @@ async def test_a_value_without_sessions_is_blocked_too(store: SessionStore, keys
 
 
 async def test_a_block_lasts_longer_than_sessions(store: SessionStore, keyspace: Keyspace) -> None:
-    """It may: a user is locked out for a year, say."""
+    """A block may last longer than any session, such as a year."""
     await store.block("user_id", 1, "365 days")
     assert await keyspace.ttl("_fence:user_id:{1}") > 364 * 24 * HOUR
 
@@ -309,7 +309,7 @@ async def test_a_block_lasts_longer_than_sessions(store: SessionStore, keyspace:
 async def test_a_block_of_another_kind_of_reference(
     client: Redis, keyspace: Keyspace, reference: dict[str, Any]
 ) -> None:
-    """Of one with a limit, which ends no session for one that is refused, and of a strict one."""
+    """A block works with a reference that is strict or has a limit; a refused write evicts no session."""
     store = SessionStore(client, references={"user_id": Reference(**reference)}, prefix=keyspace.prefix)
     await store.set("a", {"user_id": 1})
     await store.set("b", {})
@@ -324,7 +324,7 @@ async def test_a_block_of_another_kind_of_reference(
 
 
 async def test_an_identity_that_is_blocked(client: Redis, keyspace: Keyspace) -> None:
-    """A login is refused, and the session goes on as it was, under its id."""
+    """A login to a blocked identity is refused, and the session stays as it was."""
     references = {"user_id": Reference(identity=True)}
     store = SessionStore(client, references=references, prefix=keyspace.prefix)
     await store.set("a", {"cart": [1]})
@@ -337,7 +337,7 @@ async def test_an_identity_that_is_blocked(client: Redis, keyspace: Keyspace) ->
 
 
 async def test_a_session_that_was_ended_says_so(store: SessionStore) -> None:
-    """A late write to it raises SessionEnded, though its value is blocked."""
+    """A late write to a session that was ended raises SessionEnded, not Blocked."""
     await store.set("a", {"user_id": 1})
     await store.block("user_id", 1, "1h", reason="stolen")
     for write in (store.set("a", {"user_id": 1}), store.rotate("a", {"user_id": 1})):
@@ -347,7 +347,7 @@ async def test_a_session_that_was_ended_says_so(store: SessionStore) -> None:
 
 @pytest.mark.parametrize("sessions", [3, 120], ids=["one page", "several pages"])
 async def test_a_block_on_a_full_server(url: str, sessions: int) -> None:
-    """A Redis without memory for new sessions still ends all of a value and blocks it."""
+    """A full server still ends all sessions of a value and blocks it."""
     async with Redis.from_url(url, decode_responses=True) as admin:
         keyspace = Keyspace(admin, "full")
         store = SessionStore(admin, references=["user_id"], prefix="full")

@@ -1,4 +1,4 @@
-"""Calls that are pending together are sent together, and nobody notices."""
+"""Calls that are pending at the same time are sent as batches, and callers do not notice."""
 
 import asyncio
 import gc
@@ -31,7 +31,7 @@ from tests.servers import connections, proxied
 
 @pytest.fixture(name="admin")
 async def _admin(url: str) -> AsyncIterator[Redis]:
-    """A client of it; it is empty at the start."""
+    """A client of the server of this file, which is empty at the start."""
     async with Redis.from_url(url, decode_responses=True) as client:
         await client.flushall()
         yield client
@@ -39,7 +39,7 @@ async def _admin(url: str) -> AsyncIterator[Redis]:
 
 @pytest.fixture(name="shop")
 async def _shop(url: str, admin: Redis) -> AsyncIterator[SessionStore]:
-    """A store on it, loaded, with sessions "0" to "199"."""
+    """A store on the server of this file, loaded, with sessions "0" to "199"."""
     del admin
     async with SessionStore.from_url(url, references=["user_id", "ip"], timeout=5) as store:
         await asyncio.gather(*(store.set(str(n), {"user_id": n % 10, "n": n}) for n in range(200)))
@@ -47,7 +47,7 @@ async def _shop(url: str, admin: Redis) -> AsyncIterator[SessionStore]:
 
 
 async def _scripts_run(admin: Redis, *calls: Awaitable[object]) -> int:
-    """Let these begin in the same moment, and return how many scripts they took."""
+    """Run calls that begin at the same time, and return how many scripts they took."""
     await admin.config_resetstat()
     await asyncio.gather(*calls)
     stats = await admin.info("commandstats")
@@ -78,23 +78,23 @@ CALLS: dict[str, Callable[[SessionStore, int], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 async def test_calls_of_one_moment_are_a_few_scripts(shop: SessionStore, admin: Redis, name: str) -> None:
-    """Two hundred calls take two; one call takes one."""
+    """Two hundred calls at the same time take two scripts, and one call takes one."""
     assert await _scripts_run(admin, *(CALLS[name](shop, n) for n in range(200))) == 2
     assert await _scripts_run(admin, CALLS[name](shop, 1) if name not in ("delete", "rotate") else shop.get("1")) == 1
 
 
 async def test_a_script_has_a_hundred_sessions_at_most(shop: SessionStore, admin: Redis) -> None:
-    """So that it does not hold Redis for long."""
+    """A script has about a hundred sessions at most, so that it does not block Redis for long."""
     assert 10 <= await _scripts_run(admin, *(shop.touch(str(n)) for n in range(1000))) <= 11
 
 
 async def test_pages_of_a_set_do_not_go_together(shop: SessionStore, admin: Redis) -> None:
-    """Each holds Redis for long enough as it is."""
+    """Pages of reference sets are not batched, since each takes long enough alone."""
     assert await _scripts_run(admin, *(shop.count_by("user_id", n) for n in range(10))) == 10
 
 
 async def test_each_caller_gets_the_own_reply(shop: SessionStore) -> None:
-    """Also when some read fields and others all, and some of the sessions are not there."""
+    """Each caller gets its own reply, even if calls read different fields or missing sessions."""
     found = await asyncio.gather(
         *(shop.get(str(n), None if n % 3 else ["n"], touch=n % 2 == 0) for n in range(0, 400, 2))
     )
@@ -104,7 +104,7 @@ async def test_each_caller_gets_the_own_reply(shop: SessionStore) -> None:
 
 
 async def test_each_caller_gets_the_own_error(shop: SessionStore, admin: Redis) -> None:
-    """A key of another type, or any other reason, fails one call of a batch and no other."""
+    """An error of one call in a batch does not affect the other calls."""
     await shop.delete("3", reason="bye")
     await admin.set("rss:{5}", "x", ex=60)
     await admin.set("rss:user_id:{77}", "x", ex=60)
@@ -131,7 +131,7 @@ async def test_each_caller_gets_the_own_error(shop: SessionStore, admin: Redis) 
 
 
 async def test_a_session_that_breaks_a_script_breaks_no_other_call(shop: SessionStore, admin: Redis) -> None:
-    """What no script expects, such as a tombstone that leads to nowhere, fails the calls that meet it."""
+    """A session that makes a script fail, such as a broken tombstone, fails only its own call."""
     await admin.hset("rss:{5}", mapping={"_ended": "rotated", "_next": "6"})
     found = await asyncio.gather(*(shop.get(str(n), ["n"]) for n in range(20)), return_exceptions=True)
     assert isinstance(found[5], Exception)
@@ -163,7 +163,7 @@ BATCH = st.sampled_from([*OPERATIONS]).flatmap(
 
 
 def _shape(call: tuple[Any, ...]) -> list[int]:
-    """How many reference sets a call names: those that name as many go together, and others before or after them."""
+    """Return how many values of each reference a call writes: calls with the same numbers share a batch."""
     values = call[1] if len(call) > 1 and isinstance(call[1], dict) else {}
     named = [values.get(field, ()) for field in ("user_id", "ip")]
     return [0 if value is None else len(value) if isinstance(value, list | tuple) else 1 for value in named] + [
@@ -190,7 +190,7 @@ async def _outcome(call: Awaitable[object]) -> object:
 def test_a_batch_does_what_its_calls_do_one_after_another(
     redis_server: RedisServer, batches: list[tuple[str, list[tuple[Any, ...]]]], limit: int | None, *, strict: bool
 ) -> None:
-    """The same replies and errors, and the same in Redis."""
+    """A batch gives the same replies, errors and keys as its calls one after another."""
 
     async def run(*, together: bool) -> tuple[list[object], object]:
         async with Redis.from_url(redis_server.url, decode_responses=True) as client:
@@ -206,14 +206,14 @@ def test_a_batch_does_what_its_calls_do_one_after_another(
             await keyspace.clear()
             return outcomes, dump
 
-    # Of two volleys, the first has calls of each kind, so calls of one kind would not all come before those of another.
+    # With two volleys, the first would take calls of each kind before all calls of one kind are done.
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as loop:
         patch.setattr(lane, "VOLLEYS", 1)
         assert loop.run(run(together=True)) == loop.run(run(together=False))
 
 
 async def test_large_values_make_small_batches(shop: SessionStore, admin: Redis) -> None:
-    """No script writes, nor reads, much more than 128 kB."""
+    """Large values make small batches, since no script reads or writes much more than 128 kB."""
     value = "x" * 30_000
     assert 20 <= await _scripts_run(admin, *(shop.set(str(n), {"note": value}) for n in range(100))) <= 30
     found: list[dict[str, Any]] = []
@@ -227,7 +227,7 @@ async def test_large_values_make_small_batches(shop: SessionStore, admin: Redis)
 
 
 async def test_no_kind_of_call_waits_for_all_of_another(shop: SessionStore) -> None:
-    """A call gets its turn, however many others of another kind come all the time."""
+    """A call of one kind gets its turn while many calls of another kind keep coming."""
     calls = 0
 
     async def read() -> None:
@@ -246,7 +246,7 @@ async def test_no_kind_of_call_waits_for_all_of_another(shop: SessionStore) -> N
 
 
 async def test_ten_thousand_cancellations_among_a_hundred_thousand_calls(url: str, admin: Redis) -> None:
-    """No other caller gets a wrong reply, none gets none, and no task and no connection is left."""
+    """Cancelled calls do not affect the replies of other calls, and leave no task and no connection."""
     chance = random.Random(1)
     async with Redis.from_url(url) as client:
         store = SessionStore(client, references=["user_id"], timeout=60)
@@ -290,7 +290,7 @@ async def test_ten_thousand_cancellations_among_a_hundred_thousand_calls(url: st
 
 
 async def test_a_caller_that_is_cancelled_is_not_sent(shop: SessionStore) -> None:
-    """If it had not been, before."""
+    """A call that is cancelled before it was sent is never sent."""
     task = asyncio.create_task(shop.delete("1"))
     await asyncio.sleep(0)
     task.cancel()
@@ -302,7 +302,7 @@ async def test_a_caller_that_is_cancelled_is_not_sent(shop: SessionStore) -> Non
 
 
 async def test_every_caller_has_the_own_deadline(shop: SessionStore, url: str, admin: Redis) -> None:
-    """Those that came first are told first, in the same queue and in the same batch; nothing waits any longer then."""
+    """Calls fail in the order in which they began, each at its own deadline, also within one batch."""
     del shop
     async with SessionStore.from_url(url, timeout=0.4) as store:
         loop = asyncio.get_running_loop()
@@ -326,7 +326,7 @@ async def test_every_caller_has_the_own_deadline(shop: SessionStore, url: str, a
 
 @pytest.mark.parametrize("name", ["increment", "pop"])
 async def test_when_the_connection_breaks_every_caller_is_told(shop: SessionStore, url: str, name: str) -> None:
-    """A batch of what must not be repeated is not; each caller learns that it is not known what was done."""
+    """A batch of calls that must not be repeated fails, and each caller is told that the outcome is unknown."""
     async with proxied(url) as (proxy, address), SessionStore.from_url(address) as store:
         proxy.scripts, proxy.swallow = 0, 1  # One connection carries all of them.
         results = await asyncio.gather(*(CALLS[name](store, n) for n in range(100)), return_exceptions=True)
@@ -340,7 +340,7 @@ async def test_when_the_connection_breaks_every_caller_is_told(shop: SessionStor
 
 
 async def test_when_the_connection_breaks_a_batch_is_repeated(shop: SessionStore, url: str) -> None:
-    """No caller notices."""
+    """A batch of idempotent calls is retried after the connection breaks, and no caller notices."""
     del shop
     async with proxied(url) as (proxy, address), SessionStore.from_url(address, references=["user_id"]) as store:
         proxy.scripts, proxy.swallow = 0, 4
@@ -350,7 +350,7 @@ async def test_when_the_connection_breaks_a_batch_is_repeated(shop: SessionStore
 
 
 async def test_a_full_server_refuses_every_call_of_a_batch(shop: SessionStore, admin: Redis) -> None:
-    """Nothing is written; and nothing else is refused."""
+    """A full server refuses every write of a batch and stores nothing; deletions still work."""
     before = await Keyspace(admin, "rss").dump()
     await admin.config_set("maxmemory", 1)
     try:
@@ -363,7 +363,7 @@ async def test_a_full_server_refuses_every_call_of_a_batch(shop: SessionStore, a
 
 
 async def test_a_mistake_of_ours_reaches_every_caller(shop: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is raised where nothing should be: nobody waits for ever, and the next call works."""
+    """An unexpected exception in the engine reaches every caller, and the next call works."""
 
     def fail(*_: object) -> bytes:
         raise ZeroDivisionError
@@ -377,7 +377,7 @@ async def test_a_mistake_of_ours_reaches_every_caller(shop: SessionStore, monkey
 
 
 async def test_a_caller_outlives_the_end_of_all_other_tasks(shop: SessionStore, admin: Redis) -> None:
-    """As at the end of an event loop: no task has to live for it to get its answer."""
+    """A call gets its reply even if all other tasks are cancelled, as at the end of an event loop."""
     await admin.client_pause(300)
     calls = [asyncio.ensure_future(shop.increment("1", "n")) for _ in range(3)]
     await asyncio.sleep(0.05)
@@ -389,7 +389,7 @@ async def test_a_caller_outlives_the_end_of_all_other_tasks(shop: SessionStore, 
 
 
 async def test_aclose_waits_for_every_answer(url: str, shop: SessionStore) -> None:
-    """What was called before it is done."""
+    """`aclose` waits until all earlier calls are done."""
     store = SessionStore.from_url(url, references=["user_id", "ip"])
     calls = [asyncio.ensure_future(store.set(str(n), {"n": 0})) for n in range(200)]
     await asyncio.sleep(0)
@@ -404,7 +404,7 @@ async def _visit(store: SessionStore, served: list[object]) -> None:
 
 
 async def test_aclose_ends_also_under_traffic(url: str, shop: SessionStore) -> None:
-    """Whoever calls afterwards is told so: that is a mistake in the program, not of Redis."""
+    """`aclose` returns while many callers keep calling, and later calls raise RuntimeError."""
     store = SessionStore.from_url(url)
     served: list[object] = []
     visitors = [asyncio.ensure_future(_visit(store, served)) for _ in range(20)]
@@ -423,7 +423,7 @@ async def test_aclose_ends_also_under_traffic(url: str, shop: SessionStore) -> N
 async def test_a_busy_store_takes_no_connections_of_others(
     shop: SessionStore, url: str, pool: type[ConnectionPool], limit: int
 ) -> None:
-    """The client may have few, and serve another store and other purposes: they lose none to a store."""
+    """A busy store takes no connection from the client's pool, so other users of the client lose none."""
     del shop
     async with Redis.from_pool(pool.from_url(url, max_connections=limit)) as client:
         busy, other = SessionStore(client), SessionStore(client, references=["user_id"])
@@ -431,7 +431,7 @@ async def test_a_busy_store_takes_no_connections_of_others(
         visitors = [asyncio.ensure_future(_visit(busy, served)) for _ in range(50)]
         for _ in range(20):
             async with client.pipeline() as held:
-                await held.watch("x")  # All connections of the pool but *limit* - 1 are taken.
+                await held.watch("x")  # One connection of the pool is taken.
                 assert await other.get("2", ["n"]) == {"id": "2", "n": 2}
             assert await client.ping()
         assert len(served) > 20
@@ -443,7 +443,7 @@ async def test_a_busy_store_takes_no_connections_of_others(
 
 
 async def test_a_crowded_limit_makes_small_batches(url: str, admin: Redis) -> None:
-    """To look at all sessions of a user takes time: a script ends when it has taken two milliseconds, about."""
+    """Creations at a crowded limit make small batches, since a script ends after about two milliseconds."""
     async with Redis.from_url(url) as client:
         store = SessionStore(client, references={"user_id": Reference(limit=100)}, prefix="crowd")
         await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(100)))
@@ -454,7 +454,7 @@ async def test_a_crowded_limit_makes_small_batches(url: str, admin: Redis) -> No
 async def test_an_error_that_nobody_asks_for_is_no_complaint(
     shop: SessionStore, admin: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither that of a caller who is cancelled as it arrives, nor one that is told in the same moment."""
+    """An error that arrives for a cancelled call is not logged."""
     await admin.set("rss:{x}", "x", ex=60)
     for turns in range(8):
         tasks = [asyncio.create_task(shop.get("x")) for _ in range(20)]
@@ -471,7 +471,7 @@ async def test_an_error_that_nobody_asks_for_is_no_complaint(
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are new in Python 3.12")
 async def test_eager_tasks(shop: SessionStore) -> None:
-    """They begin at once, in the middle of a call: nothing else changes."""
+    """Eager tasks, which start inside of a call, get the right replies."""
     loop = asyncio.get_running_loop()
     loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
     for _ in range(3):

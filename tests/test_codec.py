@@ -1,4 +1,4 @@
-"""What stands in the hash."""
+"""Codecs: the data of fields in the hash."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ def _round_trip(value: object) -> Any:
 
 @given(JSON)
 def test_every_json_value_comes_back(value: object) -> None:
-    """With its type: 1 is not 1.0, and not True."""
+    """Every JSON value is decoded to the same value of the same type."""
     came = _round_trip(value)
     assert came == value
     assert json.dumps(came) == json.dumps(value)
@@ -33,7 +33,7 @@ def test_every_json_value_comes_back(value: object) -> None:
 
 @given(LIKE_JSON)
 def test_text_that_looks_like_json_comes_back(value: str) -> None:
-    """A str is never read as what it looks like."""
+    """A text that looks like JSON is decoded to the same text."""
     assert _round_trip(value) == value
 
 
@@ -61,18 +61,18 @@ def test_text_that_looks_like_json_comes_back(value: str) -> None:
     ],
 )
 def test_what_is_stored_is_readable(value: object, stored: str | bytes) -> None:
-    """A text stands as it is, unless it could be taken for JSON."""
+    """A text is stored as it is, unless it could be read as JSON."""
     assert JSONCodec().encode("f", value) == stored
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"NaN", b"[NaN]", b"{", b"1" * 5000, b'"', b"\xc3\xbc"])
 def test_what_others_stored_is_text(data: bytes) -> None:
-    """What is no JSON is the text that it is."""
+    """Data that is not JSON is decoded as text."""
     assert JSONCodec().decode("f", data) == data.decode()
 
 
 def test_a_value_nested_too_deeply_is_refused() -> None:
-    """It is a ValueError, not a crash."""
+    """A value that is nested too deeply raises ValueError."""
     value: list[Any] = []
     for _ in range(100_000):
         value = [value]
@@ -81,14 +81,14 @@ def test_a_value_nested_too_deeply_is_refused() -> None:
 
 
 def test_text_codec_reads_str() -> None:
-    """As the Node original."""
+    """TextCodec decodes every value to str, as the Node original does."""
     assert TextCodec().encode("f", 1) == b"1"
     assert TextCodec().encode("f", "1") == b"1"
     assert TextCodec().decode("f", b"null") == "null"
 
 
 class Reversing:
-    """A codec as a user would write one: it hides what it stores."""
+    """A codec as a user would write one, which obscures the data."""
 
     def encode(self, field: str, value: Any, /) -> bytes:
         return f"{field}={json.dumps(value)}".encode()[::-1]
@@ -101,7 +101,7 @@ class Reversing:
 
 
 async def test_a_codec_of_the_users(client: Any, keyspace: Keyspace) -> None:
-    """It stores all fields but references, whose values stand in the names of keys anyway."""
+    """A codec of the user encodes all fields except references."""
     store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, codec=Reversing())
     await store.set("a", {"user_id": "1", "x": [1]})
     assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": '"1"', "x": "]1[=x"}, "user_id:{1}": {"a"}}
@@ -112,7 +112,7 @@ async def test_a_codec_of_the_users(client: Any, keyspace: Keyspace) -> None:
 
 
 class Text(str):
-    """A str of the user's, which shows itself as something else."""
+    """A subclass of str whose `str()` is another text."""
 
     __slots__ = ()
 
@@ -121,11 +121,11 @@ class Text(str):
 
 
 class Data(bytes):
-    """Bytes of the user's."""
+    """A subclass of bytes."""
 
 
 class Returning:
-    """A codec that stores some fields as it should not."""
+    """A codec that returns a given object for the field "odd"."""
 
     def __init__(self, data: object) -> None:
         self.data = data
@@ -154,7 +154,7 @@ class Returning:
 async def test_a_codec_that_returns_what_cannot_be_stored(
     client: Any, keyspace: Keyspace, data: object, kind: type[Exception]
 ) -> None:
-    """The call raises an error that names the codec and the field; the calls beside it are not disturbed."""
+    """A call whose codec returns bad data raises an error that names codec and field; other calls succeed."""
     store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, codec=Returning(data))
     await store.set("a", {"x": 1})
     odd: dict[str, Any] = {"odd": "SECRET", "x": 2}
@@ -183,7 +183,7 @@ async def test_a_codec_that_returns_what_cannot_be_stored(
 
 @pytest.mark.parametrize("data", [Text("right"), Data(b"right")])
 async def test_a_codec_that_returns_a_subclass(client: Any, keyspace: Keyspace, data: object) -> None:
-    """Of str or bytes: what it holds is stored."""
+    """A subclass of str or bytes is stored with its own content."""
     store = SessionStore(client, prefix=keyspace.prefix, codec=Returning(data))
     await store.set("a", {"odd": 1})
     assert await keyspace.dump() == {"{a}": {"id": "a", "odd": "right"}}
@@ -196,7 +196,7 @@ async def test_a_codec_that_returns_a_subclass(client: Any, keyspace: Keyspace, 
     [(TypeError("SECRET"), TypeError), (ValueError("SECRET"), ValueError), (UnicodeError("SECRET"), ValueError)],
 )
 async def test_a_codec_that_raises(client: Any, keyspace: Keyspace, error: Exception, kind: type[Exception]) -> None:
-    """TypeError and ValueError are said with the field, without what the codec says, which may be the value."""
+    """A TypeError or ValueError of a codec is replaced by an error that names the field and shows no value."""
 
     class Raising:
         def encode(self, *_: object) -> Any:
@@ -221,7 +221,7 @@ async def test_a_codec_that_raises(client: Any, keyspace: Keyspace, error: Excep
 
 
 async def test_an_error_of_a_codec_that_is_a_mistake(client: Any, keyspace: Keyspace) -> None:
-    """Another error than those it may raise comes to the caller as it is, and to no other."""
+    """Any other error of a codec reaches its own caller unchanged, and no other caller."""
 
     class Mistaken(Returning):
         def encode(self, field: str, value: Any, /) -> Any:
@@ -238,7 +238,7 @@ async def test_an_error_of_a_codec_that_is_a_mistake(client: Any, keyspace: Keys
 
 
 async def test_text_codec_can_expect_that_a_field_is_absent(client: Any, keyspace: Keyspace) -> None:
-    """It stores no None, and the text "null" is not one."""
+    """TextCodec can expect None, which matches an absent field but not the text "null"."""
     store = SessionStore(client, prefix=keyspace.prefix, codec=TextCodec())
     await store.set("a", {"x": "null"}, expect={"x": None})
     with pytest.raises(Conflict):

@@ -1,4 +1,4 @@
-"""How many commands an operation costs: scripts are fast because they do nothing twice."""
+"""The number of commands of each operation: scripts are fast because they do nothing twice."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,12 +10,12 @@ from redis.asyncio import Redis
 from rss import Reference, SessionStore
 
 SESSIONS: Final = 40
-# Its calls are the scripts, its loading, what each script needs once, and this test itself.
+# Commands that are not counted: the scripts themselves, loading them, TIME once a script, and those of this test.
 UNCOUNTED: Final = {"evalsha", "script", "script|load", "time", "info", "config", "config|resetstat"}
 
 
 class Budget(NamedTuple):
-    """What is called for a session, and how many commands that may run."""
+    """A call for one session, and the highest number of commands that it may run."""
 
     call: Callable[[SessionStore, str], Awaitable[Any]]
     commands: int
@@ -47,14 +47,14 @@ BUDGETS: Final[dict[str, Budget]] = {
 
 @pytest.fixture(name="admin")
 async def _admin(url: str) -> AsyncIterator[Redis]:
-    """A client of a server that counts the commands of nobody else."""
+    """A client of the server of this file, whose statistics count no other tests."""
     async with Redis.from_url(url, decode_responses=True) as client:
         await client.flushall()
         yield client
 
 
 async def _commands(admin: Redis, *calls: Awaitable[Any]) -> dict[str, int]:
-    """Run these in one moment, and return which commands ran in Redis, and how many of each."""
+    """Run calls at the same time, and return how often each command ran in Redis."""
     await admin.config_resetstat()
     await asyncio.gather(*calls)
     stats = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in (await admin.info("commandstats")).items()}
@@ -62,16 +62,17 @@ async def _commands(admin: Redis, *calls: Awaitable[Any]) -> dict[str, int]:
 
 
 async def _time_runs_on(admin: Redis) -> bool:
-    """Return whether the time runs on inside scripts, as it did before Redis 7.2."""
+    """Return whether time passes inside scripts, as it did before Redis 7.2."""
     version = (await admin.info("server"))["redis_version"]
     return tuple(map(int, version.split(".")[:2])) < (7, 2)
 
 
 @pytest.mark.parametrize("name", BUDGETS)
 async def test_an_operation_keeps_its_budget(url: str, admin: Redis, name: str) -> None:
-    """For each session of a batch it runs no more commands than it must, if no id in the sets is dead.
+    """An operation on a batch runs no more commands for each session than its budget.
 
-    The sessions share the sets with others: so a session that moves joins a set that is there already.
+    No id in the sets is expired. The sessions share their sets with others, so a session that moves joins an existing
+    set.
     """
     references = {"user_id": Reference(), "ip": Reference()}
     async with SessionStore.from_url(url, references=references) as store:
@@ -84,13 +85,13 @@ async def test_an_operation_keeps_its_budget(url: str, admin: Redis, name: str) 
         await call(store, ids.pop())  # Loads the scripts.
         commands = await _commands(admin, *(call(store, session_id) for session_id in ids))
     if await _time_runs_on(admin):
-        budget += 1  # A set that is joined may look a millisecond too short-lived, and is given its TTL again.
+        budget += 1  # A set may seem to expire a millisecond too early, and gets its TTL again.
     assert sum(commands.values()) <= budget * len(ids), commands
 
 
 @pytest.mark.parametrize("sessions", [1, 100])
 async def test_the_time_is_read_once_a_script(url: str, admin: Redis, sessions: int) -> None:
-    """However many sessions a batch has; and not at all where nothing is computed with it."""
+    """A script reads the time once for a whole batch, or not at all if it needs no time."""
     async with SessionStore.from_url(url, references=["user_id"]) as store:
         ids = await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(sessions)))
         await store.get("nobody", touch=True)
@@ -103,7 +104,7 @@ async def test_the_time_is_read_once_a_script(url: str, admin: Redis, sessions: 
 
 
 async def test_a_quick_count_costs_the_same_whatever_it_counts(url: str, admin: Redis) -> None:
-    """One command, also where the exact count reads hundreds of sessions."""
+    """A quick count takes one command, while the exact count reads hundreds of sessions."""
     async with SessionStore.from_url(url, references=["user_id"]) as store:
         await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(300)))
         await store.count_by("user_id", 1, exact=False)

@@ -26,12 +26,12 @@ POLICY = CookiePolicy(name="sid")
         ("x=y;sid=a;", ["a"]),
         ("\t sid = a \t", ["a"]),
         ("sid=a; sid=a", ["a"]),
-        ("sid=a; sid=b; sid=a", ["a", "b"]),  # Tossed by a sibling domain: which one is right?
+        ("sid=a; sid=b; sid=a", ["a", "b"]),  # A sibling domain may have set one of the two.
         ("sid=a; sid=", ["a", ""]),
         ("sid=", [""]),
         ("sid", []),
         ("SID=a; xsid=b; sidx=c", []),
-        ("bad[=1; aé=1; =; ;; sid=a", ["a"]),  # What is wrong with others does not matter.
+        ("bad[=1; aé=1; =; ;; sid=a", ["a"]),  # Malformed pairs of others are ignored.
         ('sid="a"', ['"a"']),
         ('x="; sid=a; "', ["a"]),
         ("sid=a=b", ["a=b"]),
@@ -40,13 +40,13 @@ POLICY = CookiePolicy(name="sid")
     ],
 )
 def test_reading(header: str, values: list[str]) -> None:
-    """The name is exact, nothing is unquoted, and equal values are one."""
+    """`read` matches the exact name, unquotes nothing, and returns equal values once."""
     assert POLICY.read(header) == values
 
 
 @given(st.text(), st.text())
 def test_reading_never_fails(before: str, after: str) -> None:
-    """Whatever stands around it, a pair of ours is found."""
+    """`read` finds our pair in any surrounding text, and never raises."""
     assert "a" in POLICY.read(f"{before};sid=a;{after}")
     POLICY.read(before)
 
@@ -64,7 +64,7 @@ TOKENS = st.from_regex(r"[A-Za-z0-9_-]{22,64}", fullmatch=True)
 
 @given(cookies=st.one_of(COOKIES, TOKENS.map("session-id={}".format)))
 def test_what_a_client_sends_is_a_token_or_nothing(store_without_server: SessionStore, cookies: str) -> None:
-    """Bytes, duplicates and backslashes: no exception, and only what has the form of a token is looked up."""
+    """`read_tokens` returns only texts with the form of a token, and never raises."""
     for sessions in (Sessions(store_without_server), Sessions(store_without_server, secret_keys=["k" * 16])):
         session = sessions.create_session(cookies)
         assert session.id is None
@@ -75,7 +75,7 @@ def test_what_a_client_sends_is_a_token_or_nothing(store_without_server: Session
 
 
 def test_nothing_that_a_client_sends_is_adopted(redis_server: RedisServer) -> None:
-    """Whatever it is, also what has the form of a token: it reads as no session, and a write makes one of our own."""
+    """A cookie from the client is never adopted: it reads as no session, and a write makes a new id."""
     with asyncio.Runner() as loop:
         store = SessionStore.from_url(redis_server.url, prefix=f"test-{secrets.token_hex(8)}", max_age="1m")
         sessions = Sessions(store)
@@ -115,7 +115,7 @@ def test_nothing_that_a_client_sends_is_adopted(redis_server: RedisServer) -> No
     ],
 )
 def test_writing(options: dict[str, Any], line: str) -> None:
-    """A second that has begun counts: no cookie goes before its session. Cleared, it has the same attributes."""
+    """Max-Age is rounded up, so no cookie expires before its session; `clear` uses the same attributes."""
     policy = CookiePolicy(**options)
     assert policy.write("v", timedelta(milliseconds=1001)) == line
     gone = {"Max-Age=0", "Expires=Thu, 01 Jan 1970 00:00:00 GMT"}
@@ -153,13 +153,13 @@ def test_writing(options: dict[str, Any], line: str) -> None:
     ],
 )
 def test_a_bad_policy_is_refused(options: dict[str, Any], why: str) -> None:
-    """What browsers would refuse, and what could begin another header or attribute."""
+    """A policy that browsers would refuse, or that could inject a header or an attribute, raises ValueError."""
     with pytest.raises(ValueError, match=why):
         CookiePolicy(**options)
 
 
 def test_signing_needs_itsdangerous(store_without_server: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it is not installed, the error says how to install it. Without keys it is not needed."""
+    """Secret keys without itsdangerous raise an error that says how to install it; without keys it is not needed."""
     monkeypatch.setitem(sys.modules, "itsdangerous", None)
     Sessions(store_without_server)
     with pytest.raises(RuntimeError, match=r"pip install redis-session-sets\[signed\]"):
@@ -168,5 +168,5 @@ def test_signing_needs_itsdangerous(store_without_server: SessionStore, monkeypa
 
 @pytest.fixture(name="store_without_server", scope="module")
 def _store_without_server() -> SessionStore:
-    """A store that is never asked."""
+    """A store that is never called."""
     return SessionStore(Redis(unix_socket_path="/nowhere/redis.sock"))

@@ -1,4 +1,4 @@
-"""Ending all sessions of a value: exact, page by page, whatever others do meanwhile."""
+"""`delete_by` ends exactly the sessions that were there, page by page, whatever others do meanwhile."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -45,7 +45,7 @@ def _between_pages(
 async def test_all_end_that_were_there_and_none_that_came(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sessions that get the value while it runs stay: new ones, anonymous ones that sign in, ones that changed user."""
+    """`delete_by` ends all sessions that had the value when it began, and spares those that get the value later."""
     ids = await _crowd(store)
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     await others.set("anonymous", {"ip": "y"})
@@ -57,7 +57,7 @@ async def test_all_end_that_were_there_and_none_that_came(
         await others.set(anonymous, {"user_id": 1})
         came.append(anonymous)
         came.append(await others.rotate(await others.create({"user_id": 2}), {"user_id": 1}))
-        came.append(await others.rotate(came.pop(0)))  # One that came stays so under a new id.
+        came.append(await others.rotate(came.pop(0)))  # A session that came later is spared under a new id, too.
 
     _between_pages(store, monkeypatch, come)
     assert await store.delete_by("user_id", 1, keep=ids[:2], reason="password") == SESSIONS - 2
@@ -72,7 +72,7 @@ async def test_all_end_that_were_there_and_none_that_came(
 async def test_none_slips_away_under_a_new_id(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session that is rotated while it runs ends, one to keep stays."""
+    """A session that is rotated while `delete_by` runs is ended; a session to keep may be rotated."""
     ids = await _crowd(store)
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     kept = ids[0]
@@ -95,7 +95,7 @@ async def test_none_slips_away_under_a_new_id(
 async def test_none_steps_aside(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """A session that would get another value while it runs, and perhaps come back, ends; another field is no matter."""
+    """A session that would leave the value while `delete_by` runs is ended; a write of other fields is allowed."""
     await _crowd(store)
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
 
@@ -117,7 +117,7 @@ async def test_none_steps_aside(
 async def test_two_at_once_each_end_what_was_there(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session that came after the first began, but before the second, is ended by the second."""
+    """Of two calls at once, each ends the sessions that were there when it began."""
     await _crowd(store)
     second = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     third = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
@@ -142,7 +142,7 @@ async def test_two_at_once_each_end_what_was_there(
 
 
 async def test_an_iteration_sees_all_once(store: SessionStore, client: Redis, keyspace: Keyspace) -> None:
-    """Whatever joins and ends meanwhile, each session that stays is seen, and none twice."""
+    """`find_by` yields each session that stays, and none twice, while others join and end."""
     ids = await _crowd(store)
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     stay, go = ids[: SESSIONS // 2], ids[SESSIONS // 2 :]
@@ -161,7 +161,7 @@ async def test_an_iteration_sees_all_once(store: SessionStore, client: Redis, ke
 
 
 async def test_what_is_left_behind_passes(store: SessionStore, keyspace: Keyspace) -> None:
-    """After a large one a note of it stays for five minutes, and does no harm to sessions that come then."""
+    """The fence of a large `delete_by` expires within five minutes, and does not affect later sessions."""
     await _crowd(store, 300)
     assert await store.delete_by("user_id", 1) == 300
     assert 0 < await keyspace.ttl("_fence:user_id:{1}") <= 300_000
@@ -172,7 +172,7 @@ async def test_what_is_left_behind_passes(store: SessionStore, keyspace: Keyspac
 
 
 async def test_a_fence_stays_small_when_calls_recur(store: SessionStore, keyspace: Keyspace) -> None:
-    """However many sessions joined and ended, and however many calls there were: it remembers the last one."""
+    """A fence has one entry after many calls of `delete_by`, since it remembers only the last one."""
     for _ in range(10):
         await _crowd(store, 100)
         assert await store.delete_by("user_id", 1) == 100
@@ -182,9 +182,9 @@ async def test_a_fence_stays_small_when_calls_recur(store: SessionStore, keyspac
 async def test_what_one_call_keeps_another_one_ends(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While all sessions of a user are ended and blocked, "sign out my other devices" saves none of them.
+    """A `delete_by` that keeps a session does not save that session from a `block` that is still running.
 
-    Neither if they stay where they are, nor by a new id.
+    The session ends, whether it keeps its id or is rotated.
     """
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     for rotates in (False, True):
@@ -209,7 +209,7 @@ async def test_what_one_call_keeps_another_one_ends(
 
 
 async def test_a_fence_stays_small_after_a_caller_died(store: SessionStore, keyspace: Keyspace) -> None:
-    """A call that never goes on is forgotten with its marks, once there are many and another call begins."""
+    """The marks of a call that never goes on are removed when another call begins and there are many marks."""
     fence = f"{keyspace.prefix}:_fence:user_id:{{1}}"
     await _crowd(store, 300)
     page = await store.operations.delete_by(
@@ -229,7 +229,7 @@ async def test_a_fence_stays_small_after_a_caller_died(store: SessionStore, keys
 
 
 async def test_keep_follows_grace(store: SessionStore) -> None:
-    """A request that still has the old id of a session that was just rotated keeps it, also over many pages."""
+    """`keep` accepts the old id of a session that was rotated with grace, also over many pages."""
     for number in (3, 300):
         ids = await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(number)))
         kept = await store.rotate(ids[0], grace="1m")
@@ -241,7 +241,7 @@ async def test_keep_follows_grace(store: SessionStore) -> None:
 async def test_nothing_joins_a_blocked_value_while_it_runs(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither while it runs nor after it; sessions that are kept stay, may be written to and get new ids."""
+    """No session joins a blocked value during or after `delete_by`; kept sessions can be written and rotated."""
     ids = await _crowd(store, 300)
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     await others.set("anonymous", {"ip": "y"})
@@ -273,7 +273,7 @@ async def test_nothing_joins_a_blocked_value_while_it_runs(
 async def test_a_block_that_is_lifted_while_it_runs(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sessions may join again at once, and what joins is spared; the next page does not block the value again."""
+    """Sessions may join at once if the block is lifted while `delete_by` runs, and later pages spare them."""
     await _crowd(store, 300)
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     came: list[str] = []
@@ -289,7 +289,7 @@ async def test_a_block_that_is_lifted_while_it_runs(
 
 
 class Others:
-    """What others do while user 1 is signed out: it knows which sessions must end, and which must stay."""
+    """Makes other calls while user 1 is signed out, and tracks which sessions must end and which must stay."""
 
     def __init__(self, store: SessionStore, keyspace: Keyspace, ids: list[str], kept: set[str]) -> None:
         """Take all sessions of the user, and those that are kept."""
@@ -311,8 +311,8 @@ class Others:
         self.doomed.discard(session_id)
 
     async def step(self, how: str, n: int) -> None:
-        """Do one thing. A session that must end is ended as it would slip away."""
-        session_id = self.ids[-1 - n % len(self.ids)]  # Those that came last have the smallest numbers.
+        """Make one call. A session that must end raises SessionEnded when it would leave the set."""
+        session_id = self.ids[-1 - n % len(self.ids)]  # Smaller numbers choose later sessions.
         if how == "join":
             self.came(await self.store.create({"user_id": 1, "ip": "x"}))
         elif how == "log in":
@@ -321,7 +321,7 @@ class Others:
             await self.store.delete(session_id)
             self.gone(session_id)
         elif how == "sign out" and self.second:
-            # A second call, between whose pages others go on: all that have the value by now must end.
+            # A second call, with other calls between its pages, must end all sessions that have the value now.
             second, self.second = self.second, None
             having = {i for i in self.safe if (await self.store.get(i)).get("user_id") == 1}
             self.safe -= having
@@ -337,7 +337,7 @@ class Others:
             await self.move(how, session_id)
 
     async def move(self, how: str, session_id: str) -> None:
-        """Take a session out of the set, for good or not."""
+        """Take a session out of the set, perhaps only for a moment."""
         if how == "rotate":
             self.came(await self.store.rotate(session_id))
             self.gone(session_id)
@@ -356,7 +356,7 @@ STEPS = st.tuples(
 
 
 def _interleave(url: str, steps: list[tuple[str, int]], sessions: int, keep: set[int], at_once: int) -> None:
-    """End all sessions of a user, let others do so many steps at once between the pages, and look at what is left."""
+    """End all sessions of a user, let others do *at_once* steps after each page, and check what is left."""
 
     async def run() -> None:
         async with (
@@ -366,7 +366,7 @@ def _interleave(url: str, steps: list[tuple[str, int]], sessions: int, keep: set
             SessionStore.from_url(url, references=["user_id", "ip"]) as another,
         ):
             await admin.flushall()
-            with suppress(ResponseError):  # So that small sets have pages too; before Redis 7.2 they have.
+            with suppress(ResponseError):  # Small sets must have pages, too. Before Redis 7.2 they always do.
                 await admin.config_set("set-max-listpack-entries", 0)
             ids = await asyncio.gather(*(store.create({"user_id": 1, "ip": "x"}) for _ in range(sessions)))
             kept = {session_id for n, session_id in enumerate(ids) if n in keep}
@@ -403,7 +403,7 @@ RANDOMLY: dict[str, st.SearchStrategy[Any]] = {
 
 
 def test_whatever_others_do_between_pages(url: str) -> None:
-    """All that were there end, unless they are kept; none that came ends; and the fence forgets both."""
+    """`delete_by` ends exactly the sessions that were there and are not kept, whatever others do meanwhile."""
     given(**RANDOMLY)(_interleave)(url=url)
 
 
@@ -419,7 +419,7 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_in_fences_is_found(url: str, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    """If one of the conditions is missing, random steps show it."""
+    """A bug planted in the scripts of fences is found by random steps."""
     (right, wrong), read = BUGS[bug], scripts.read
     names = [*(operation.script for operation in operations.ALL), *(f"_{part}" for part in scripts.PARTS)]
     assert any(right in read(name) for name in names)

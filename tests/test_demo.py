@@ -10,7 +10,7 @@ from rss.demo.story import PREFIX
 
 
 async def test_the_story_is_told(redis_url: str) -> None:
-    """It ends well, and shows what it promises."""
+    """The story ends without an error, prints its main steps, and leaves no key."""
     told = subprocess.run(  # noqa: ASYNC221 - nothing else runs
         [sys.executable, "-m", "rss.demo.story"],
         check=True,

@@ -34,7 +34,7 @@ DAY = 86_400_000
     ],
 )
 def test_a_duration_in_milliseconds(duration: Any, ms: int) -> None:
-    """Numbers are seconds, texts have a unit in the grammar of npm's ms."""
+    """A number means seconds; a text has a unit in the grammar of npm's ms."""
     assert milliseconds(duration) == ms
 
 
@@ -47,6 +47,6 @@ def test_a_duration_in_milliseconds(duration: Any, ms: int) -> None:
     ],
 )
 def test_anything_else_is_refused(duration: Any) -> None:
-    """Never a silent default."""
+    """A duration in any other form raises ValueError."""
     with pytest.raises(ValueError, match="^max_age must be "):
         milliseconds(duration, "max_age")

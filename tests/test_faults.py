@@ -1,4 +1,4 @@
-"""What happens when Redis, or the way to it, fails."""
+"""Failures of Redis and of the network: which calls are retried, which fail, and what they leave behind."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ Call = Callable[[SessionStore], Awaitable[object]]
 
 @pytest.fixture(name="own")
 async def _own(url: str) -> AsyncIterator[Keyspace]:
-    """A look at it; it is empty at the start."""
+    """The keyspace of the server of this file, which is empty at the start."""
     async with Redis.from_url(url, decode_responses=True) as client:
         await client.flushall()
         yield Keyspace(client, "rss")
@@ -31,7 +31,7 @@ async def _own(url: str) -> AsyncIterator[Keyspace]:
 
 @pytest.fixture(name="shop")
 async def _shop(url: str, own: Keyspace) -> AsyncIterator[SessionStore]:
-    """A store on it, with session "a" of user 1."""
+    """A store on the server of this file, with session "a" of user 1."""
     del own
     async with SessionStore.from_url(url, references=["user_id", "ip"], timeout=2) as store:
         await store.set("a", {"user_id": 1, "ip": "x", "n": 1})
@@ -42,7 +42,7 @@ async def _shop(url: str, own: Keyspace) -> AsyncIterator[SessionStore]:
 
 
 async def test_scripts_that_are_gone_are_loaded_again(shop: SessionStore, own: Keyspace) -> None:
-    """SCRIPT FLUSH, like a restart or a failover, is not seen by the caller."""
+    """Scripts that are missing after SCRIPT FLUSH are loaded again, and the caller notices nothing."""
     for call in (shop.get("a"), shop.increment("a", "n"), shop.pop("a", ["n"]), shop.create(), shop.rotate("a")):
         await own.client.script_flush()
         await call
@@ -51,7 +51,7 @@ async def test_scripts_that_are_gone_are_loaded_again(shop: SessionStore, own: K
 
 
 async def test_many_callers_load_once(shop: SessionStore, own: Keyspace) -> None:
-    """However many find that the scripts are gone, they are loaded one time."""
+    """Many callers that find the scripts missing load them once."""
     await asyncio.gather(*(shop.get("a") for _ in range(50)))
     await own.client.script_flush()
     await own.client.config_resetstat()
@@ -64,7 +64,7 @@ async def test_many_callers_load_once(shop: SessionStore, own: Keyspace) -> None
 
 
 async def test_scripts_flushed_all_the_time(shop: SessionStore, own: Keyspace) -> None:
-    """No operation fails, and none is counted twice."""
+    """No increment fails or counts twice while scripts are flushed all the time."""
 
     async def flush() -> None:
         while True:
@@ -109,7 +109,7 @@ REPEATED: dict[str, tuple[Call, object]] = {
 
 @pytest.mark.parametrize("name", REPEATED)
 async def test_what_may_be_repeated_is(broken: tuple[Proxy, SessionStore], name: str) -> None:
-    """The reply was lost: it is run again, with the same result."""
+    """An idempotent call whose reply was lost is retried, with the same result."""
     proxy, store = broken
     call, result = REPEATED[name]
     proxy.swallow = 2
@@ -117,7 +117,7 @@ async def test_what_may_be_repeated_is(broken: tuple[Proxy, SessionStore], name:
 
 
 async def test_create_and_rotate_recognise_their_own_work(broken: tuple[Proxy, SessionStore], own: Keyspace) -> None:
-    """When the reply was lost, the second run finds what the first one made, and makes nothing else."""
+    """`create` and `rotate` that are retried after a lost reply find their own work, and make nothing else."""
     proxy, store = broken
     proxy.swallow = 1
     created = await store.create({"user_id": 7})
@@ -134,7 +134,7 @@ async def test_create_and_rotate_recognise_their_own_work(broken: tuple[Proxy, S
 
 
 async def test_create_does_not_evict_twice(url: str, own: Keyspace) -> None:
-    """The second run of a create is no second login."""
+    """A retried `create` does not evict the session that its first run made."""
     async with proxied(url) as (proxy, address):
         references = {"user_id": Reference(limit=1)}
         async with SessionStore.from_url(address, references=references, timeout=2) as store:
@@ -144,7 +144,7 @@ async def test_create_does_not_evict_twice(url: str, own: Keyspace) -> None:
 
 
 async def test_delete_is_done_when_it_says_so(broken: tuple[Proxy, SessionStore], own: Keyspace) -> None:
-    """Also when its first reply was lost; it cannot say then that it was the one."""
+    """A `delete` whose first reply was lost is retried, and returns False because the session has ended already."""
     proxy, store = broken
     proxy.swallow = 1
     assert not await store.delete("a")
@@ -153,7 +153,7 @@ async def test_delete_is_done_when_it_says_so(broken: tuple[Proxy, SessionStore]
 
 @pytest.mark.parametrize("name", ["increment", "pop"])
 async def test_what_must_not_be_repeated_is_not(broken: tuple[Proxy, SessionStore], own: Keyspace, name: str) -> None:
-    """Where a second run would count twice, or lose what the first read, the caller is told that it is not known."""
+    """`increment` and `pop` are not retried after a lost reply; the error says that the outcome is unknown."""
     proxy, store = broken
     proxy.swallow = 1
     with pytest.raises(StoreUnavailable, match="not known what was done"):
@@ -167,7 +167,7 @@ async def test_what_must_not_be_repeated_is_not(broken: tuple[Proxy, SessionStor
 async def test_rotate_that_is_repeated_tells_that_the_session_ended(
     broken: tuple[Proxy, SessionStore], shop: SessionStore
 ) -> None:
-    """If the new session was ended between the two runs, the second one says so."""
+    """A retried `rotate` raises SessionEnded if the new session was ended between the two runs."""
     proxy, store = broken
     proxy.swallow = 1
     rotating = asyncio.create_task(store.rotate("a"))
@@ -180,7 +180,7 @@ async def test_rotate_that_is_repeated_tells_that_the_session_ended(
 
 
 async def test_set_that_expects_is_not_repeated(broken: tuple[Proxy, SessionStore], shop: SessionStore) -> None:
-    """The second run would meet what the first one wrote, and call it a conflict."""
+    """`set` with `expect` is not retried, since a second run would conflict with the first one."""
     proxy, store = broken
     proxy.swallow = 1
     with pytest.raises(StoreUnavailable, match="not known what was done"):
@@ -189,7 +189,7 @@ async def test_set_that_expects_is_not_repeated(broken: tuple[Proxy, SessionStor
 
 
 async def test_large_delete_by_goes_on_where_it_was(broken: tuple[Proxy, SessionStore]) -> None:
-    """A page whose reply was lost is read again; sessions that came meanwhile stay."""
+    """A large `delete_by` that lost a reply repeats that page, and spares sessions that came meanwhile."""
     proxy, store = broken
     for _ in range(5):
         await asyncio.gather(*(store.create({"user_id": 5}) for _ in range(60)))
@@ -203,7 +203,7 @@ async def test_large_delete_by_goes_on_where_it_was(broken: tuple[Proxy, Session
 
 
 async def test_connections_killed_all_the_time(shop: SessionStore, own: Keyspace) -> None:
-    """Operations that may be repeated never fail, and none gets the answer to another."""
+    """Idempotent calls never fail while connections are killed, and each gets its own reply."""
     ids = [await shop.create({"n": n}) for n in range(20)]
     done = 0
 
@@ -212,7 +212,7 @@ async def test_connections_killed_all_the_time(shop: SessionStore, own: Keyspace
             with contextlib.suppress(redis.exceptions.ResponseError):
                 await own.client.client_kill_filter(_type="normal", skipme=True)
             before = done
-            while done == before:  # On a slow machine, connections that die faster than they are made help nobody.
+            while done == before:  # Otherwise a slow machine kills connections before they are used.
                 await asyncio.sleep(0.005)
 
     async def work(n: int) -> None:
@@ -228,17 +228,17 @@ async def test_connections_killed_all_the_time(shop: SessionStore, own: Keyspace
 
 
 async def test_an_idle_connection_that_was_reset(shop: SessionStore, own: Keyspace) -> None:
-    """It costs the caller nothing, not even for what must not be repeated."""
+    """A call after an idle connection was reset succeeds, even if the call must not be repeated."""
     for n in range(10):
         assert await shop.increment("a", "m") == n + 1
         await own.client.client_kill_filter(_type="normal", skipme=True)
         while await connections(own.client):
             await asyncio.sleep(0)
-        await asyncio.sleep(0.01)  # What the server has closed has to be heard of.
+        await asyncio.sleep(0.01)  # The client must notice that the server closed the connection.
 
 
 async def test_redis_is_not_there() -> None:
-    """StoreUnavailable after the deadline, not before; never no session."""
+    """A call without a server raises StoreUnavailable after its deadline, not before."""
     for url in ("unix:///nowhere/redis.sock", f"redis://127.0.0.1:{free_port()}"):
         async with Redis.from_url(url) as client:
             store = SessionStore(client, timeout=0.3)
@@ -252,14 +252,14 @@ async def test_redis_is_not_there() -> None:
 
 
 async def test_redis_comes_back(tmp_path: Path) -> None:
-    """A restart within the deadline is only a wait, also for what must not be repeated."""
+    """A call waits for a server that restarts within the deadline, even if the call must not be repeated."""
     port = free_port()
     arguments = ("--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--appendonly", "yes")
     async with Redis(port=port) as client:
         store = SessionStore(client, timeout=20)
         with own_server(*arguments):
             await store.set("a", {"n": 1})
-        await asyncio.sleep(0.01)  # What the server has closed has to be heard of.
+        await asyncio.sleep(0.01)  # The client must notice that the server closed the connection.
         counting = asyncio.create_task(store.increment("a", "n"))
         await asyncio.sleep(0.1)
         with own_server(*arguments):
@@ -267,7 +267,7 @@ async def test_redis_comes_back(tmp_path: Path) -> None:
 
 
 async def test_a_server_that_hangs(own: Keyspace, url: str) -> None:
-    """The deadline holds, whatever the client was told to wait for."""
+    """A call to a server that hangs fails at its deadline, even if the client's `socket_timeout` is longer."""
     async with Redis.from_url(url, socket_timeout=60) as client:
         store = SessionStore(client, timeout=0.2)
         await store.load()
@@ -281,7 +281,7 @@ async def test_a_server_that_hangs(own: Keyspace, url: str) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3])
 async def test_a_wrong_password(protocol: int) -> None:
-    """It is said at once: waiting would not help."""
+    """A wrong password fails at once, and the error does not show the password."""
     with own_server("--requirepass", "right") as url:
         for secret in ("", ":wrong@"):
             address = f"unix://{secret}{url.removeprefix('unix://')}?protocol={protocol}"
@@ -296,7 +296,7 @@ async def test_a_wrong_password(protocol: int) -> None:
 
 
 async def test_a_read_only_replica() -> None:
-    """Reading works; a write is tried until the deadline, and nothing is written."""
+    """A read-only replica serves reads; a write is retried until its deadline and changes nothing."""
     with own_server() as url:
         async with (
             Redis.from_url(url, decode_responses=True) as admin,
@@ -316,7 +316,7 @@ async def test_a_read_only_replica() -> None:
 
 
 async def test_a_full_server(shop: SessionStore, own: Keyspace) -> None:
-    """A write is refused whole and at once; ending and renewing sessions works."""
+    """A full server refuses each write as a whole, but sessions can still be read, renewed and ended."""
     for n in range(150):
         await shop.set(f"b{n}", {"user_id": 2, "ip": "y"})
     before = await own.dump()
@@ -341,11 +341,11 @@ async def test_a_full_server(shop: SessionStore, own: Keyspace) -> None:
         await own.client.config_set("maxmemory", 0)
     dump = await own.dump()
     assert {name for name in dump if name.startswith(("user_id", "ip"))} == set()
-    assert len(dump) == 152  # Tombstones, and the note of a large delete_by.
+    assert len(dump) == 152  # Tombstones, and the fence of a large delete_by.
 
 
 async def test_a_server_that_is_busy(shop: SessionStore, own: Keyspace, url: str) -> None:
-    """While somebody's script runs too long, operations wait; they are done when it has been killed."""
+    """Calls wait while a script of others blocks the server, and succeed after that script was killed."""
     await own.client.config_set("lua-time-limit", 20)
     async with Redis.from_url(url, socket_timeout=None) as other, Redis.from_url(url) as impatient:
 
@@ -358,7 +358,7 @@ async def test_a_server_that_is_busy(shop: SessionStore, own: Keyspace, url: str
             try:
                 await own.client.ping()
             except redis.exceptions.ResponseError as error:
-                assert "BUSY" in str(error)  # noqa: PT017 - it is not the subject
+                assert "BUSY" in str(error)  # noqa: PT017 - this error is not the subject of the test
                 break
         try:
             with pytest.raises(StoreUnavailable, match="BUSY"):
@@ -372,7 +372,7 @@ async def test_a_server_that_is_busy(shop: SessionStore, own: Keyspace, url: str
 
 
 async def test_too_few_replicas(shop: SessionStore, own: Keyspace) -> None:
-    """A server that wants more replicas refuses a write whole."""
+    """A server with too few replicas refuses a write as a whole."""
     before = await own.dump()
     await own.client.config_set("min-replicas-to-write", 1)
     try:
@@ -387,7 +387,7 @@ async def test_too_few_replicas(shop: SessionStore, own: Keyspace) -> None:
 
 
 async def test_another_type_under_the_key_of_a_session(shop: SessionStore, own: Keyspace) -> None:
-    """Every operation on it says so, and nothing changes."""
+    """A call on a session whose key holds another type raises SessionError, and nothing changes."""
     await own.client.set("rss:{b}", "x", ex=60)
     before = await own.dump()
     for call in (
@@ -410,7 +410,7 @@ async def test_another_type_under_the_key_of_a_session(shop: SessionStore, own: 
 
 
 async def test_another_type_under_the_key_of_a_reference_set(shop: SessionStore, own: Keyspace) -> None:
-    """What would enter it fails whole; what is in other sets stays reachable."""
+    """A call that needs a reference set of another type fails as a whole; other sets still work."""
     await own.client.set("rss:user_id:{2}", "x", ex=60)
     before = await own.dump()
     for call in (
@@ -428,7 +428,7 @@ async def test_another_type_under_the_key_of_a_reference_set(shop: SessionStore,
 
 
 async def test_another_type_in_place_of_the_set_of_a_session(shop: SessionStore, own: Keyspace) -> None:
-    """It can still be read, renewed and ended, and leaves that key alone."""
+    """A session whose set was replaced by another type can be read, renewed and ended, and that key stays."""
     await own.client.set("rss:user_id:{1}", "x")
     assert (await shop.get("a", touch=True))["user_id"] == 1
     assert await shop.touch("a")
@@ -440,7 +440,7 @@ async def test_another_type_in_place_of_the_set_of_a_session(shop: SessionStore,
 
 
 async def test_another_type_in_place_of_a_fence(shop: SessionStore, own: Keyspace) -> None:
-    """What would read it fails whole."""
+    """A call that reads a fence of another type fails as a whole."""
     await own.client.set("rss:_fence:user_id:{2}", "x", ex=60)
     await own.client.set("rss:_fence:user_id:{1}", "x", ex=60)
     before = await own.dump()
@@ -458,7 +458,7 @@ async def test_another_type_in_place_of_a_fence(shop: SessionStore, own: Keyspac
 
 
 async def test_a_member_that_is_no_session(shop: SessionStore, own: Keyspace) -> None:
-    """A key of another type, whose id stands in a set, is not taken for a session, nor harmed."""
+    """`delete_by` ignores a member whose key is no hash, and does not change that key."""
     await own.client.sadd("rss:user_id:{1}", "b")
     await own.client.set("rss:{b}", "x", ex=60)
     assert await shop.delete_by("user_id", 1) == 1
@@ -466,7 +466,7 @@ async def test_a_member_that_is_no_session(shop: SessionStore, own: Keyspace) ->
 
 
 async def test_data_that_cannot_be_read(shop: SessionStore, own: Keyspace) -> None:
-    """It is an error that names the field: an unreadable session is not an empty one."""
+    """A field that cannot be decoded raises an error that names the field."""
     await own.client.hset("rss:{a}", "n", b"\xff")
     with pytest.raises(SessionError, match="the field 'n' holds data that is not readable") as raised:
         await shop.get("a")
@@ -475,7 +475,7 @@ async def test_data_that_cannot_be_read(shop: SessionStore, own: Keyspace) -> No
 
 
 async def test_a_user_without_rights_is_told_the_command(shop: SessionStore, own: Keyspace, url: str) -> None:
-    """What only an operator can mend is said at once, and nothing is written."""
+    """A missing permission raises an error that names the command, and nothing is written."""
     await own.client.acl_setuser(
         "poor", enabled=True, passwords=["+pw"], keys=["rss:*"], commands=["+@all", "-hset"], reset=True
     )
@@ -495,7 +495,7 @@ async def test_a_user_without_rights_is_told_the_command(shop: SessionStore, own
 
 @pytest.mark.parametrize("pool", [ConnectionPool, BlockingConnectionPool])
 async def test_more_callers_than_connections(url: str, shop: SessionStore, pool: type[ConnectionPool]) -> None:
-    """They need none of them, whatever pool the client has, also when others use all of it."""
+    """A store works while others use all connections of the client's pool, for both kinds of pools."""
     del shop
     async with Redis(connection_pool=pool.from_url(url, max_connections=1)) as client:
         store = SessionStore(client, timeout=20)
@@ -509,7 +509,7 @@ async def test_more_callers_than_connections(url: str, shop: SessionStore, pool:
 
 
 async def test_a_client_is_left_as_it_is(url: str, shop: SessionStore) -> None:
-    """It is neither configured nor closed; a client of the store's own is."""
+    """A store neither configures nor closes the client that it was given; it closes only its own client."""
     await shop.load()
     async with Redis.from_url(url, decode_responses=True) as client:
         kwargs = dict(client.connection_pool.connection_kwargs)
@@ -530,7 +530,7 @@ async def test_a_client_is_left_as_it_is(url: str, shop: SessionStore) -> None:
 
 
 async def test_a_client_with_one_connection(url: str, shop: SessionStore) -> None:
-    """It serves as well."""
+    """A client with a single connection works, too."""
     del shop
     async with Redis.from_url(url, single_connection_client=True) as client:
         store = SessionStore(client)
@@ -538,7 +538,7 @@ async def test_a_client_with_one_connection(url: str, shop: SessionStore) -> Non
 
 
 async def test_callers_that_are_cancelled_disturb_nobody(url: str, shop: SessionStore) -> None:
-    """No other gets a wrong answer, and no connection of the client is touched."""
+    """After many cancellations every other call has its own reply, and the client's pool was not used."""
     ids = [await shop.create({"n": n}) for n in range(50)]
     chance = random.Random(1)
     async with Redis(connection_pool=BlockingConnectionPool.from_url(url, max_connections=8)) as client:
@@ -561,7 +561,7 @@ async def test_callers_that_are_cancelled_disturb_nobody(url: str, shop: Session
 
 
 async def test_a_caller_that_is_cancelled_while_loading(shop: SessionStore, own: Keyspace) -> None:
-    """The others still find the scripts."""
+    """If the caller that loads the scripts is cancelled, the other calls still succeed."""
     for _ in range(20):
         await own.client.script_flush()
         first = asyncio.create_task(shop.get("a"))
@@ -573,7 +573,7 @@ async def test_a_caller_that_is_cancelled_while_loading(shop: SessionStore, own:
 
 
 async def test_behind_sentinels(tmp_path: Path) -> None:
-    """When the master dies, operations wait for the new one; no ended session comes back."""
+    """Calls wait for a new master when the old one dies, and a session that was ended stays ended."""
     ports = [free_port(), free_port()]
     bound = ("--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
     with contextlib.ExitStack() as stack:
@@ -594,7 +594,7 @@ async def test_behind_sentinels(tmp_path: Path) -> None:
                 await store.set("a", {"user_id": 1, "n": 0})
                 await store.set("b", {"user_id": 1})
                 await store.delete("b")
-                # WAIT is about the writes of its own connection, and what came before them.
+                # WAIT covers the writes of its own connection and all earlier writes.
                 async with first.client() as connection:
                     await connection.set("last", 1)
                     assert await connection.wait(1, 5000) == 1
@@ -614,7 +614,7 @@ async def test_behind_sentinels(tmp_path: Path) -> None:
 async def test_no_id_and_no_value_in_logs_and_errors(
     url: str, shop: SessionStore, own: Keyspace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever goes wrong, and with all logging on."""
+    """No id and no value appears in errors or logs, at any log level."""
     caplog.set_level(logging.DEBUG)
     await own.client.set("rss:{SECRET-b}", "SECRET", ex=60)
     await own.client.config_set("maxmemory", 1)

@@ -1,4 +1,4 @@
-"""Values to what is sent, and back."""
+"""Encoding values for Redis, and decoding them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from rss.fields import Encoded, Fields, field_name
 
 
 def test_what_a_write_sends() -> None:
-    """Fields with their data; the texts of reference values, each once; and how many each reference has."""
+    """`encode` returns fields with data, the texts of reference values, and how many values each reference has."""
     fields = Fields(["user_id", "ip", "tags"], JSONCodec())
     assert fields.encode({"x": True, "tags": [1, "1", "a"], "user_id": 7}) == Encoded(
         pairs=["x", "true", "tags", '[1,"1","a"]', "user_id", "7"],
@@ -22,7 +22,7 @@ def test_what_a_write_sends() -> None:
 
 
 def test_what_is_expected() -> None:
-    """None is met by an absent field, and by None if the codec stores it."""
+    """`expect` lets None match an absent field, and also None if the codec stores it."""
     values: dict[str, Any] = {"x": "a", "y": None}
     assert Fields([], JSONCodec()).expect(values) == ["x", "holds", "a", "y", "lacks_or_holds", "null"]
     assert Fields([], TextCodec()).expect(values) == ["x", "holds", b"a", "y", "lacks", ""]
@@ -30,7 +30,7 @@ def test_what_is_expected() -> None:
 
 
 def test_what_a_read_brings_back() -> None:
-    """Without the fields of the library, except for the id."""
+    """`decode` leaves out the fields of the library, except for the id."""
     fields = Fields(["user_id"], TextCodec())
     data = [b"id", b"[1]", b"_created", b"1", b"user_id", b"1", b"n", b"2", b"_max_age", b"3"]
     assert fields.decode(data) == {"id": "[1]", "user_id": "1", "n": "2"}
@@ -40,14 +40,14 @@ def test_what_a_read_brings_back() -> None:
 
 
 def test_a_name_that_others_wrote_is_shown() -> None:
-    """Also if it is no text: it does not keep the rest from being read."""
+    """A field name that is no UTF-8 is shown escaped, and the other fields can be read."""
     assert Fields([], JSONCodec()).decode([b"\xff", b"1", b"x", b"2"]) == {"\\xff": 1, "x": 2}
     with pytest.raises(SessionError, match="^the field 'x' holds data that is not readable$"):
         Fields([], JSONCodec()).decode([b"x", b"\xff"])
 
 
 def test_names_do_not_pile_up() -> None:
-    """Names of fields may be data of their own: what is remembered of them is bounded."""
+    """The number of cached field names is bounded, since names may be arbitrary data."""
     fields = Fields(["user_id"], JSONCodec())
     for n in range(3000):
         assert fields.as_stored({f"f{n}": n}) == {f"f{n}": n}
@@ -57,7 +57,7 @@ def test_names_do_not_pile_up() -> None:
 
 
 def test_the_identity_and_the_numbers_of_references() -> None:
-    """The numbers are those of the scripts, which count from 1."""
+    """References are numbered from 1, as the scripts count them."""
     fields = Fields({"ip": Reference(), "user_id": Reference(identity=True)}, JSONCodec())
     assert fields.identity == "user_id"
     assert [fields.number(field) for field in ("ip", "user_id")] == ["1", "2"]
@@ -66,6 +66,6 @@ def test_the_identity_and_the_numbers_of_references() -> None:
 
 @pytest.mark.parametrize("name", ["x", "ids", "a b", "ü", "x_", "a:b", "{x}", "\n", "😀"])
 def test_any_text_is_the_name_of_a_field(name: str) -> None:
-    """Except "id" and what begins with an underscore."""
+    """Any text can be the name of a field, even with spaces, colons or braces."""
     assert field_name(name) == name
     assert Fields([], JSONCodec()).as_stored({name: 1}) == {name: 1}

@@ -1,4 +1,4 @@
-"""The identity of a session: it stays under one id, and changes only with a new one."""
+"""The identity of a session stays under one id, and changes only with a new id."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -52,7 +52,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Write]] = {
 
 @pytest.mark.parametrize("case", CHANGES)
 async def test_a_write_that_would_change_the_identity(store: SessionStore, keyspace: Keyspace, case: str) -> None:
-    """It raises IdentityChanged, a SessionError, and writes nothing; the same by an old id that still leads there."""
+    """A write that would change the identity raises IdentityChanged and writes nothing, also by an old id."""
     values, write = CHANGES[case]
     await store.set("a", {"ip": "x", "x": 1, **values}, "2h")
     new = await store.rotate("a", grace="1m")
@@ -85,7 +85,7 @@ async def test_a_write_that_would_change_the_identity(store: SessionStore, keysp
 async def test_a_write_that_keeps_the_identity(
     store: SessionStore, keyspace: Keyspace, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """1 and "1" are the same identity; None and no value are the same: nobody."""
+    """The values 1 and "1" are the same identity, and so are None and no value."""
     await store.set("a", {"ip": "x", **before})
     await store.set("a", {"x": 1, **after})
     assert await store.get("a") == {"id": "a", "ip": "x", **before, "x": 1, **after}
@@ -97,7 +97,7 @@ async def test_a_write_that_keeps_the_identity(
 
 @pytest.mark.parametrize("values", [{"user_id": None, "x": 1}, {"x": 1}])
 async def test_nobody_may_be_taken_out(store: SessionStore, keyspace: Keyspace, values: dict[str, Any]) -> None:
-    """A session that belongs to nobody still does without the field."""
+    """An identity that is None or absent may be removed, since the session stays anonymous."""
     await store.set("a", values)
     assert await store.pop("a", ["user_id"]) == {field: None for field in values if field == "user_id"}
     await store.set("a", {"user_id": None})
@@ -106,7 +106,7 @@ async def test_nobody_may_be_taken_out(store: SessionStore, keyspace: Keyspace, 
 
 
 async def test_a_new_session_may_have_any_identity(store: SessionStore, keyspace: Keyspace) -> None:
-    """It has none before; nor has one whose id another session had that expired."""
+    """A new session may have any identity, even under the id of an expired session of another user."""
     created = await store.create({"user_id": 1})
     await store.set("a", {"user_id": 1})
     await store.set("b", {"user_id": 2}, expect={"user_id": None})
@@ -124,7 +124,7 @@ async def test_a_new_session_may_have_any_identity(store: SessionStore, keyspace
 
 
 async def test_other_references_change_freely(store: SessionStore, keyspace: Keyspace) -> None:
-    """Only one reference is the identity."""
+    """References other than the identity may change freely."""
     await store.set("a", {"user_id": 1, "ip": "x"})
     await store.set("a", {"ip": ["y", "z"]})
     await store.set("a", {"user_id": "1", "ip": "y"})
@@ -133,7 +133,7 @@ async def test_other_references_change_freely(store: SessionStore, keyspace: Key
 
 
 async def test_a_conflict_comes_before_the_identity(store: SessionStore, keyspace: Keyspace) -> None:
-    """A write that expects something else is told so, whatever it would write."""
+    """A write whose expectation fails raises Conflict, even if it would also change the identity."""
     await store.set("a", {"user_id": 1})
     before = await keyspace.dump()
     with pytest.raises(Conflict):
@@ -149,7 +149,7 @@ async def test_a_conflict_comes_before_the_identity(store: SessionStore, keyspac
 async def test_rotate_changes_the_identity(
     store: SessionStore, keyspace: Keyspace, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """Under a new id; and the old id does not lead there, even if grace was asked for."""
+    """`rotate` may change the identity; then the old id gets no grace, even if grace was asked for."""
     await store.set("a", {"ip": "x", **before})
     new = await store.rotate("a", after, grace="1h")
     value = after["user_id"]
@@ -181,14 +181,14 @@ async def test_rotate_changes_the_identity(
 async def test_rotate_that_keeps_the_identity_gives_grace(
     store: SessionStore, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """The old id leads to the session for as long as it was told."""
+    """`rotate` that keeps the identity gives the old id its grace."""
     await store.set("a", before)
     new = await store.rotate("a", after, grace="1h")
     assert await store.get("a") == {"id": new, **before, **after}
 
 
 async def test_no_chain_of_grace_leads_past_a_login(store: SessionStore) -> None:
-    """Whoever planted an id, or knew one that was rotated with grace before the login, does not get in."""
+    """No old id leads past a login, not even an id that was rotated with grace before."""
     await store.set("planted", {"cart": [1]})
     before = await store.rotate("planted", grace="1h")
     assert (await store.get("planted"))["id"] == before
@@ -205,7 +205,7 @@ async def test_no_chain_of_grace_leads_past_a_login(store: SessionStore) -> None
 
 
 async def test_two_logins_of_one_session(store: SessionStore, keyspace: Keyspace) -> None:
-    """One gets the session, the other is told that it was rotated; no session belongs to the wrong user."""
+    """Of two logins of one session, one succeeds and the other raises SessionEnded."""
     await store.set("a", {"cart": [1]})
     results = await asyncio.gather(
         store.rotate("a", {"user_id": 1}), store.rotate("a", {"user_id": 2}), return_exceptions=True
@@ -221,7 +221,7 @@ async def test_two_logins_of_one_session(store: SessionStore, keyspace: Keyspace
 
 
 async def test_a_write_beside_a_login(store: SessionStore) -> None:
-    """A request that read the session before the login cannot write the old identity into it, nor another."""
+    """A request that read the session before a login cannot write the old identity into it."""
     await store.set("a", {"user_id": None})
     new = await store.rotate("a", {"user_id": 1})
     with pytest.raises(SessionEnded):
@@ -232,7 +232,7 @@ async def test_a_write_beside_a_login(store: SessionStore) -> None:
 
 
 async def test_an_identity_may_be_limited_and_strict(client: Redis, keyspace: Keyspace) -> None:
-    """A limit and strictness hold for it as for any reference."""
+    """An identity may have a limit and be strict, like any reference."""
     reference = Reference(identity=True, limit=1, strict=True)
     store = SessionStore(client, references={"user_id": reference}, prefix=keyspace.prefix)
     await store.set("a", {"user_id": 1})
@@ -247,7 +247,7 @@ async def test_an_identity_may_be_limited_and_strict(client: Redis, keyspace: Ke
 
 
 async def test_an_identity_that_is_text(client: Redis, keyspace: Keyspace) -> None:
-    """With TextCodec 1 and "1" are stored alike."""
+    """With TextCodec, 1 and "1" are the same identity."""
     references = {"user_id": Reference(identity=True)}
     store = SessionStore(client, references=references, prefix=keyspace.prefix, codec=TextCodec())
     await store.set("a", {"user_id": 1})
@@ -265,7 +265,7 @@ async def test_an_identity_that_is_text(client: Redis, keyspace: Keyspace) -> No
 
 @pytest.mark.parametrize("value", [[1], [1, 2], []])
 async def test_an_identity_is_no_list(store: SessionStore, keyspace: Keyspace, value: list[int]) -> None:
-    """A session belongs to one user: a list is refused before anything is sent."""
+    """A list as the identity is refused, since a session belongs to one user."""
     await store.set("a", {"user_id": 1})
     before = await keyspace.dump()
     for write in (
@@ -280,14 +280,14 @@ async def test_an_identity_is_no_list(store: SessionStore, keyspace: Keyspace, v
 
 
 async def test_there_is_one_identity(client: Redis) -> None:
-    """A store refuses to be made with two."""
+    """A store with two identities is refused."""
     identity = Reference(identity=True)
     with pytest.raises(ValueError, match="at most one reference is the identity"):
         SessionStore(client, references={"user_id": identity, "tenant": identity})
 
 
 async def test_the_identity_may_be_any_of_the_references(client: Redis, keyspace: Keyspace) -> None:
-    """It need not be the first."""
+    """The identity need not be the first of the references."""
     references = {"ip": Reference(), "tags": Reference(), "user_id": Reference(identity=True)}
     store = SessionStore(client, references=references, prefix=keyspace.prefix)
     await store.set("a", {"user_id": 1, "ip": "x", "tags": ["t"]})

@@ -13,7 +13,7 @@ def _layout() -> Plain:
 
 
 def test_names_are_those_of_the_original(layout: Plain) -> None:
-    """Ids and values stand in braces, so that a colon in them delimits nothing."""
+    """Ids and values are in braces, so a colon in them is no delimiter."""
     assert layout.session("a:b") == "rss:{a:b}"
     assert layout.reference("user_id", 1) == layout.reference("user_id", "1") == "rss:user_id:{1}"
     assert layout.reference("ip", "::1") == "rss:ip:{::1}"
@@ -21,7 +21,7 @@ def test_names_are_those_of_the_original(layout: Plain) -> None:
 
 
 def test_the_scripts_make_the_same_names(layout: Plain) -> None:
-    """From stems and what stands between and behind: the pieces are all they know."""
+    """The scripts build the names of the layout from its stems and delimiters."""
     session_stem, set_stem = layout.stems(0)
     assert session_stem + "a" + layout.ending == layout.session("a")
     assert f"{set_stem}ip{layout.before_value}x{layout.ending}" == layout.reference("ip", "x")
@@ -29,7 +29,7 @@ def test_the_scripts_make_the_same_names(layout: Plain) -> None:
 
 
 def test_no_name_is_taken_for_another(layout: Plain) -> None:
-    """Whatever the ids and values are, sessions, sets and fences have names of their own."""
+    """Names of sessions, sets and fences never collide, whatever the ids and values are."""
     odd = ["a", "x:{a}", "}", "{", ":", "_fence:ip:{a}", "{a}", "ip:{a}"]
     names = [layout.session(text) for text in odd]
     names += [name for text in odd for name in (layout.reference("ip", text), layout.fence("ip", text))]
@@ -39,7 +39,7 @@ def test_no_name_is_taken_for_another(layout: Plain) -> None:
 
 @pytest.mark.parametrize(("id_bytes", "length"), [(16, 22), (24, 32), (256, 342)])
 def test_an_id_is_random_and_url_safe(id_bytes: int, length: int) -> None:
-    """It has as many random bytes as was said."""
+    """An id is URL-safe, and its length follows from `id_bytes`."""
     ids = {Plain("rss", id_bytes).mint() for _ in range(100)}
     assert len(ids) == 100
     for session_id in ids:
@@ -61,7 +61,7 @@ def test_an_id_is_random_and_url_safe(id_bytes: int, length: int) -> None:
     ],
 )
 def test_a_reference_value_is_a_text(value: object, text: str) -> None:
-    """Of up to 512 bytes."""
+    """A reference value is a text of up to 512 bytes."""
     assert reference_value(value, "user_id") == text
     if isinstance(value, str) and len(value.encode()) == 512:
         with pytest.raises(ValueError, match="longer than 512 bytes"):

@@ -1,4 +1,4 @@
-"""The store against a plain model of it: random operations, and after each one a look at the whole keyspace."""
+"""The store is compared with a plain model: each random operation is followed by a check of the whole keyspace."""
 
 import asyncio
 import itertools
@@ -47,12 +47,12 @@ REFERENCES = ("user_id", "ip")
 IDS = st.integers(0, 39)
 STORES = st.integers(0, 1)
 TEXTS = st.sampled_from(["x", "id", "_ended", "1", "null", "[1]", "[0x1]", '"', "{}:{", "ü\n"])
-# Most often the same value: the interesting things happen when sessions meet.
+# The same value is drawn most often, since most bugs show when sessions share a set.
 ONE = st.sampled_from([1, 1, 1, 1, "1", "1", 2, 2, "x", "null", "[1]", "[0x1]", '"', "{}:{", "ü\n"])
 LISTS = st.lists(ONE, max_size=3)
 NAMES = st.sampled_from(REFERENCES)
 FIELDS = st.sampled_from([*REFERENCES, "name", "n"])
-# A double is exact up to 2**53, Redis counts up to 2**63.
+# A double in Lua is exact up to 2**53; an integer in Redis has 64 bits.
 INTEGERS = st.integers(-3, 9) | st.sampled_from([2**53, 2**53 + 1, 2**62, 2**63 - 1, -(2**53), -(2**63)])
 AGE = st.sampled_from([*AGES])
 BLOCK = st.sampled_from([*BLOCKS])
@@ -74,24 +74,24 @@ TYPED, TEXT = _values(typed=True), _values(typed=False)
 
 @dataclass
 class Session:
-    """What the model knows of a live session."""
+    """A live session in the model."""
 
     values: dict[str, Any]
-    #: Milliseconds that it had left after the last write that gave it a TTL.
+    #: Milliseconds that the session had left after its last renewal.
     ttl: int
-    #: The max_age that it was given; None if it lives as long as sessions of the store do.
+    #: The max_age that the session was given; None means the default of the store.
     age: str | None
     created: int = 0
 
     @property
     def full(self) -> int:
-        """Return how long it lives after a renewal."""
+        """Milliseconds that the session lives after a renewal."""
         return AGES[self.age]
 
 
 @dataclass
 class Model:
-    """Sessions, tombstones, blocks, and the ids of expired sessions that may still stand in sets."""
+    """Sessions, tombstones, blocks, and the ids of expired sessions that may still be in sets."""
 
     limit: int
     on_limit: str
@@ -121,7 +121,7 @@ class Model:
         return session_id
 
     def values(self, session_id: str) -> dict[str, Any]:
-        """Return what a session holds, nothing if it is not alive."""
+        """Return the values of a session; empty if the session is not alive."""
         return self.live[session_id].values if session_id in self.live else {}
 
     def members(self, name: str, value: object) -> set[str]:
@@ -129,7 +129,7 @@ class Model:
         return {i for i, session in self.live.items() if str(value) in self.texts(name, session.values)}
 
     def missing(self, session_id: str) -> type[SessionError] | None:
-        """Return what a write by an id raises because there is no session."""
+        """Return the error that a write by an id raises if there is no session; None if there is one."""
         if session_id in self.ended:
             return SessionEnded
         return None if session_id in self.live else SessionNotFound
@@ -139,17 +139,17 @@ class Model:
         return self.identity and isinstance(values.get("user_id"), list)
 
     def changes_identity(self, old: dict[str, Any], new: dict[str, Any]) -> bool:
-        """Return whether a session would be somebody else's."""
+        """Return whether a write would change the identity of a session."""
         return self.identity and self.texts("user_id", old) != self.texts("user_id", new)
 
     def cannot_join(self, old: dict[str, Any], new: dict[str, Any]) -> type[SessionError] | None:
-        """Return what a write raises that leads from one to the other."""
+        """Return the error by which a limit or a block refuses a write from *old* to *new*, or None."""
         if self.evicted(old, new) is None:
             return LimitExceeded
         return Blocked if self.blocked(old, new) else None
 
     def blocked(self, old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str] | None:
-        """Return the field and the duration of the first block that a write meets. Only what is joined is looked at."""
+        """Return field and duration of the first block that a write meets, or None. Only newly joined sets count."""
         for name in REFERENCES:
             for text in self.texts(name, new):
                 duration = self.blocks.get(f"{name}:{{{text}}}")
@@ -163,7 +163,7 @@ class Model:
         self.ended[session_id] = reason
 
     def evicted(self, old: dict[str, Any], new: dict[str, Any]) -> set[str] | None:
-        """Return who goes for a session to get these values, None if it is refused."""
+        """Return the ids that are evicted when a session gets these values; None if the write is refused."""
         victims: set[str] = set()
         for text in self.texts("user_id", new):
             if not self.limit or text in self.texts("user_id", old):
@@ -178,10 +178,10 @@ class Model:
 
 
 class Machine(RuleBasedStateMachine):
-    """Two stores on one server, doing what the model does."""
+    """Two stores on one server, and the model, do the same operations."""
 
     loop: asyncio.Runner
-    #: Those of the stores, and one that looks on: it waits for its replies without an event loop, which is faster.
+    #: The clients of the stores, and an observer, which is synchronous because that is faster.
     clients: list[Redis]
     observer: redis.Redis
     patch: pytest.MonkeyPatch
@@ -203,7 +203,7 @@ class Machine(RuleBasedStateMachine):
         self.keyspace = Keyspace(self.clients[1], self.prefix)
         reference = Reference(limit[0] or None, limit[1], strict, identity)  # type: ignore[arg-type]
         self.text, self.lifetime = text, 90 * MINUTE if lifetime else 10**12
-        # With a page of one session, ending all of a value takes fences; a set of many ids takes several pages.
+        # With a page of one session, `delete_by` needs fences, and a set of several ids needs several pages.
         self.patch.setattr(operations, "_PAGE", page)
         options: dict[str, Any] = {"codec": TextCodec()} if text else {}
         self.stores = [
@@ -223,7 +223,7 @@ class Machine(RuleBasedStateMachine):
             self.sign_in({"user_id": value, "ip": "x", "n": 1}, None, 0)
 
     def teardown(self) -> None:
-        """Leave nothing behind."""
+        """Close the stores and remove all keys."""
         if hasattr(self, "prefix"):
             self.do(self._clear())
 
@@ -236,7 +236,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, data=st.data(), age=AGE, create=st.booleans(), which=STORES, expire=RARELY)
     def write(self, n: int, data: st.DataObject, age: str | None, which: int, *, create: bool, expire: bool) -> None:
-        """Write values, by set, perhaps where a session has just expired: then it no longer counts for what it had."""
+        """Write values, perhaps to the id of a session that has just expired and whose values must no longer count."""
         given, before = self.pick(n), dict[str, Any]()
         if expire and self.model.live:
             given = [*self.model.live][n % len(self.model.live)]
@@ -273,11 +273,11 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data(), age=AGE, which=STORES)
     def create(self, data: st.DataObject, age: str | None, which: int) -> None:
-        """Make a session with an id of the store's."""
+        """Make a session with an id that the store mints."""
         self.sign_in(self.draw(data), age, which)
 
     def sign_in(self, values: dict[str, Any], age: str | None, which: int) -> None:
-        """Do that, here and in the model."""
+        """Create a session, in the store and in the model."""
         create = self.stores[which].create(values, age)
         if self.model.malformed(values):
             self.refuse(create, ValueError)
@@ -291,7 +291,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, fields=st.lists(FIELDS, min_size=1), age=AGE, which=STORES)
     def unset(self, n: int, fields: list[str], age: str | None, which: int) -> None:
-        """Take fields out."""
+        """Unset fields."""
         session_id = self.model.follow(self.pick(n))
         held = self.model.values(session_id)
         after = {k: v for k, v in held.items() if k not in fields}
@@ -309,7 +309,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, fields=st.lists(FIELDS, min_size=1), which=STORES)
     def pop(self, n: int, fields: list[str], which: int) -> None:
-        """Take fields out and see what they held."""
+        """Pop fields, and compare their values."""
         session_id = self.model.follow(self.pick(n))
         held = self.model.values(session_id)
         after = {k: v for k, v in held.items() if k not in fields}
@@ -325,7 +325,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, by=INTEGERS, which=STORES)
     def increment(self, n: int, by: int, which: int) -> None:
-        """Count, exactly over 64 bits."""
+        """Increment a field, exactly over 64 bits."""
         session_id = self.model.follow(self.pick(n))
         increment = self.stores[which].increment(self.pick(n), "n", by)
         total = self.model.values(session_id).get("n", 0) + by
@@ -340,7 +340,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, age=AGE, which=STORES, how=st.sampled_from(["touch", "get", "get if due"]), minutes=MINUTES)
     def touch(self, n: int, age: str | None, which: int, how: str, minutes: int) -> None:
-        """Renew after some time, by touch, by get, or by a get that renews only what was renewed long ago."""
+        """Renew a session after some time, by `touch`, by `get`, or by a `get` that renews only if due."""
         session_id = self.model.follow(self.pick(n))
         self.grow_old(session_id, minutes)
         session = self.model.live.get(session_id)
@@ -361,7 +361,7 @@ class Machine(RuleBasedStateMachine):
         self.check()
 
     def grow_old(self, session_id: str, minutes: int) -> None:
-        """Do that, here and in the model."""
+        """Take minutes from the TTL of a session, in Redis and in the model."""
         session = self.model.live.get(session_id)
         if session and minutes and session.ttl > (minutes + 15) * MINUTE:
             session.ttl -= minutes * MINUTE
@@ -370,7 +370,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, data=st.data(), which=STORES, reason=st.sampled_from(["deleted", "bye"]))
     def delete(self, n: int, data: st.DataObject, which: int, reason: str) -> None:
-        """End one session, perhaps only if it holds what is expected."""
+        """End one session, perhaps only if it holds the expected values."""
         session_id = self.model.follow(self.pick(n))
         expected = self.draw_expected(data, session_id)
         deleted = self.do(self.stores[which].delete(self.pick(n), expect=expected, reason=reason))
@@ -382,25 +382,25 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, data=st.data(), age=AGE, which=STORES, grace=st.booleans())
     def rotate(self, n: int, data: st.DataObject, age: str | None, which: int, *, grace: bool) -> None:
-        """Give a new id and values. Another identity gets no grace."""
+        """Give a session a new id and values. A change of the identity gives no grace."""
         old = self.pick(n)
         self.rotate_to(old, self.draw(data, self.model.values(old)), age, which, grace=grace)
 
     @rule(n=IDS, value=ONE, which=STORES, grace=st.booleans())
     def log_in(self, n: int, value: str | int, which: int, *, grace: bool) -> None:
-        """Sign a visitor in, or another user."""
+        """Sign in a visitor, or change the user."""
         self.rotate_to(self.pick(n), {"user_id": value}, None, which, grace=grace)
 
     @rule(n=IDS, which=STORES, grace=st.booleans(), block=st.none() | BLOCK)
     def change_password(self, n: int, which: int, block: str | None, *, grace: bool) -> None:
-        """Give a session a new id, and end all others of its user, by a request that still has the old id."""
+        """Give a session a new id, and end all others of its user by a call that names the old id."""
         old = self.pick(n)
         self.rotate_to(old, {}, None, which, grace=grace)
         for text in self.model.texts("user_id", self.model.values(self.ids[-1])):
             self.delete_by_keeping([old], "user_id", text, which, block)
 
     def rotate_to(self, old: str, values: dict[str, Any], age: str | None, which: int, *, grace: bool) -> None:
-        """Do that, here and in the model."""
+        """Rotate a session, in the store and in the model."""
         held = self.model.values(old)
         after = {**held, **values}
         rotate = self.stores[which].rotate(old, values, age, grace="10m" if grace else None)
@@ -425,14 +425,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=NAMES, value=ONE, keep=st.lists(IDS, max_size=2), which=STORES, block=st.none() | st.none() | BLOCK)
     def delete_by(self, name: str, value: str | int, keep: list[int], which: int, block: str | None) -> None:
-        """End all with a value, but for some that have it or not, and perhaps block it."""
+        """End all sessions with a value except some, which may have other values, and perhaps block the value."""
         given = [self.pick(n) for n in keep]
         for text in self.model.texts(name, self.model.values(self.model.follow(given[0]))) if keep else ():
             value = text
         self.delete_by_keeping(given, name, value, which, block)
 
     def delete_by_keeping(self, given: list[str], name: str, value: str | int, which: int, block: str | None) -> None:
-        """Do that, here and in the model."""
+        """End all sessions with a value except those given, in the store and in the model."""
         kept = {*given, *map(self.model.follow, given)}
         reason = f"for-{block}" if block else "all"
         delete_by = self.stores[which].delete_by(name, value, keep=given, reason=reason, block=block)
@@ -440,7 +440,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=NAMES, value=ONE, which=STORES, duration=BLOCK, again=st.booleans())
     def block(self, name: str, value: str | int, which: int, duration: str, *, again: bool) -> None:
-        """End all with a value, and block it, perhaps once more."""
+        """End all sessions with a value and block it, perhaps a value that is blocked already."""
         for blocked in self.model.blocks if again else ():
             name, value = blocked.removesuffix("}").split(":{", 1)
         reason = f"for-{duration}"
@@ -450,7 +450,10 @@ class Machine(RuleBasedStateMachine):
     def end_all(
         self, operation: Coroutine[Any, Any, int], key: str, kept: set[str], reason: str, block: str | None
     ) -> None:
-        """Do that, here and in the model. A block stays until a longer one, or one as long, takes its place."""
+        """Run a call that ends all sessions in a set, and note its effect in the model.
+
+        A block is replaced only by a block that is at least as long.
+        """
         ending = {i for i, session in self.model.live.items() if key in self.model.sets(session.values)} - kept
         assert self.do(operation) == len(ending)
         for session_id in ending:
@@ -462,7 +465,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=NAMES, value=ONE, which=STORES, unblock=st.booleans())
     def unblock(self, name: str, value: str | int, which: int, *, unblock: bool) -> None:
-        """Ask for how long a value is blocked, and perhaps let sessions join it again."""
+        """Ask for how long a value is blocked, and perhaps unblock it."""
         for blocked in self.model.blocks if unblock else ():
             name, value = blocked.removesuffix("}").split(":{", 1)
         key = f"{name}:{{{value}}}"
@@ -477,7 +480,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=NAMES, value=ONE, which=STORES)
     def find_by(self, name: str, value: str | int, which: int) -> None:
-        """Read and count by reference; dead ids are only counted by the quick count, and leave the set."""
+        """Read and count by reference. Only the quick count includes expired ids, which the other reads remove."""
         members, key = self.model.members(name, value), f"{name}:{{{value}}}"
         stale = sum(k == key for k, _ in self.model.stale)
         count = self.do(self.stores[which].count_by(name, value, exact=False))
@@ -495,7 +498,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(n=IDS, which=STORES, fields=st.none() | st.lists(FIELDS, min_size=1))
     def get(self, n: int, which: int, fields: list[str] | None) -> None:
-        """Read one session, how long it has left to live, and why it ended if it did."""
+        """Read one session, its remaining time, and the reason of its end if it has ended."""
         session_id = self.model.follow(self.pick(n))
         session = self.model.live.get(session_id)
         expected: dict[str, Any] = {}
@@ -515,7 +518,7 @@ class Machine(RuleBasedStateMachine):
         self.let_expire(self.ids[-1 - n % len(self.ids)], which)
 
     def let_expire(self, session_id: str, which: int) -> None:
-        """Wait until Redis has removed it, here and in the model."""
+        """Let a session or tombstone expire, in Redis and in the model, and wait until its key is gone."""
         if session := self.model.live.pop(session_id, None):
             self.model.stale |= {(name, session_id) for name in self.model.sets(session.values)}
             assert self.do(self.stores[which].touch(session_id, timedelta(milliseconds=1)))
@@ -539,7 +542,7 @@ class Machine(RuleBasedStateMachine):
         error: type[Exception],
         block: tuple[str, str] | None = None,
     ) -> None:
-        """Run an operation that must raise this error; *block*: the field and the duration that `Blocked` tells of."""
+        """Run an operation that must raise *error*. *block*: the field and the duration that `Blocked` must name."""
         with pytest.raises(error) as raised:
             self.do(operation)
         assert type(raised.value) is error
@@ -555,7 +558,7 @@ class Machine(RuleBasedStateMachine):
         return self.ids[-1 - n % min(len(self.ids), 10)]
 
     def draw(self, data: st.DataObject, held: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Choose values that the codec can store; of references sometimes what is *held* already, and one more."""
+        """Choose values that the codec can store; references may repeat the *held* values, or add one to them."""
         values = data.draw(TEXT if self.text else TYPED)
         how = data.draw(st.sampled_from(["new", "same", "more", "more"])) if held else "new"
         if how != "new":
@@ -568,7 +571,7 @@ class Machine(RuleBasedStateMachine):
         return values
 
     def draw_expected(self, data: st.DataObject, session_id: str) -> dict[str, Any] | None:
-        """Choose what a session is expected to hold: seldom anything, and then often what it does hold."""
+        """Choose the values to expect of a session: usually none, otherwise often the values that it holds."""
         how = data.draw(st.sampled_from(["none", "none", "none", "none", "held", "held", "drawn"]))
         if how == "held":
             held = self.model.values(session_id)
@@ -576,7 +579,7 @@ class Machine(RuleBasedStateMachine):
         return self.draw(data) if how == "drawn" else None
 
     def differs(self, held: dict[str, Any], expected: dict[str, Any] | None) -> bool:
-        """Return whether values are not as expected: None is as good as no value."""
+        """Return whether values differ from the expected ones; None equals an absent value."""
         none = [(), self.stored("name", None)]
         for name, value in (expected or {}).items():
             stored = self.stored(name, held[name]) if name in held else ()
@@ -585,18 +588,18 @@ class Machine(RuleBasedStateMachine):
         return False
 
     def stored(self, name: str, value: object) -> object:
-        """Return what stands in Redis for a value; None stands for nothing that text can be."""
+        """Return the data that Redis holds for a value; () for None with TextCodec, which cannot store None."""
         if self.text and value is None:
             return ()
         data = self.stores[0].fields.encode_value(name, value)
         return data.encode() if isinstance(data, str) else data
 
     def read(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return values as the codec brings them back."""
+        """Return values as the codec decodes them."""
         return {k: str(v) for k, v in values.items()} if self.text else values
 
     def renew(self, session_id: str, age: str | None) -> None:
-        """Note in the model that a session lives on: as long as it is given now, was given before, or by default."""
+        """Renew a session in the model, for *age*, else for the max_age that it has, else for the default."""
         session = self.model.live[session_id]
         session.age = age or session.age
         session.ttl = min(session.full, self.lifetime)
@@ -610,7 +613,7 @@ class Machine(RuleBasedStateMachine):
             self.model.end(victim, "evicted")
         created = int(self.observer.hget(f"{self.prefix}:{{{session_id}}}", "_created") or 0)
         while before is None and self._milliseconds() <= created:
-            pass  # Of two sessions of the same millisecond, either one may be the older one: a run must be repeatable.
+            pass  # Sessions of one millisecond have no order, and a run must be repeatable.
         assert before is None or before.created == created
         self.model.stale -= {(name, session_id) for name in self.model.sets(values)}
         self.model.live[session_id] = Session(values, 0, before.age if before else None, created)
@@ -621,7 +624,7 @@ class Machine(RuleBasedStateMachine):
         return int(seconds * 1000 + microseconds // 1000)
 
     def check(self) -> None:
-        """Check promises 1 to 3 over the whole keyspace, and what fences hold."""
+        """Check promises 1 to 3 over the whole keyspace, and the content of fences."""
         self.do(self._check())
 
     async def _check(self) -> None:
@@ -630,7 +633,7 @@ class Machine(RuleBasedStateMachine):
         # 1. A live session is in the set of each of its values, and in no other.
         # 2. Every key has a TTL, and a set lives at least as long as its members.
         seen.check({i: model.sets(session.values) for i, session in model.live.items()}, model.stale)
-        # 3. What was ended is a tombstone, nothing else is a session, and that has what was written, for as long.
+        # 3. A session that was ended is a tombstone. Other hashes are live sessions, with the fields and TTLs written.
         found, expires = seen.hashes, seen.expires
         assert {i: fields["_ended"] for i, fields in found.items() if "_ended" in fields} == model.ended
         assert {i: fields["_next"] for i, fields in found.items() if "_next" in fields} == model.leads
@@ -640,7 +643,7 @@ class Machine(RuleBasedStateMachine):
             assert found[session_id].keys() == {"id", "_created", *noted, *session.values}
             assert noted.items() <= found[session_id].items()
             assert session.ttl - MINUTE < expires[f"{{{session_id}}}"] - seen.now <= session.ttl
-        # A fence says what is blocked, as long as it is, and remembers nothing of calls but that they are done.
+        # A fence holds a block until its end, and a mark for each finished call of `delete_by`.
         fences = seen.fences
         reasons = {name: fence.pop("why") for name, fence in fences.items() if fence.pop("until", None)}
         assert reasons == {name: f"for-{block}" for name, block in model.blocks.items()}
@@ -671,14 +674,14 @@ def _run(server: RedisServer, **options: Any) -> None:
 
 
 def test_the_store_does_what_the_model_does(redis_server: RedisServer) -> None:
-    """All operations, on several sessions and values, through two clients."""
+    """The store does what the model does, in random operations through two clients."""
     _run(redis_server)
 
 
 def test_the_store_does_what_the_model_does_without_coalescing(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the same, only slower."""
+    """The store does what the model does without coalescing, too."""
     send_singly(monkeypatch)
     _run(redis_server)
 
@@ -727,7 +730,7 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_the_model_finds_a_bug(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    """Scripts with a bug planted do not do what the model does."""
+    """A bug planted in a script makes the comparison with the model fail."""
     (right, wrong), read = BUGS[bug], scripts.read
     assert any(right in file.read_text() for file in LUA.glob("*.lua"))
     monkeypatch.setattr(scripts, "read", lambda name: read(name).replace(right, wrong))

@@ -1,4 +1,4 @@
-"""OpenID Connect Back-Channel Logout 1.0: each rule of section 2.6 of the standard, and what happens in between."""
+"""OpenID Connect Back-Channel Logout 1.0: the rules of section 2.6 of the standard, keys, replays and endpoints."""
 
 import asyncio
 import base64
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("kept_secret")
 
 
 class Provider:
-    """A provider with keys that it changes, on the loopback."""
+    """A provider on the loopback whose keys can change."""
 
     def __init__(self) -> None:
         self.issuer = ""
@@ -43,7 +43,7 @@ class Provider:
         self._jti = iter(range(1000))
 
     def claims(self, **changes: Any) -> dict[str, Any]:
-        """Return the claims of a good logout token, with changes; None takes one out."""
+        """Return the claims of a good logout token, with changes; a change to None removes the claim."""
         now = int(time.time())
         claims = {
             "iss": self.issuer,
@@ -66,7 +66,7 @@ class Provider:
         )
 
     def app(self) -> web.Application:
-        """Serve discovery and keys."""
+        """Return an application that serves discovery and keys."""
 
         async def discover(_: web.Request) -> web.Response:
             return web.json_response({"issuer": self.issuer, "jwks_uri": f"{self.issuer}/keys"})
@@ -82,7 +82,7 @@ class Provider:
 
 @pytest.fixture(name="provider")
 async def _provider() -> AsyncIterator[Provider]:
-    """One that is served."""
+    """A provider that is served."""
     provider = Provider()
     async with serve_aiohttp(provider.app()) as provider.issuer:
         yield provider
@@ -96,7 +96,7 @@ def _store(client: Redis, keyspace: Keyspace) -> SessionStore:
 
 @pytest.fixture(name="logout")
 def _logout(store: SessionStore, provider: Provider) -> BackChannelLogout:
-    """As an application makes it."""
+    """The back-channel logout of an application."""
     return BackChannelLogout(store, issuer=provider.issuer, client_id="app")
 
 
@@ -108,7 +108,7 @@ async def sign_in(store: SessionStore, logout: BackChannelLogout, sid: str, sub:
 async def test_a_logout_by_sid_ends_that_session(
     store: SessionStore, logout: BackChannelLogout, provider: Provider
 ) -> None:
-    """The others of the user stay, also if the token names the user too."""
+    """A logout token with a sid ends only that session, even if the token also names the user."""
     one, other = await sign_in(store, logout, "s1"), await sign_in(store, logout, "s2")
     assert await logout.logout(provider.token(sid="s1")) == 1
     assert await store.ended(one) == "oidc-logout"
@@ -119,7 +119,7 @@ async def test_a_logout_by_sid_ends_that_session(
 async def test_a_logout_by_sub_ends_all_sessions_of_the_user(
     store: SessionStore, logout: BackChannelLogout, provider: Provider
 ) -> None:
-    """If the token has no sid."""
+    """A logout token without a sid ends all sessions of the user."""
     sessions = [await sign_in(store, logout, sid) for sid in ("s1", "s2")]
     stranger = await sign_in(store, logout, "s3", "bob")
     assert await logout.logout(provider.token(sid=None)) == 2
@@ -130,7 +130,7 @@ async def test_a_logout_by_sub_ends_all_sessions_of_the_user(
 async def test_two_issuers_with_the_same_subject(
     store: SessionStore, logout: BackChannelLogout, provider: Provider
 ) -> None:
-    """A token of one ends no session of the other."""
+    """A logout token of one issuer ends no session of another issuer with the same subject."""
     theirs = BackChannelLogout(
         store, issuer="https://other.example", client_id="app", keys="https://other.example/keys"
     )
@@ -144,7 +144,7 @@ async def test_two_issuers_with_the_same_subject(
 async def test_a_token_that_comes_before_the_login_is_done(
     store: SessionStore, logout: BackChannelLogout, provider: Provider
 ) -> None:
-    """For a moment no session can be made with what was logged out. Others can sign in."""
+    """After a logout token, no session with its sid can be made for a moment, but other sessions can."""
     assert await logout.logout(provider.token(sid="s1")) == 0
     with pytest.raises(Blocked):
         await sign_in(store, logout, "s1")
@@ -152,7 +152,7 @@ async def test_a_token_that_comes_before_the_login_is_done(
 
 
 async def test_a_token_is_used_once(store: SessionStore, logout: BackChannelLogout, provider: Provider) -> None:
-    """Also by another process; the user may have signed in again."""
+    """A logout token is accepted once, even by several objects on one store."""
     token = provider.token(jti="once", sid="s1")
     await logout.logout(token)
     another = BackChannelLogout(store, issuer=provider.issuer, client_id="app")
@@ -165,7 +165,7 @@ async def test_a_token_is_used_once(store: SessionStore, logout: BackChannelLogo
 async def test_a_token_that_failed_may_be_sent_again(
     store: SessionStore, logout: BackChannelLogout, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It counts as used when the sessions have ended."""
+    """A token whose logout failed may be sent again, since it counts as used only after the sessions ended."""
     session_id, token = await sign_in(store, logout, "s1"), provider.token()
 
     async def fail(*_: object, **__: object) -> int:
@@ -180,7 +180,7 @@ async def test_a_token_that_failed_may_be_sent_again(
 
 
 async def test_the_provider_changes_its_keys(logout: BackChannelLogout, provider: Provider) -> None:
-    """A new key is fetched when a token comes that it has signed. Unknown keys do not make us fetch again and again."""
+    """The keys are fetched again for a token with a new key, but not for every unknown key."""
     for _ in range(3):
         await logout.logout(provider.token())
     assert provider.fetched == 1
@@ -199,7 +199,7 @@ async def test_the_provider_changes_its_keys(logout: BackChannelLogout, provider
 
 
 def broken() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each rule, and what breaks it."""
+    """Yield the name of each rule, and changes to a token that break the rule."""
     now = int(time.time())
     yield "iss: another", {"iss": "https://other.example"}
     yield "iss: missing", {"iss": None}
@@ -236,7 +236,7 @@ RULES = dict(broken())
 async def test_each_rule(
     store: SessionStore, logout: BackChannelLogout, provider: Provider, changes: dict[str, Any]
 ) -> None:
-    """A token that breaks it ends nothing, and the error holds nothing of it."""
+    """A token that breaks a rule ends no session, and the error shows no part of the token."""
     session_id = await sign_in(store, logout, "s1")
     with pytest.raises(InvalidLogoutToken) as raised:
         await logout.logout(provider.token(**changes))
@@ -265,7 +265,7 @@ def _by(key: RSAKey) -> Callable[[bytes], bytes]:
 
 
 async def test_signatures(store: SessionStore, logout: BackChannelLogout, provider: Provider) -> None:
-    """One of another key, none, one by a secret that everybody knows, and what is no token."""
+    """A token with a wrong, missing or weak signature is refused, and so is a text that is no token."""
     session_id = await sign_in(store, logout, "s1")
     good = provider.token()
     head, payload, signature = good.split(".")
@@ -293,7 +293,7 @@ async def test_signatures(store: SessionStore, logout: BackChannelLogout, provid
 
 
 async def test_bad_arguments(client: Redis, store: SessionStore) -> None:
-    """They are refused when it is made."""
+    """Bad arguments of `BackChannelLogout` are refused when the object is made."""
     good: dict[str, Any] = {"issuer": "https://a.example", "client_id": "app"}
     for bad, why in (
         ({"algorithms": ["HS256"]}, "asymmetric"),
@@ -313,7 +313,7 @@ async def test_bad_arguments(client: Redis, store: SessionStore) -> None:
 
 
 async def test_a_token_that_outlives_the_sessions(client: Redis, keyspace: Keyspace, provider: Provider) -> None:
-    """It is refused: the store would forget that it was used, and it could be replayed."""
+    """A token that expires later than the note of its use is refused, since it could be replayed."""
     references = ["oidc_sid", "oidc_sub", "user_id"]
     store = SessionStore(client, references=references, prefix=keyspace.prefix, max_lifetime="1h")
     logout = BackChannelLogout(store, issuer=provider.issuer, client_id="app")
@@ -328,7 +328,7 @@ async def test_a_token_that_outlives_the_sessions(client: Redis, keyspace: Keysp
 
 @pytest.mark.parametrize("keys", ["ftp://a.example/keys", "http://127.0.0.1:9/keys", None])
 async def test_keys_that_cannot_be_fetched(store: SessionStore, provider: Provider, keys: str | None) -> None:
-    """The provider is told to try again, and no session ends."""
+    """A logout is answered as temporarily unavailable if the keys cannot be fetched."""
     logout = BackChannelLogout(store, issuer="http://127.0.0.1:9", client_id="app", keys=keys)
     body = urlencode({"logout_token": provider.token()}).encode()
     answer = await logout.answer("POST", "application/x-www-form-urlencoded", body)
@@ -337,7 +337,7 @@ async def test_keys_that_cannot_be_fetched(store: SessionStore, provider: Provid
 
 
 async def test_discovery_of_another_issuer(store: SessionStore, provider: Provider) -> None:
-    """A document that names another issuer is not believed; nor is one that is no object."""
+    """A discovery document that names another issuer is refused."""
     logout = BackChannelLogout(store, issuer=f"{provider.issuer}/", client_id="app")
     with pytest.raises(OSError, match="could not be fetched"):
         await logout.logout(provider.token())
@@ -374,7 +374,7 @@ async def _quart(logout: BackChannelLogout) -> Any:
 
 @pytest.mark.parametrize("serve", [_aiohttp, _starlette, _fastapi, _quart])
 async def test_the_endpoint(store: SessionStore, logout: BackChannelLogout, provider: Provider, serve: Any) -> None:
-    """In each framework: 200 for a good token, 400 with the reason for all else, and never stored by a cache."""
+    """The endpoint answers 200 to a good token and 400 with the reason otherwise, always with `no-store`."""
     session_id = await sign_in(store, logout, "s1")
     async with await serve(logout) as url, aiohttp.ClientSession(url) as client:
 
@@ -398,14 +398,14 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}
 
 
 async def test_it_serves_http_only(logout: BackChannelLogout) -> None:
-    """A WebSocket is a mistake of the application."""
+    """The endpoint raises RuntimeError for a WebSocket."""
     with pytest.raises(RuntimeError, match="http only"):
         await logout({"type": "websocket"}, None, None)
 
 
 @pytest.mark.parametrize("document", ["<html>", "[]", "{}", '{"keys": [{"kty": "?"}]}', '{"keys": 1}'])
 async def test_a_provider_that_sends_nonsense(store: SessionStore, provider: Provider, document: str) -> None:
-    """It is not the token's fault: the provider is told to try again, and is not asked for each token."""
+    """Keys that are nonsense are answered as temporarily unavailable, and are not fetched for each token."""
     asked = 0
 
     async def keys(_: web.Request) -> web.Response:
@@ -425,7 +425,7 @@ async def test_a_provider_that_sends_nonsense(store: SessionStore, provider: Pro
 
 
 async def test_keys_that_are_known_stay(logout: BackChannelLogout, provider: Provider) -> None:
-    """If they cannot be fetched again, the old ones are used."""
+    """Known keys are used if they cannot be fetched again."""
     await logout.logout(provider.token())
 
     async def fail() -> dict[str, Any]:
@@ -437,7 +437,7 @@ async def test_keys_that_are_known_stay(logout: BackChannelLogout, provider: Pro
 
 
 async def test_one_token_at_the_same_time(store: SessionStore, logout: BackChannelLogout, provider: Provider) -> None:
-    """It is obeyed once; the sessions end in any case."""
+    """One token that arrives three times at once is accepted once, and the session ends."""
     session_id, token = await sign_in(store, logout, "s1"), provider.token()
     results = await asyncio.gather(*(logout.logout(token) for _ in range(3)), return_exceptions=True)
     assert len([one for one in results if isinstance(one, InvalidLogoutToken)]) == 2, results

@@ -1,4 +1,4 @@
-"""What an operation must have in the tests: these fail for a new one, and name what is missing."""
+"""Every operation has its tests: the checks here fail for a new operation, and name what is missing."""
 
 import ast
 import asyncio
@@ -18,7 +18,7 @@ from tests import test_bad_input, test_coalesce, test_commands, test_faults, tes
 
 TESTS: Final = Path(__file__).parent
 
-#: All operations, by their names in `rss.engine.operations`: a script may be several, some of which are never repeated.
+#: All operations, by their names in `rss.engine.operations`. One script may serve several operations.
 OPERATIONS: Final = {name: value for name, value in vars(operations).items() if isinstance(value, Operation)}
 
 #: Public methods that a user calls for their effect on the store, not on sessions.
@@ -73,13 +73,13 @@ def methods_used(file: str, is_store: Callable[[str], bool]) -> set[str]:
 
 
 def test_the_table_of_operations_is_whole() -> None:
-    """Each script of an operation is in it once: only those in the table are loaded."""
+    """The table of operations holds each script; only scripts in the table are loaded."""
     assert {operation.script for operation in operations.ALL} == {one.script for one in OPERATIONS.values()}
     assert {"get", "set", "find_by", "delete_by", "block"} <= METHODS
 
 
 def test_every_method_sends_an_operation_and_every_operation_is_sent() -> None:
-    """There is no method without an operation, and no operation that no method needs."""
+    """Every method sends an operation, and every operation is sent by a method."""
     calls: dict[str, Callable[[SessionStore], Awaitable[object]]] = {
         "create": lambda store: store.create(),
         "get": lambda store: store.get("a"),
@@ -109,24 +109,24 @@ def test_every_method_sends_an_operation_and_every_operation_is_sent() -> None:
 
 
 def test_every_method_is_in_the_model() -> None:
-    """The model runs it among others, and looks at the whole keyspace afterwards."""
+    """Every method of the store is called by the model test."""
     used = methods_used("test_model.py", lambda store: store.startswith("self.stores["))
     assert METHODS - used == set(), "missing in tests/test_model.py, as rules of Machine"
 
 
 def test_every_method_is_called_with_bad_arguments() -> None:
-    """There is a group of rows for each."""
+    """Every method has a group of rows with bad arguments."""
     assert METHODS - test_bad_input.BAD.keys() == set(), "missing in tests/test_bad_input.py, in BAD"
 
 
 def test_every_method_is_type_checked() -> None:
-    """With a schema and without."""
+    """Every method is called in the typing tests."""
     used = methods_used("typing/test_store.py", lambda store: store == "store")
     assert METHODS - used == set(), "missing in tests/typing/test_store.py"
 
 
 def test_every_operation_is_coalesced() -> None:
-    """If calls of it can be a batch, there is a row that counts the scripts of many calls."""
+    """Every operation that can be batched has a row that counts the scripts of many calls."""
     rows = sent_by([lambda store, call=call: call(store, 1) for call in test_coalesce.CALLS.values()])  # type: ignore[misc]
     batched = {operation.script for operation in OPERATIONS.values() if operation.batched}
     missing = batched - {OPERATIONS[name].script for name in rows}
@@ -134,7 +134,7 @@ def test_every_operation_is_coalesced() -> None:
 
 
 def test_every_operation_loses_its_reply() -> None:
-    """There is a row, or a test, in which it is not known whether it ran; it is repeated, or it is not."""
+    """Every operation has a row or a test in which its reply is lost."""
     repeated = sent_by(call for call, _ in test_faults.REPEATED.values())
     assert all(OPERATIONS[name].repeatable for name in repeated)
     assert OPERATIONS.keys() - repeated - LOST_REPLIES.keys() == set(), "missing in tests/test_faults.py, in REPEATED"
@@ -142,7 +142,7 @@ def test_every_operation_loses_its_reply() -> None:
 
 
 def test_every_operation_has_a_budget() -> None:
-    """If calls of it can be a batch, there is a row that counts its commands."""
+    """Every operation that can be batched has a row that counts its commands."""
     rows = sent_by([lambda store, call=budget.call: call(store, "a") for budget in test_commands.BUDGETS.values()])  # type: ignore[misc]
     batched = {operation.script for operation in OPERATIONS.values() if operation.batched}
     missing = batched - {OPERATIONS[name].script for name in rows}
@@ -150,6 +150,6 @@ def test_every_operation_has_a_budget() -> None:
 
 
 def test_every_script_runs_with_what_its_header_says() -> None:
-    """There is a case for each."""
+    """Every script has a case with the arguments of its header."""
     missing = {operation.script for operation in operations.ALL} - test_scripts.CASES.keys()
     assert missing == set(), "missing in tests/test_scripts.py, in CASES"

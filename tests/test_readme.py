@@ -1,4 +1,4 @@
-"""The documents can be trusted: their examples run, and what they say of commands, keys and methods is so."""
+"""The documents are right: their examples run, and the commands, keys and methods that they name exist."""
 
 import ast
 import inspect
@@ -26,7 +26,7 @@ ALL = [*DOCUMENTS, *(ROOT / name for name in OTHERS)]
 async def test_the_examples_run(
     document: Path, client: Redis, redis_url: str, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they stand, one after the other; only their keys have another prefix. Files run in tests of their own."""
+    """The examples of a document run unchanged, in order, under another prefix. Files have tests of their own."""
     defaults = SessionStore.__init__.__kwdefaults__
     assert defaults
     monkeypatch.setitem(defaults, "prefix", keyspace.prefix)
@@ -45,12 +45,12 @@ async def test_the_examples_run(
 
 
 def test_there_are_examples() -> None:
-    """So that the test above means something."""
+    """Each document has the expected number of examples, so the test above is not empty."""
     assert [len(examples(document)) for document in DOCUMENTS] == [2, 7, 1, 1, 2, 5, 5, 0]
 
 
 async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Keyspace) -> None:
-    """The rows of the table are what is in Redis."""
+    """The keys in Redis are those in the table of the guide."""
     await store.set("a", {"user_id": 1, "ip": "::1", "tags": ["x"]})
     await store.set("b", {"user_id": 1})
     await store.delete("b")
@@ -63,7 +63,7 @@ async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Key
 
 
 def test_every_method_is_in_the_table() -> None:
-    """The tables name each public method of the store and of a session, and none that there is not."""
+    """The tables name each public method of the store and of a session, and no other."""
     table = STORE.split("## Which operations are there?", 1)[1].split("## Which errors", 1)[0]
     told = set(re.findall(r"`(\w+)\(", table.split("`help(", maxsplit=1)[0]))
     assert told == {name for name in vars(SessionStore) if not name.startswith("_")} - {"from_url"}
@@ -74,7 +74,7 @@ def test_every_method_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
 def test_what_a_document_names_is_there(document: Path) -> None:
-    """Targets of make, files to run, files that it links, and pictures."""
+    """The make targets, Python files, linked files and pictures that a document names exist."""
     text = document.read_text()
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"[`$] ?make (\w+)", text)) <= targets
@@ -85,31 +85,31 @@ def test_what_a_document_names_is_there(document: Path) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """A newcomer reads it in one go; it links all guides."""
+    """The README has at most 1,800 words, and links all guides."""
     assert len(README.split()) <= 1800
     assert all(f"rss/guides/{guide.name}" in README for guide in GUIDES)
 
 
 def test_the_picture_is_drawn_by_the_code() -> None:
-    """The file is what `python -m tests.picture` writes."""
+    """The picture is the output of `python -m tests.picture`."""
     assert picture.FILE.read_text() == picture.draw()
 
 
 def test_the_numbers_are_those_that_were_measured() -> None:
-    """What the documents say of the speed is what `make bench` wrote down last."""
+    """The numbers in the documents are those in benchmarks/results."""
     results = ROOT / "benchmarks" / "results"
     assert (results / "summary.md").read_text().strip() in README
     assert (results / "tables.md").read_text() in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_every_name_is_public() -> None:
-    """What the package exports is in a document."""
+    """Every public name of the package is in a document."""
     text = "".join(document.read_text() for document in DOCUMENTS)
     assert all(name in text for name in rss.__all__ if name != "Duration")
 
 
 def test_every_requirement_is_in_the_table() -> None:
-    """From the first to the last, with an answer."""
+    """The table in SECURITY.md has a row for each requirement, in order, with an answer."""
     text = (ROOT / ".github" / "SECURITY.md").read_text()
     rows = re.findall(r"^\| S(\d+) \| [^|]+ \| [^|]+ \|$", text, re.MULTILINE)
     assert [int(row) for row in rows] == list(range(1, 33))

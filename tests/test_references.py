@@ -21,7 +21,7 @@ def _store(client: Redis, keyspace: Keyspace, **reference: object) -> SessionSto
 
 
 async def _sign_in(store: SessionStore, keyspace: Keyspace, *ids: str, user_id: object = 1) -> None:
-    """Make sessions of a user one after the other: a millisecond apart, since the clock of sessions counts those."""
+    """Make sessions of a user a millisecond apart, so that their creation times differ."""
     for session_id in ids:
         await store.set(session_id, {"user_id": user_id, "ip": session_id})
         created = await keyspace.client.hget(store.get_session_key(session_id), "_created")
@@ -30,7 +30,7 @@ async def _sign_in(store: SessionStore, keyspace: Keyspace, *ids: str, user_id: 
 
 
 async def test_the_oldest_goes_at_a_limit(client: Redis, keyspace: Keyspace) -> None:
-    """One more session ends the oldest, by creation, in the same step."""
+    """A session that joins a full set evicts the session that was created first."""
     store = _store(client, keyspace, limit=2)
     await _sign_in(store, keyspace, "a", "b")
     await store.touch("a")
@@ -48,7 +48,7 @@ async def test_the_oldest_goes_at_a_limit(client: Redis, keyspace: Keyspace) -> 
 
 
 async def test_a_limit_that_refuses(client: Redis, keyspace: Keyspace) -> None:
-    """LimitExceeded names the field, nothing is written, and there is room again when one ends or expires."""
+    """A full set refuses more sessions with LimitExceeded, until one of its sessions ends or expires."""
     store = _store(client, keyspace, limit=2, on_limit="refuse")
     await _sign_in(store, keyspace, "a", "b")
     await store.set("c", {"user_id": 2, "ip": "c"})
@@ -76,7 +76,7 @@ async def test_a_limit_that_refuses(client: Redis, keyspace: Keyspace) -> None:
 
 
 async def test_a_limit_holds_against_parallel_logins(client: Redis, keyspace: Keyspace) -> None:
-    """However many sign in at once, the limit is never exceeded."""
+    """Fifty parallel logins do not exceed the limit."""
     store = _store(client, keyspace, limit=3)
     await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(50)))
     assert await store.count_by("user_id", 1) == 3
@@ -84,14 +84,14 @@ async def test_a_limit_holds_against_parallel_logins(client: Redis, keyspace: Ke
 
 
 async def test_a_new_limit_shrinks_a_large_set(client: Redis, keyspace: Keyspace) -> None:
-    """A limit that comes later ends the surplus when the next session joins."""
+    """A new limit evicts all surplus sessions when the next session joins."""
     await _sign_in(_store(client, keyspace), keyspace, *"abcdef")
     await _store(client, keyspace, limit=2).set("g", {"user_id": 1})
     assert (await keyspace.dump())["user_id:{1}"] == {"f", "g"}
 
 
 async def test_a_session_evicted_for_one_value_makes_room_in_others(client: Redis, keyspace: Keyspace) -> None:
-    """A session that joins several sets at their limit ends no more sessions than it must."""
+    """A session that joins two full sets evicts one session if both sets hold that session."""
     store = _store(client, keyspace, limit=2)
     await _sign_in(store, keyspace, "a", user_id=[1, 2])
     await _sign_in(store, keyspace, "b")
@@ -104,9 +104,9 @@ async def test_a_session_evicted_for_one_value_makes_room_in_others(client: Redi
 
 
 async def test_strict_deleting_the_set_revokes(client: Redis, keyspace: Keyspace) -> None:
-    """Once the set is gone no session of it is alive, and no write brings one back.
+    """Deleting the set of a strict reference revokes its sessions, and no write revives them.
 
-    Its sessions stay in their other sets: so a store for which the reference is not strict still finds them.
+    The sessions stay in their other sets, so a store for which the reference is not strict still finds them.
     """
     store = _store(client, keyspace, strict=True)
     for session_id in "ab":
@@ -142,7 +142,7 @@ async def test_strict_deleting_the_set_revokes(client: Redis, keyspace: Keyspace
 
 @pytest.fixture(name="young")
 def _young(client: Redis, keyspace: Keyspace) -> SessionStore:
-    """A store with a max_lifetime, on the prefix of one without, as during a deploy."""
+    """A store with a max_lifetime, on the prefix of a store without one, as during a deployment."""
     references = {"user_id": Reference(limit=2), "ip": Reference()}
     return SessionStore(client, references=references, prefix=keyspace.prefix, max_lifetime="1h")
 
@@ -154,7 +154,7 @@ async def _age(keyspace: Keyspace, session_id: str) -> None:
 async def test_a_session_that_is_too_old_for_another_store_stays_in_its_sets(
     store: SessionStore, young: SessionStore, keyspace: Keyspace
 ) -> None:
-    """A store that takes it for expired neither shows it nor takes it out of a set: it is not gone."""
+    """A store that regards a session as too old hides it, but does not take it out of its sets."""
     await store.set("a", {"user_id": 1, "ip": "x"})
     await store.set("b", {"user_id": 1, "ip": "x"})
     await _age(keyspace, "a")
@@ -170,7 +170,7 @@ async def test_a_session_that_is_too_old_for_another_store_stays_in_its_sets(
 async def test_delete_by_ends_what_another_store_takes_for_alive(
     store: SessionStore, young: SessionStore, keyspace: Keyspace
 ) -> None:
-    """It ends every session whose hash names the value, and counts those that were alive for it."""
+    """`delete_by` ends every session with the value, but counts only those that its store regards as alive."""
     await store.set("a", {"user_id": 1, "ip": "x"})
     await store.set("b", {"user_id": 1, "ip": "x"})
     await _age(keyspace, "a")
@@ -182,7 +182,7 @@ async def test_delete_by_ends_what_another_store_takes_for_alive(
 async def test_a_limit_leaves_alone_what_another_store_takes_for_alive(
     store: SessionStore, young: SessionStore, keyspace: Keyspace
 ) -> None:
-    """Such a session is neither counted nor ended nor taken out of the set when others join."""
+    """A limit ignores a session that is too old for this store but alive for another one."""
     await store.set("old", {"user_id": 1})
     await _age(keyspace, "old")
     await _sign_in(young, keyspace, "a", "b", "c")
@@ -192,7 +192,7 @@ async def test_a_limit_leaves_alone_what_another_store_takes_for_alive(
 
 
 async def test_a_max_age_that_is_given_is_kept_when_the_default_changes(client: Redis, keyspace: Keyspace) -> None:
-    """Also if it was the default when it was given: then it is noted as the session's own."""
+    """A `max_age` that was given stays when the default changes, even if it was the default before."""
     before = SessionStore(client, prefix=keyspace.prefix, max_age="1h")
     after = SessionStore(client, prefix=keyspace.prefix, max_age="1m")
     await before.set("given", {}, "1h")
@@ -210,7 +210,7 @@ async def test_a_max_age_that_is_given_is_kept_when_the_default_changes(client: 
 
 
 async def test_strict_needs_every_value_of_a_list(client: Redis, keyspace: Keyspace) -> None:
-    """A session with two values is revoked with either set; one with none has no set to be in."""
+    """A session with two strict values is revoked when it leaves either set; one without values is not."""
     store = _store(client, keyspace, strict=True)
     await store.set("a", {"user_id": [1, 2]})
     await store.set("b", {"user_id": None})
@@ -220,7 +220,7 @@ async def test_strict_needs_every_value_of_a_list(client: Redis, keyspace: Keysp
 
 
 async def test_strict_another_type_in_place_of_a_set(client: Redis, keyspace: Keyspace) -> None:
-    """Its sessions are revoked, and disturb no other of the same user."""
+    """Another type in place of a strict set revokes its sessions, and does not affect other sessions of the user."""
     references = {"user_id": Reference(), "team": Reference(strict=True)}
     store = SessionStore(client, references=references, prefix=keyspace.prefix)
     await store.set("a", {"user_id": 1, "team": "x"})
@@ -232,7 +232,7 @@ async def test_strict_another_type_in_place_of_a_set(client: Redis, keyspace: Ke
 
 
 async def test_a_lost_set_is_made_again(store: SessionStore, keyspace: Keyspace) -> None:
-    """Where the reference is not strict, the next write or rotation puts the session into a set that Redis lost."""
+    """A write or a rotation puts the session back into a set that was lost, unless the reference is strict."""
     await store.set("a", {"user_id": 1, "ip": "x"})
     before = await keyspace.dump()
     await keyspace.client.delete(store.get_reference_key("user_id", 1))
@@ -244,7 +244,7 @@ async def test_a_lost_set_is_made_again(store: SessionStore, keyspace: Keyspace)
 
 
 async def test_expired_ids_leave_as_new_ones_come(client: Redis, keyspace: Keyspace) -> None:
-    """Without a job, an event or a read: a set holds few more ids than there are live sessions."""
+    """Expired ids leave a set as new sessions join, so few of them pile up."""
     store = SessionStore(client, references=["ip"], prefix=keyspace.prefix)
     key = store.get_reference_key("ip", "x")
     await store.set("live", {"ip": "x"})
@@ -265,7 +265,7 @@ RENEWALS: dict[str, Callable[[SessionStore], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("way", RENEWALS)
 async def test_expired_ids_leave_as_a_session_is_renewed(client: Redis, keyspace: Keyspace, way: str) -> None:
-    """A set that no session joins any more shrinks too: renewals that lengthen its life look at some of its ids."""
+    """Renewals that extend a set remove some expired ids, so a set that no session joins shrinks, too."""
     store = SessionStore(client, references=["ip"], prefix=keyspace.prefix)
     key = store.get_reference_key("ip", "x")
     await store.set("live", {"ip": "x"})
@@ -279,7 +279,7 @@ async def test_expired_ids_leave_as_a_session_is_renewed(client: Redis, keyspace
 
 
 async def test_a_quick_count_is_an_upper_bound(store: SessionStore, keyspace: Keyspace) -> None:
-    """It also counts expired sessions, and a session made again under its old id in the set of its former value."""
+    """The quick count includes expired sessions, until an exact count removes their ids."""
     await store.set("a", {"user_id": 1})
     await store.set("b", {"user_id": 1})
     assert await store.count_by("user_id", 1, exact=False) == await store.count_by("user_id", 1) == 2
@@ -292,7 +292,7 @@ async def test_a_quick_count_is_an_upper_bound(store: SessionStore, keyspace: Ke
 
 
 async def test_a_session_made_again_counts_only_for_its_new_value(store: SessionStore, keyspace: Keyspace) -> None:
-    """A plain set on the id of an expired session makes another session: that of before is not found by it."""
+    """A session made again under the id of an expired one is not found by the old value."""
     await store.set("a", {"user_id": 1})
     await keyspace.expire("{a}")
     await store.set("a", {"user_id": 2})
@@ -301,7 +301,7 @@ async def test_a_session_made_again_counts_only_for_its_new_value(store: Session
 
 
 async def test_a_set_without_a_ttl_keeps_none(store: SessionStore, keyspace: Keyspace) -> None:
-    """A set that others made to stay stays; nor does another's TTL get shorter."""
+    """A reference set that others made without a TTL stays without one."""
     key = store.get_reference_key("user_id", 1)
     await keyspace.client.sadd(key, "other")
     await store.set("a", {"user_id": 1})
@@ -310,7 +310,7 @@ async def test_a_set_without_a_ttl_keeps_none(store: SessionStore, keyspace: Key
 
 
 async def test_a_session_lives_no_longer_than_its_lifetime(client: Redis, keyspace: Keyspace) -> None:
-    """No renewal takes it beyond max_lifetime from its creation, nor does a new id."""
+    """Neither a renewal nor a new id lets a session live longer than `max_lifetime`."""
     store = SessionStore(client, prefix=keyspace.prefix, max_age="2h", max_lifetime="3h")
     key = store.get_session_key("a")
     await store.set("a", {})
@@ -331,7 +331,7 @@ async def test_a_session_lives_no_longer_than_its_lifetime(client: Redis, keyspa
 
 
 async def test_a_session_of_the_original_gets_a_birthday(client: Redis, keyspace: Keyspace) -> None:
-    """One that does not say when it was created is young at its first renewal, and no younger later."""
+    """A session without a creation time gets one at its first renewal, and keeps it."""
     store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_lifetime="3h")
     key = store.get_session_key("a")
     await keyspace.client.hset(key, mapping={"id": "a", "user_id": "1"})
@@ -346,7 +346,7 @@ async def test_a_session_of_the_original_gets_a_birthday(client: Redis, keyspace
 
 
 async def test_a_hash_without_ttl_is_no_session(store: SessionStore, keyspace: Keyspace) -> None:
-    """What others left under the key of a session is not taken for one, nor mixed into a new one."""
+    """A hash without a TTL under the key of a session is ignored, and a new session replaces it."""
     key = store.get_session_key("a")
     for rest in ({"id": "a", "role": "admin"}, {"role": "admin"}):
         await keyspace.client.delete(key)
@@ -372,16 +372,16 @@ WRITES: dict[str, Callable[[SessionStore], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("way", WRITES)
 async def test_a_session_gets_its_ttl_last(url: str, way: str) -> None:
-    """Nothing is written into a hash behind its PEXPIREAT.
+    """A script sets the TTL of a session's hash after all other writes to it.
 
-    On Redis 6.2 the time runs on inside scripts: a hash whose time is over by then would be made again, without TTL.
+    On Redis 6.2 time passes inside a script. A write after the TTL could recreate an expired hash, without a TTL.
     """
     async with (
         Redis.from_url(url, decode_responses=True) as admin,
         SessionStore.from_url(url, references=["user_id"]) as store,
     ):
         await admin.flushall()
-        await admin.hset("rss:{a}", mapping={"id": "a", "user_id": "1", "x": "0"})  # Nothing is noted of its times.
+        await admin.hset("rss:{a}", mapping={"id": "a", "user_id": "1", "x": "0"})  # Without _created and _max_age.
         await admin.sadd("rss:user_id:{1}", "a")
         for key in ("rss:{a}", "rss:user_id:{1}"):
             await admin.expire(key, 3600)
@@ -405,7 +405,7 @@ async def test_a_session_gets_its_ttl_last(url: str, way: str) -> None:
 
 
 async def _scripts_run(url: str, *calls: Awaitable[object]) -> int:
-    """Let these begin in the same moment, and return how many scripts they took."""
+    """Run calls that begin at the same time, and return how many scripts they took."""
     async with Redis.from_url(url) as admin:
         await admin.config_resetstat()
         await asyncio.gather(*calls)
@@ -422,7 +422,7 @@ async def _busy(url: str) -> AsyncIterator[SessionStore]:
 
 
 async def test_sets_are_weighed(busy: SessionStore, url: str) -> None:
-    """Sessions in many sets make small batches: a script ends when it has done enough for them."""
+    """Sessions in many sets make small batches, since a script ends when its time budget is spent."""
     ids: list[str] = []
 
     async def create(n: int) -> None:
@@ -455,14 +455,14 @@ async def test_fields_are_weighed(busy: SessionStore, url: str) -> None:
 
 
 async def test_a_page_of_sessions_in_many_sets_is_small(busy: SessionStore, url: str) -> None:
-    """All of a value are ended, in more pages than their number tells."""
+    """A page of sessions in many sets is small, so `delete_by` needs more pages for them."""
     await asyncio.gather(*(busy.create({"ip": "x", "user_id": [f"{n}-{i}" for i in range(120)]}) for n in range(100)))
     assert await _scripts_run(url, busy.delete_by("ip", "x")) >= 6
     assert await busy.count_by("user_id", "7-7") == 0
 
 
 async def test_grace_leads_over_eight_rotations(busy: SessionStore, url: str) -> None:
-    """An id that is older leads nowhere, and costs no more."""
+    """Grace follows at most eight rotations, and an older id costs no more commands."""
     ids = [await busy.create()]
     for _ in range(10):
         ids.append(await busy.rotate(ids[-1], grace="1h"))
@@ -479,7 +479,7 @@ async def test_grace_leads_over_eight_rotations(busy: SessionStore, url: str) ->
     ages=st.lists(st.tuples(st.sampled_from(["set", "move", "touch", "unset", "rotate"]), st.integers(60_000, 10**11))),
 )
 def test_sets_outlive_a_session_however_it_is_renewed(redis_server: RedisServer, ages: list[tuple[str, int]]) -> None:
-    """Sets live as long as the session does, and at most a 32nd and a tenth of a second longer."""
+    """Sets outlive their session by at most a 32nd of its lifetime plus a tenth of a second."""
 
     async def run() -> None:
         async with Redis.from_url(redis_server.url, decode_responses=True) as client:
@@ -512,8 +512,8 @@ def test_sets_outlive_a_session_however_it_is_renewed(redis_server: RedisServer,
 async def test_a_limit_ends_no_session_of_another_value(
     client: Redis, keyspace: Keyspace, user: int | str | None
 ) -> None:
-    """An id that was left in a full set, and stands for another user's session by now, is never evicted from there."""
-    limit = 1000  # So many members that a script has spent its time before it has looked at all of them.
+    """A limit never evicts a session of another value whose id was left in the full set."""
+    limit = 1000  # Enough members to exhaust the time of a script before it has looked at all.
     store = SessionStore(client, references={"user_id": Reference(limit=limit)}, prefix=keyspace.prefix)
     await store.set("other", {"user_id": user})
     await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(limit - 1)))

@@ -1,4 +1,4 @@
-"""The files in lua/: each says what goes in and what comes out, and is small enough to read."""
+"""The files in lua/: each has a header that describes keys, arguments and results, and is small enough to read."""
 
 import json as json_module
 import re
@@ -28,7 +28,7 @@ OPERATIONS: Final = {operation.script: operation for operation in operations.ALL
 
 HEADER: Final = re.compile(r"--\[\[\n  [A-Z].*?\n\n  KEYS  .*\n  ARGV  .*\n\n  Returns .*?\n\]\]\n", re.DOTALL)
 ARGUMENT: Final = re.compile(r"    (\w+) {2,}")
-#: A function at the top of a file, in one line or in several.
+#: A function at the top level of a file, in one line or in several.
 FUNCTION: Final = re.compile(
     r"^local (?:function )?(\w+)(?:\(| = [^\n]*\bfunction\b)(?:[^\n]* end$|.*?^end$)", re.MULTILINE | re.DOTALL
 )
@@ -37,13 +37,13 @@ CODE: Final = re.compile(r"\bRSS[A-Z]+\b")
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a script says."""
+    """The content of the header of a script."""
 
-    #: The parts that it needs.
+    #: The parts that the script needs.
     needs: list[str]
-    #: What is in KEYS, for each session if there are several.
+    #: The names of KEYS, of each session if there are several.
     keys: list[str]
-    #: The arguments that all sessions share, and those of each session.
+    #: The arguments that all sessions share, and the arguments of each session.
     shared: list[str]
     own: list[str]
     #: The errors that are returned.
@@ -58,7 +58,7 @@ def header(name: str) -> Header:
     keys, rest = rest.split("\n  ARGV ", 1)
     arguments, returns = rest.split("\n  Returns ", 1)
     needs = re.search(r"\bNeeds ([\w, ]+)\.", about)
-    # The arguments behind the words "for each session" are those of each of them.
+    # The arguments after the words "for each session" are repeated for each session.
     shared, _, own = arguments.partition("for each session\n")
     return Header(
         needs=needs[1].split(", ") if needs else [],
@@ -97,31 +97,31 @@ def test_a_file_has_a_header_and_fits_on_a_screen(file: Path) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_script_ends_by_running_its_batch(name: str) -> None:
-    """The last line runs a function for each session: so an error of one does not cost the replies of others."""
+    """The last line runs a function for each session, so an error of one does not lose other replies."""
     assert re.search(r"\nreturn each\(\w+\)$", body(name))
 
 
 def _closure(needs: list[str]) -> set[str]:
-    """Return these parts, and those that they need."""
+    """Return these parts, and the parts that they need."""
     return set(needs).union(*(_closure(header(f"_{part}").needs) for part in needs))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_header_names_the_parts(name: str) -> None:
-    """What a script needs, and what that needs, are the parts that the table of operations lists."""
+    """The parts that a header needs, directly or not, are those that the table of operations lists."""
     assert _closure(header(name).needs) == set(OPERATIONS[name].parts)
 
 
 @pytest.mark.parametrize("part", scripts.PARTS)
 def test_a_part_stands_behind_those_that_it_needs(part: str) -> None:
-    """A local function of Lua is only known below its definition."""
+    """A part stands behind the parts that it needs, since Lua knows a local function only below its definition."""
     before = scripts.PARTS[: scripts.PARTS.index(part)]
     assert set(header(f"_{part}").needs) <= set(before)
 
 
 @pytest.mark.parametrize("part", scripts.PARTS)
 def test_the_arguments_of_a_part_are_in_the_headers_that_need_it(part: str) -> None:
-    """A part that reads arguments reads them from those of the script."""
+    """Each argument that a part reads is in the headers of all scripts that use the part."""
     mine = header(f"_{part}")
     for name, operation in OPERATIONS.items():
         if part in operation.parts:
@@ -130,21 +130,21 @@ def test_the_arguments_of_a_part_are_in_the_headers_that_need_it(part: str) -> N
 
 # ---------------------------------------------------------------------- errors
 
-#: What a script never returns, although a part that it needs can.
+#: Errors that a script never returns, although a part of it can.
 NEVER: Final = {
-    "unset_with_refs": {"RSSLIMIT", "RSSBLOCKED"},  # It joins no set that it was not in.
+    "unset_with_refs": {"RSSLIMIT", "RSSBLOCKED"},  # `unset` takes values away, and joins no set.
 }
 
 
 def _functions(name: str) -> dict[str, str]:
-    """Return the functions that a script can call, and what they do; the script itself is under its name."""
+    """Return the source of each function that a script can call, and of the script itself, by name."""
     files = ["_store", *(f"_{part}" for part in scripts.PARTS if part in OPERATIONS[name].parts)]
     shared = {match[1]: match[0] for file in files for match in FUNCTION.finditer(body(file))}
     return {**shared, name: body(name)}
 
 
 def _reachable(name: str) -> Iterator[str]:
-    """Iterate over the code that a script can run, of functions that are called somewhere in it."""
+    """Iterate over the source of a script and of all functions that it can reach."""
     functions = _functions(name)
     todo, seen = [name], set[str]()
     while todo:
@@ -157,7 +157,7 @@ def _reachable(name: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_header_tells_of_every_error(name: str) -> None:
-    """Each code that a script can return, itself or by a part, is in its header, and no other."""
+    """A header lists exactly the error codes that the script and its parts can return."""
     assert header(name).codes == set(CODE.findall("".join(_reachable(name)))) - NEVER.get(name, set())
 
 
@@ -166,16 +166,16 @@ def test_a_header_tells_of_every_error(name: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One run of a script: what stands on the wire for each name in its header, and what comes of it."""
+    """One run of a script: the data for each name in its header, and the expected results."""
 
-    #: For each session its keys, by a word of the header.
+    #: For each session: its keys, by words of the header.
     keys: list[dict[str, list[str]]]
     shared: dict[str, list[str]] = field(default_factory=dict)
     own: list[dict[str, list[str]]] = field(default_factory=list)
     replies: list[Any] = field(default_factory=list)
-    #: The keys that are left, without prefix; "..." for those that stay as they were.
+    #: The keys that are left, without prefix.
     left: dict[str, Any] = field(default_factory=dict)
-    #: Greatest TTLs.
+    #: The highest TTLs of some keys, in milliseconds.
     ttls: dict[str, int] = field(default_factory=dict)
 
 
@@ -354,7 +354,7 @@ def _wire(said: Header, case: Case, prefix: str) -> tuple[list[str], list[str]]:
 
 
 def _same(found: object, expected: object) -> bool:
-    """Return whether that was to be; `TTL` stands for any time."""
+    """Return whether a result is as expected; `TTL` matches any time."""
     if expected is TTL:
         return isinstance(found, int) or str(found).isdigit()
     if isinstance(expected, list):
@@ -369,7 +369,7 @@ def _same(found: object, expected: object) -> bool:
 
 
 async def _try(name: str, said: Header, keyspace: Keyspace) -> None:
-    """Run a script with what its header says, and look at what comes of it."""
+    """Run a script with the arguments in the order of its header, and check the results."""
     case = CASES[name]
     store = SessionStore(keyspace.client, references=["user_id", "ip"], prefix=keyspace.prefix)
     await keyspace.clear()
@@ -387,12 +387,12 @@ async def _try(name: str, said: Header, keyspace: Keyspace) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 async def test_a_script_takes_what_its_header_says(name: str, keyspace: Keyspace) -> None:
-    """KEYS and ARGV, built from nothing but the header, do what the script is for."""
+    """A script works with KEYS and ARGV in the order of its header."""
     await _try(name, header(name), keyspace)
 
 
 def _swaps(name: str) -> Iterator[Header]:
-    """Iterate over headers that name two neighbours the wrong way round, or one by another name."""
+    """Iterate over wrong headers: two neighbours are swapped, or one has another name."""
     right = header(name)
     for place in ("keys", "shared", "own"):
         names: list[str] = getattr(right, place)
@@ -404,7 +404,7 @@ def _swaps(name: str) -> Iterator[Header]:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 async def test_a_wrong_header_is_noticed(name: str, keyspace: Keyspace) -> None:
-    """Names that are swapped, and a name that no script knows, fail the test above."""
+    """A header with swapped or unknown names fails the test above."""
     for wrong in _swaps(name):
         with pytest.raises((AssertionError, ResponseError, ValueError)):
             await _try(name, wrong, keyspace)
@@ -416,7 +416,7 @@ async def test_a_wrong_header_is_noticed(name: str, keyspace: Keyspace) -> None:
 async def test_no_script_knows_the_grammar_of_keys(
     client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With another layout of keys, all operations do the same: the scripts build keys from what they are given."""
+    """All operations work with another layout of keys, since the scripts build keys from their arguments."""
 
     class Odd(Plain):
         before_value = "=<"
@@ -461,7 +461,7 @@ FIELDS = TEXTS.filter(lambda name: not re.search("[:{}]", name) and name != "id"
 def test_a_schema_is_read_as_it_was_written(
     redis_server: RedisServer, fields: list[str], *, json: bool, data: st.DataObject, ending: str
 ) -> None:
-    """Whatever the fields are called, Lua reads the same names, limits and flags, and nothing of them is code."""
+    """Lua reads the same names, limits and flags from the schema, whatever the fields are called."""
     kinds = {
         name: Reference(
             limit=data.draw(st.none() | st.integers(1, 1000)),
@@ -494,7 +494,7 @@ def test_a_schema_is_read_as_it_was_written(
 
 @given(now=st.integers(10**12, 2**41), ttl=st.integers(1, 10**11), data=st.data())
 def test_a_horizon_stays_out_of_reach(redis_server: RedisServer, now: int, ttl: int, data: st.DataObject) -> None:
-    """Until when the sets of a session live at least is not before its end, and never later as it grows old."""
+    """The horizon of a session's sets is never before its end, and does not move later as the session ages."""
     match = re.search(r"^local power, step .*?^end$", (LUA / "_renew.lua").read_text(), re.MULTILINE | re.DOTALL)
     assert match
     lines = [
@@ -514,7 +514,7 @@ def test_a_horizon_stays_out_of_reach(redis_server: RedisServer, now: int, ttl: 
 
 
 async def test_loading_loads_all_scripts(client: Redis) -> None:
-    """After the first call all are there, whichever it needed."""
+    """Opening a store loads all scripts."""
     await client.script_flush()
     async with SessionStore(client) as store:
         assert all(await client.script_exists(*store.operations.scripts.shas.values()))
@@ -531,14 +531,14 @@ FAULTS: Final[dict[str, tuple[str, Callable[[str], str], str]]] = {
 
 @pytest.fixture(name="known", scope="module")
 def _known() -> list[str]:
-    """What luacheck finds without a fault: nothing, unless somebody is changing a script."""
+    """The findings of luacheck without a planted fault: none, unless a script is being changed."""
     return lint_lua.findings()
 
 
 @pytest.mark.skipif(not shutil.which("luacheck"), reason="luacheck is not installed")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_lint_finds_a_fault(monkeypatch: pytest.MonkeyPatch, known: list[str], fault: str) -> None:
-    """It names the file and the line."""
+    """The lint reports a planted fault with file and line."""
     name, plant, text = FAULTS[fault]
     read, source = scripts.read, plant(scripts.read(name))
     before = read(name).splitlines()
@@ -550,7 +550,7 @@ def test_the_lint_finds_a_fault(monkeypatch: pytest.MonkeyPatch, known: list[str
 
 @pytest.mark.skipif(not shutil.which("luacheck"), reason="luacheck is not installed")
 def test_the_lint_finds_a_part_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script is not longer than it must be."""
+    """The lint reports a part of which a script uses nothing."""
     longer = [replace(one, parts=(*one.parts, "expect")) if one.script == "touch" else one for one in operations.ALL]
     monkeypatch.setattr(operations, "ALL", longer)
     assert "lua/touch.lua: uses nothing of the part expect, which is one of its parts" in lint_lua.findings()
@@ -559,7 +559,7 @@ def test_the_lint_finds_a_part_that_is_not_needed(monkeypatch: pytest.MonkeyPatc
 def test_the_lint_says_that_luacheck_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It does not fail there."""
+    """The lint says that luacheck is missing, and does not fail."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert lint_lua.main() == 0
     assert "luacheck is not installed" in capsys.readouterr().out

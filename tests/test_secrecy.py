@@ -1,4 +1,4 @@
-"""What watches over the tests of the web layer would see what it looks for."""
+"""The watch over secrets in the tests of the web layer notices a leak."""
 
 import logging
 
@@ -11,7 +11,7 @@ from tests.test_session import signed_in
 
 
 async def test_a_leak_is_seen(store: SessionStore, url: str) -> None:
-    """A token in a command; a token, an id or a CSRF secret in the log, and in the traceback that it shows."""
+    """A token in a command is noticed, and so are tokens, ids and CSRF secrets in the log."""
     secrecy = Secrecy()
     sessions = Sessions(store)
     with secrecy.learn(), secrecy.watch(url), secrecy.listen(), redis.Redis.from_url(url) as client:

@@ -1,4 +1,4 @@
-"""A request's session, without a framework: what it reads and writes, and which cookie it owes."""
+"""The session of a request, without a framework: its reads and writes, and the cookies that it sets."""
 
 import asyncio
 import base64
@@ -36,28 +36,28 @@ pytestmark = pytest.mark.usefixtures("kept_secret")
 
 @pytest.fixture(name="sessions")
 def _sessions(store: SessionStore) -> Sessions:
-    """The sessions of an application, as they are by default."""
+    """The sessions of an application with the default options."""
     return Sessions(store)
 
 
 def token_in(cookies: list[str]) -> str:
-    """Return what the one cookie that is set holds."""
+    """Return the value of the only cookie that is set."""
     (cookie,) = cookies
     return cookie.split(";")[0].partition("=")[2]
 
 
 def id_of(token: str) -> str:
-    """Return the id that goes with a token: its SHA-256."""
+    """Return the id that belongs to a token: the SHA-256 of the token."""
     return base64.urlsafe_b64encode(hashlib.sha256(token.encode()).digest()).decode().rstrip("=")
 
 
 def request(sessions: Sessions, token: str) -> Session:
-    """Return the session of a request that brings this token."""
+    """Return the session of a request whose cookie holds this token."""
     return sessions.create_session(f"theme=dark; session-id={token}; x=y")
 
 
 async def signed_in(sessions: Sessions, values: dict[str, Any] | None = None) -> str:
-    """Make a session, and return the token that the client has then."""
+    """Make a session, and return the token in the client's cookie."""
     session = sessions.create_session()
     await session.set(values or {"user_id": 1})
     return token_in(session.take_cookies())
@@ -73,7 +73,7 @@ async def scripts_run(client: Redis) -> int:
 
 
 async def test_a_request_without_a_cookie_costs_nothing(watched_url: str) -> None:
-    """No round trip to Redis, no key and no cookie, also when it reads: bots make no sessions."""
+    """A request without a cookie runs no script and sets no cookie until it writes, so bots make no sessions."""
     async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client))
         before = await scripts_run(client)
@@ -91,7 +91,7 @@ async def test_a_request_without_a_cookie_costs_nothing(watched_url: str) -> Non
 
 
 async def test_a_session_is_read_once(watched_url: str) -> None:
-    """However often, whatever fields, and also by two at once; own writes are seen without another read."""
+    """A request reads its session from Redis once, and sees its own writes without another read."""
     async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client, references=["user_id"]))
         token = await signed_in(sessions, {"user_id": 1, "cart": ["book"]})
@@ -110,7 +110,7 @@ async def test_a_session_is_read_once(watched_url: str) -> None:
 
 
 async def test_what_is_read_may_be_changed(sessions: Sessions) -> None:
-    """Nothing is written by that, and a later read does not show it; nor what was given to set, if that changes."""
+    """A later change to a value that was read or given to `set` is neither stored nor read."""
     cart = ["book"]
     session = request(sessions, await signed_in(sessions, {"cart": cart}))
     cart.append("towel")
@@ -122,7 +122,7 @@ async def test_what_is_read_may_be_changed(sessions: Sessions) -> None:
 
 
 async def test_reading_renews_when_it_is_due(sessions: Sessions, keyspace: Keyspace) -> None:
-    """By default when a minute has passed: in the same round trip, and without a cookie. Not before."""
+    """A read renews a session whose last renewal was over a minute ago, and sets no cookie."""
     token = await signed_in(sessions)
     session = request(sessions, token)
     await session.get()
@@ -135,7 +135,7 @@ async def test_reading_renews_when_it_is_due(sessions: Sessions, keyspace: Keysp
 
 
 async def test_reading_does_not_renew_without_rolling(store: SessionStore, keyspace: Keyspace) -> None:
-    """Then only writes do."""
+    """A read does not renew the session if `rolling` is None."""
     sessions = Sessions(store, rolling=None)
     token = await signed_in(sessions)
     await keyspace.shorten(DAY)
@@ -146,7 +146,7 @@ async def test_reading_does_not_renew_without_rolling(store: SessionStore, keysp
 
 
 async def test_a_short_session_is_not_made_longer_by_reading(sessions: Sessions, keyspace: Keyspace) -> None:
-    """It is renewed for the time it was given, not for the store's."""
+    """A read renews a session for its own lifetime, not for the default of the store."""
     session = sessions.create_session()
     await session.set({}, "10m")
     token = token_in(session.take_cookies())
@@ -170,7 +170,7 @@ async def test_a_short_session_is_not_made_longer_by_reading(sessions: Sessions,
     ],
 )
 async def test_a_cookie_that_is_not_ours_is_no_session(sessions: Sessions, keyspace: Keyspace, cookies: str) -> None:
-    """It reads as none, and the first write makes one with an id of ours: what a client presents is never adopted."""
+    """A cookie without a known session reads as none, and the first write makes a session with a new id."""
     session = sessions.create_session(cookies)
     assert await session.get() == {}
     assert session.id is None
@@ -187,7 +187,7 @@ async def test_a_cookie_that_is_not_ours_is_no_session(sessions: Sessions, keysp
 
 
 async def test_what_cannot_be_a_token_is_not_looked_up(watched_url: str) -> None:
-    """Its alphabet and its length are checked first: Redis does not see what it never gave."""
+    """A value that has not the alphabet or the length of a token is not sent to Redis."""
     async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client))
         await signed_in(sessions)
@@ -201,7 +201,7 @@ async def test_what_cannot_be_a_token_is_not_looked_up(watched_url: str) -> None
 
 
 async def test_an_id_is_not_a_token(sessions: Sessions) -> None:
-    """Who sees an id, in Redis or on a page, cannot take the session over with it."""
+    """An id in the cookie opens no session, so a leaked id cannot be used to take over the session."""
     token = await signed_in(sessions)
     assert await request(sessions, token).get()
     assert await request(sessions, id_of(token)).get() == {}
@@ -211,7 +211,7 @@ async def test_an_id_is_not_a_token(sessions: Sessions) -> None:
 
 
 async def test_the_first_write_makes_a_session(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Redis sees the SHA-256 of what the cookie holds. Browsers keep the cookie for 400 days, Redis the session."""
+    """The cookie holds a token for 400 days; Redis stores the session under the SHA-256 of the token."""
     session = sessions.create_session()
     assert await session.set({"user_id": 1}, "1h") == {"user_id": 1}
     cookies = session.take_cookies()
@@ -232,7 +232,7 @@ async def test_the_first_write_makes_a_session(sessions: Sessions, keyspace: Key
 
 
 async def test_two_first_writes_make_one_session(sessions: Sessions, keyspace: Keyspace) -> None:
-    """A handler may do several things at once."""
+    """Several first writes of one request at the same time make one session."""
     session = sessions.create_session()
     await asyncio.gather(session.set({"a": 1}), session.set({"b": 2}), session.create_csrf_token())
     session_id = id_of(token_in(session.take_cookies()))
@@ -240,7 +240,7 @@ async def test_two_first_writes_make_one_session(sessions: Sessions, keyspace: K
 
 
 async def test_a_write_without_a_read_is_one_round_trip(watched_url: str) -> None:
-    """To a session that is there; the client has its cookie already."""
+    """A write to an existing session takes one round trip and sets no cookie."""
     async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client))
         token = await signed_in(sessions)
@@ -260,7 +260,7 @@ async def test_a_write_without_a_read_is_one_round_trip(watched_url: str) -> Non
 async def test_the_cookie_is_set_when_its_token_changes(
     client: Redis, keyspace: Keyspace, lifetime: str | None, age: int
 ) -> None:
-    """It lives as long as browsers allow, or as the session may. Reads, writes and renewals set none."""
+    """Only a new token sets a cookie, which lasts 400 days, or `max_lifetime` if that is shorter."""
     store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_lifetime=lifetime)
     sessions = Sessions(store, rolling=0.001)
     calls: list[tuple[bool, Callable[[Session], Awaitable[object]]]] = [
@@ -283,7 +283,7 @@ async def test_the_cookie_is_set_when_its_token_changes(
 
 
 async def test_unset_and_touch_make_no_session(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Neither without a cookie nor for one that is not known."""
+    """`unset` and `touch` make no session, neither without a cookie nor with an unknown one."""
     for session in (sessions.create_session(), request(sessions, UNKNOWN)):
         await session.unset(["user_id"])
         assert not await session.touch()
@@ -293,7 +293,7 @@ async def test_unset_and_touch_make_no_session(sessions: Sessions, keyspace: Key
 
 
 async def test_a_limit_refuses(client: Redis, keyspace: Keyspace) -> None:
-    """Nothing is written, and no cookie is set."""
+    """A write that a limit refuses stores nothing and sets no cookie."""
     reference = Reference(limit=1, on_limit="refuse")
     sessions = Sessions(SessionStore(client, references={"user_id": reference}, prefix=keyspace.prefix))
     await signed_in(sessions)
@@ -315,7 +315,7 @@ async def test_a_limit_refuses(client: Redis, keyspace: Keyspace) -> None:
 async def test_a_session_that_was_there_is_not_made_again(
     sessions: Sessions, keyspace: Keyspace, *, read: bool, expires: bool
 ) -> None:
-    """A request that has seen it alive, by a read or a write, cannot write to it any more once it has ended."""
+    """A request that saw its session alive cannot write to that session after its end."""
     token = await signed_in(sessions)
     session = request(sessions, token)
     await (session.get() if read else session.set({"n": 1}))
@@ -342,7 +342,7 @@ async def test_a_session_that_was_there_is_not_made_again(
 
 
 async def test_a_session_that_ended_before_is_none(sessions: Sessions, keyspace: Keyspace) -> None:
-    """It reads as none and tells why; who signs in again gets another."""
+    """A session that ended before the request reads as none with the reason, and a login makes another one."""
     token = await signed_in(sessions)
     await sessions.store.delete_by("user_id", 1, reason="password")
     session = request(sessions, token)
@@ -356,7 +356,7 @@ async def test_a_session_that_ended_before_is_none(sessions: Sessions, keyspace:
 
 
 async def test_delete_ends_the_session_and_the_cookie(sessions: Sessions, keyspace: Keyspace) -> None:
-    """The cookie goes with the attributes it was set with; what was the session reads as none."""
+    """`delete` ends the session, and removes the cookie with the attributes that it was set with."""
     token = await signed_in(sessions)
     session = request(sessions, token)
     assert await session.delete(reason="signed-out")
@@ -367,14 +367,14 @@ async def test_delete_ends_the_session_and_the_cookie(sessions: Sessions, keyspa
     ]
     assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"_ended": "signed-out"}}
     assert request(sessions, token).ended is None
-    for cookie in (token, UNKNOWN, "nonsense"):  # Whatever the client has, it is better without it.
+    for cookie in (token, UNKNOWN, "nonsense"):  # A cookie without a session is removed, too.
         session = request(sessions, cookie)
         assert not await session.delete()
         assert "; Max-Age=0;" in session.take_cookies()[0]
 
 
 async def test_delete_of_what_this_request_made(sessions: Sessions, keyspace: Keyspace) -> None:
-    """The session that was made is the one that ends, and no cookie is set for it."""
+    """`delete` ends a session that was made in the same request, and sets no cookie."""
     session = sessions.create_session()
     await session.set({"user_id": 1})
     assert session.id
@@ -386,7 +386,7 @@ async def test_delete_of_what_this_request_made(sessions: Sessions, keyspace: Ke
 
 
 async def test_after_delete_another_session_may_be_made(sessions: Sessions) -> None:
-    """For a message to who signed out, say: with another id."""
+    """A write after `delete` makes a session with another id."""
     token = await signed_in(sessions)
     session = request(sessions, token)
     await session.delete()
@@ -397,7 +397,7 @@ async def test_after_delete_another_session_may_be_made(sessions: Sessions) -> N
 
 
 async def test_delete_is_done_also_for_who_is_gone(sessions: Sessions, keyspace: Keyspace) -> None:
-    """A request that is cancelled while it signs out has signed out."""
+    """`delete` ends the session even if the request is cancelled meanwhile."""
     token = await signed_in(sessions)
     request_ = asyncio.ensure_future(request(sessions, token).delete())
     await asyncio.sleep(0)
@@ -413,7 +413,7 @@ async def test_delete_is_done_also_for_who_is_gone(sessions: Sessions, keyspace:
 
 
 async def test_rotate_gives_a_new_token(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Data stays, the old token is worth nothing: who planted or saw it is not signed in."""
+    """`rotate` keeps the data under a new token, and the old token opens no session."""
     planted = await signed_in(sessions, {"cart": ["book"]})
     session = request(sessions, planted)
     await session.get()
@@ -431,7 +431,7 @@ async def test_rotate_gives_a_new_token(sessions: Sessions, keyspace: Keyspace) 
 
 
 async def test_a_read_after_a_write_returns_all_fields(sessions: Sessions) -> None:
-    """Also those that the write did not name, if nothing was read before the write."""
+    """The first read after a write returns all fields, not only those of the write."""
     token = await signed_in(sessions, {"cart": ["book"], "theme": "dark"})
     session = request(sessions, token)
     await session.unset(["theme"])
@@ -444,7 +444,7 @@ async def test_a_read_after_a_write_returns_all_fields(sessions: Sessions) -> No
 
 @pytest.mark.parametrize("cookies", ["", f"session-id={UNKNOWN}"])
 async def test_rotate_makes_a_session_if_there_is_none(sessions: Sessions, cookies: str) -> None:
-    """So that a login need not ask."""
+    """`rotate` makes a session if there is none, so a login need not check first."""
     session = sessions.create_session(cookies)
     await session.rotate({"user_id": 7})
     token = token_in(session.take_cookies())
@@ -455,7 +455,7 @@ async def test_rotate_makes_a_session_if_there_is_none(sessions: Sessions, cooki
 
 
 async def test_after_the_headers_no_id_can_be_told(sessions: Sessions, keyspace: Keyspace) -> None:
-    """What would make a new one raises, before anything is written; writes to a known session go on."""
+    """After the headers, calls that need a new id raise and write nothing; a known session can be written to."""
     for session in (sessions.create_session(), request(sessions, UNKNOWN)):
         assert session.take_cookies() == []
         for write in (session.set, session.rotate):
@@ -491,7 +491,7 @@ async def test_after_the_headers_no_id_can_be_told(sessions: Sessions, keyspace:
 async def test_headers_go_with_the_cookie(
     sessions: Sessions, cache_control: str | None, vary: str | None, added: list[tuple[str, str]]
 ) -> None:
-    """A response that sets it is not stored, at least not by a shared cache, and varies by it."""
+    """A response that sets the cookie varies by Cookie, and is not stored, at least not by a shared cache."""
     session = sessions.create_session()
     await session.set({})
     (name, _), *others = session.take_headers(cache_control, vary)
@@ -500,12 +500,12 @@ async def test_headers_go_with_the_cookie(
 
 
 async def test_an_untouched_session_adds_no_header(sessions: Sessions) -> None:
-    """The response does not depend on it."""
+    """A request that does not use its session adds no header to its response."""
     assert request(sessions, await signed_in(sessions)).take_headers(None, None) == []
 
 
 async def test_a_cookie_that_ends_with_the_browser(store: SessionStore) -> None:
-    """It has no Max-Age, and is set only where it is new."""
+    """A cookie with `persistent=False` has no Max-Age, and is set only with a new token."""
     sessions = Sessions(store, cookie=CookiePolicy(persistent=False), rolling=0.001)
     session = sessions.create_session()
     await session.set({})
@@ -528,7 +528,7 @@ async def test_a_cookie_that_ends_with_the_browser(store: SessionStore) -> None:
 
 
 async def test_the_cookie_may_be_signed(store: SessionStore, watched_url: str) -> None:
-    """The newest key signs, older ones verify, and what is not signed does not get as far as Redis."""
+    """The first key signs, all keys verify, and a token with a bad signature is not sent to Redis."""
     old, new = "an old secret key", "a newer secret key"
     sessions = Sessions(store, secret_keys=[old])
     session = sessions.create_session()
@@ -553,14 +553,14 @@ async def test_the_cookie_may_be_signed(store: SessionStore, watched_url: str) -
 
 
 def test_bad_keys_are_refused(store: SessionStore) -> None:
-    """One text alone, none, or a short one."""
+    """Secret keys that are a single text, empty, too short or bytes are refused."""
     for keys, error in ((("x" * 15,), ValueError), ((), ValueError), ("x" * 32, TypeError), ((b"x" * 32,), ValueError)):
         with pytest.raises(error, match="secret_keys must be"):
             Sessions(store, secret_keys=keys)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def test_other_options_are_checked(store: SessionStore) -> None:
-    """When the sessions are made."""
+    """Bad options of `Sessions` are refused when the object is made."""
     with pytest.raises(ValueError, match="rolling must be"):
         Sessions(store, rolling="often")
     with pytest.raises(ValueError, match="on_unavailable must be"):
@@ -568,7 +568,7 @@ def test_other_options_are_checked(store: SessionStore) -> None:
 
 
 async def test_without_hashing_the_cookie_holds_the_id(store: SessionStore) -> None:
-    """As in the original, for who wants to share its sessions."""
+    """With `hash_ids=False` the cookie holds the id itself, as in the Node original."""
     sessions = Sessions(store, hash_ids=False)
     token = await signed_in(sessions)
     assert await store.get(token) == {"id": token, "user_id": 1}
@@ -579,7 +579,7 @@ async def test_without_hashing_the_cookie_holds_the_id(store: SessionStore) -> N
 
 
 async def test_csrf_tokens(watched_url: str) -> None:
-    """Each looks different and all are valid, for this session alone; to make them nothing is written."""
+    """CSRF tokens differ from each other, are valid for their session only, and need no write."""
     async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client))
         token, other = await signed_in(sessions), await signed_in(sessions)
@@ -594,13 +594,13 @@ async def test_csrf_tokens(watched_url: str) -> None:
             assert not await sessions.create_session().verify_csrf_token(csrf_token)
         for wrong in (one[:-1], one + "A", one[:-2] + ("AA" if one[-2:] != "AA" else "BB"), "", None, "ü" * 86):
             assert not await session.verify_csrf_token(wrong)
-        assert await scripts_run(client) == before + 7  # A read for each request that has a cookie.
+        assert await scripts_run(client) == before + 7  # One read for each request with a cookie.
         assert session.take_cookies() == []
         await client.flushdb()
 
 
 async def test_a_csrf_token_makes_a_session(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Since a form for signing in needs one too."""
+    """A CSRF token makes a session if there is none, since a login form needs a token, too."""
     session = sessions.create_session()
     csrf_token = await session.create_csrf_token()
     token = token_in(session.take_cookies())
@@ -609,7 +609,7 @@ async def test_a_csrf_token_makes_a_session(sessions: Sessions, keyspace: Keyspa
 
 
 async def test_who_knows_the_id_cannot_make_a_csrf_token(sessions: Sessions) -> None:
-    """It may be shown, and stands in Redis: what the tokens are made of is in the cookie alone."""
+    """A CSRF token cannot be made from the id or the key of a session."""
     session = request(sessions, await signed_in(sessions))
     await session.get()
     assert session.id
@@ -619,7 +619,7 @@ async def test_who_knows_the_id_cannot_make_a_csrf_token(sessions: Sessions) -> 
 
 
 async def test_csrf_tokens_end_with_the_id(sessions: Sessions) -> None:
-    """A form from before the login does nothing after it, and one of a session that ended nothing at all."""
+    """A CSRF token is invalid after `rotate` and after `delete`."""
     token = await signed_in(sessions)
     session = request(sessions, token)
     csrf_token = await session.create_csrf_token()
@@ -641,7 +641,7 @@ async def _lost() -> SessionStore:
 
 
 async def test_unavailable_is_not_anonymous(lost: SessionStore) -> None:
-    """No call takes the client for one without a session."""
+    """Every call raises StoreUnavailable if Redis does not answer; none treats the client as anonymous."""
     session = request(Sessions(lost), UNKNOWN)
     calls: list[Callable[[], Awaitable[object]]] = [
         session.get,
@@ -665,7 +665,7 @@ async def test_unavailable_is_not_anonymous(lost: SessionStore) -> None:
 async def test_unavailable_may_be_anonymous_for_a_reader(
     lost: SessionStore, store: SessionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the application asked for that; a write fails all the same, and no other session takes the place of this."""
+    """With `on_unavailable="anonymous"` a read returns no session, but a write still fails."""
     token = await signed_in(Sessions(store))
     sessions = Sessions(lost, on_unavailable="anonymous")
     session = request(sessions, token)
@@ -679,7 +679,7 @@ async def test_unavailable_may_be_anonymous_for_a_reader(
     session = request(sessions, token)
     assert await session.get() == {}
     assert session.failure is None
-    monkeypatch.setattr(session, "_store", store)  # It is back. But what is written may follow from what was not read.
+    monkeypatch.setattr(session, "_store", store)  # Redis is back, but a write may depend on the failed read.
     assert await session.get() == {}
     with pytest.raises(StoreUnavailable) as raised:
         await session.set({"n": 1})
@@ -689,11 +689,11 @@ async def test_unavailable_may_be_anonymous_for_a_reader(
     assert await session.delete()
 
 
-# ---------------------------------------------------------------- and
+# ---------------------------------------------------------------- other behaviour
 
 
 async def test_bad_arguments_are_refused_with_and_without_a_session(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Before anything is made."""
+    """Bad arguments are refused before anything is written, with and without a session."""
     await signed_in(sessions)
     before = await keyspace.dump()
     for session in (sessions.create_session(), request(sessions, UNKNOWN)):
@@ -711,7 +711,7 @@ async def test_bad_arguments_are_refused_with_and_without_a_session(sessions: Se
 
 
 async def test_it_shows_no_id_and_no_value(sessions: Sessions) -> None:
-    """In no state."""
+    """The repr of a session shows neither its token nor its id nor its values, in any state."""
     token = await signed_in(sessions, {"user_id": "SECRET"})
     session = request(sessions, token)
     shown = [repr(session), repr(sessions), str(session)]
@@ -727,7 +727,7 @@ async def test_it_shows_no_id_and_no_value(sessions: Sessions) -> None:
 
 
 async def test_the_cookie_is_one_that_others_can_read(sessions: Sessions) -> None:
-    """The standard library takes it for what it is."""
+    """The standard library can parse the cookie."""
     session = sessions.create_session()
     await session.set({})
     (cookie,) = session.take_cookies()
@@ -738,7 +738,7 @@ async def test_the_cookie_is_one_that_others_can_read(sessions: Sessions) -> Non
 
 
 async def test_replace_writes_what_differs(sessions: Sessions, keyspace: Keyspace) -> None:
-    """For frameworks that keep a session as a dict: 1 and true differ, and what others wrote meanwhile stays."""
+    """`replace` writes only fields that differ, such as 1 and True, and keeps fields of other requests."""
     token = await signed_in(sessions, {"user_id": 1, "n": 1, "gone": 1, "l": [1]})
     session = request(sessions, token)
     before: dict[str, Any] = await session.get()
@@ -762,7 +762,7 @@ async def test_replace_writes_what_differs(sessions: Sessions, keyspace: Keyspac
 
 
 async def test_replace_is_one_script(watched_url: str) -> None:
-    """Also if fields are written and others taken out, so nobody keeps what was to be taken from them."""
+    """`replace` sets and unsets fields in one script, so no other call sees a state in between."""
     async with Redis.from_url(watched_url) as client:
         sessions = Sessions(SessionStore(client, references=["user_id", "role"]))
         token = await signed_in(sessions, {"user_id": 1, "role": "admin", "n": 1})
@@ -779,7 +779,7 @@ async def test_replace_is_one_script(watched_url: str) -> None:
 async def test_a_session_of_which_nothing_is_left_ends(
     sessions: Sessions, keyspace: Keyspace, lifetime: str | None
 ) -> None:
-    """When the last field is taken out, and with its cookie. Not if a parallel request wrote another one."""
+    """`replace` ends a session and its cookie when the last field goes, unless a parallel request added one."""
     session = sessions.create_session()
     await session.set({"user_id": 1, "n": 1}, lifetime)
     token = token_in(session.take_cookies())
@@ -793,7 +793,7 @@ async def test_a_session_of_which_nothing_is_left_ends(
     assert "; Max-Age=0;" in session.take_cookies()[0]
     assert await session.get() == {}
     assert await keyspace.dump() == {f"{{{id_of(token)}}}": {"_ended": "deleted"}}
-    assert await request(sessions, token).replace({"other": 1}, {})  # It is gone already.
+    assert await request(sessions, token).replace({"other": 1}, {})  # The session has ended already.
     session = request(sessions, token)
     await session.get()
     await session.set({"n": 1})
@@ -801,7 +801,7 @@ async def test_a_session_of_which_nothing_is_left_ends(
 
 
 async def test_replace_keeps_what_was_written_in_the_request(sessions: Sessions) -> None:
-    """By the other methods: a field that a dict knew and has no more is not taken out if it is another by now."""
+    """`replace` does not unset a field that another method changed in the same request."""
     session = request(sessions, await signed_in(sessions, {"user_id": 1, "n": 1, "l": [1]}))
     before: dict[str, Any] = await session.get()
     await session.rotate({"user_id": 2, "theme": "dark"})
@@ -811,7 +811,7 @@ async def test_replace_keeps_what_was_written_in_the_request(sessions: Sessions)
 
 
 async def test_what_is_read_after_a_write_is_what_is_stored(client: Redis, keyspace: Keyspace) -> None:
-    """Also where a codec brings back something else."""
+    """A read after a write returns the stored value, also if the codec decodes it to another type."""
     sessions = Sessions(SessionStore(client, prefix=keyspace.prefix, codec=TextCodec()))
     session = sessions.create_session()
     await session.set({"n": 1})
@@ -825,7 +825,7 @@ async def test_what_is_read_after_a_write_is_what_is_stored(client: Redis, keysp
 
 @pytest.mark.parametrize("write", ["set", "unset", "rotate"])
 async def test_a_write_tells_why_there_is_no_session(sessions: Sessions, write: str) -> None:
-    """Not only a read does; and the cookie of a session that has ended is not renewed."""
+    """A write to a session that has ended stores the reason in `ended`, and keeps no old cookie."""
     token = await signed_in(sessions)
 
     async def late(session: Session) -> None:
@@ -850,7 +850,7 @@ async def test_a_write_tells_why_there_is_no_session(sessions: Sessions, write: 
 
 @pytest.mark.parametrize("write", ["set", "unset", "rotate", "delete"])
 async def test_after_a_cancelled_write_a_read_asks_again(watched_url: str, write: str) -> None:
-    """What Redis did is not known then: it may be all, or nothing."""
+    """A read after a cancelled write asks Redis again, since the write may or may not have taken effect."""
     async with Redis.from_url(watched_url) as admin:
         sessions = Sessions(SessionStore.from_url(watched_url))
         token = await signed_in(sessions, {"n": 1})
@@ -877,13 +877,13 @@ async def test_after_a_cancelled_write_a_read_asks_again(watched_url: str, write
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("same", [True, False])
 async def test_a_cancelled_login_can_be_repeated(watched_url: str, *, there: bool, same: bool) -> None:
-    """In the same request: there is one session then, and the client gets its cookie. Other work is another."""
+    """After a cancelled login, the same login finds its session, and another login makes another session."""
     async with Redis.from_url(watched_url) as admin:
         reference = Reference(limit=1, on_limit="refuse")
         sessions = Sessions(SessionStore.from_url(watched_url, references={"user_id": reference}))
         session = request(sessions, await signed_in(sessions, {"n": 1})) if there else sessions.create_session()
         await session.get()
-        await sessions.store.load()  # Redis 6.2 pauses SCRIPT LOAD too, and so a new connection.
+        await sessions.store.load()  # Redis 6.2 pauses SCRIPT LOAD too, which a new connection needs.
         await admin.client_pause(10_000, all=False)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(session.rotate({"user_id": 7}), 0.05)
@@ -904,13 +904,13 @@ async def test_a_cancelled_login_can_be_repeated(watched_url: str, *, there: boo
 
 
 async def test_headers_that_leave_meanwhile_tell_nothing(watched_url: str) -> None:
-    """If they do while a session is made, who makes it gets to know that the client will not."""
+    """If the headers leave while a session is made, the write raises, since the client cannot get the cookie."""
     async with Redis.from_url(watched_url) as admin:
         sessions = Sessions(SessionStore.from_url(watched_url))
         session = sessions.create_session()
         await admin.client_pause(10_000, all=False)
         making = asyncio.ensure_future(session.set({"n": 1}))
-        await asyncio.sleep(0)  # It has begun.
+        await asyncio.sleep(0)  # The write has begun.
         assert session.take_cookies() == []
         await admin.client_unpause()
         with pytest.raises(RuntimeError, match="the response has begun"):
@@ -920,7 +920,7 @@ async def test_headers_that_leave_meanwhile_tell_nothing(watched_url: str) -> No
 
 
 async def test_a_server_that_takes_no_writes_can_be_read(watched_url: str) -> None:
-    """A renewal that is only due now and then does not stop a read; one that is asked for does."""
+    """A read works while the server refuses writes, unless the caller asks for a renewal."""
     async with Redis.from_url(watched_url) as admin:
         sessions = Sessions(SessionStore.from_url(watched_url, timeout=0.3), rolling=0.001)
         token = await signed_in(sessions)
@@ -943,7 +943,7 @@ async def test_a_server_that_takes_no_writes_can_be_read(watched_url: str) -> No
 
 
 async def test_rotate_may_give_another_lifetime(sessions: Sessions, keyspace: Keyspace) -> None:
-    """A short session for a form becomes a long one at the login."""
+    """`rotate` can give a session another lifetime, as at a login."""
     session = sessions.create_session()
     await session.set({}, "1h")
     token = token_in(session.take_cookies())
@@ -972,6 +972,6 @@ async def test_rotate_may_give_another_lifetime(sessions: Sessions, keyspace: Ke
     ],
 )
 def test_items_whose_names_are_the_stores_get_others(item: str, field: str) -> None:
-    """Each has one of its own, and comes back by it."""
+    """An item with a reserved name is stored under another field name, and read back under its own."""
     assert field_of(item) == field
     assert item_of(field) == item

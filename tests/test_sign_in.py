@@ -1,4 +1,4 @@
-"""Signing in and out on a store with an identity: whose sessions they are, and what runs beside it."""
+"""Signing in and out on a store with an identity, also beside parallel requests."""
 
 import asyncio
 import logging
@@ -34,7 +34,7 @@ def _sessions(client: Redis, keyspace: Keyspace) -> Sessions:
 
 
 async def begin(sessions: Sessions, **values: object) -> str:
-    """Make a session, and return the token that the client has then."""
+    """Make a session, and return the token in the client's cookie."""
     session = sessions.create_session()
     await session.set(values)
     return token_in(session.take_cookies())
@@ -72,7 +72,7 @@ logins = pytest.mark.parametrize("login", LOGINS.values(), ids=LOGINS)
 async def test_a_login_gives_a_new_id(
     sessions: Sessions, keyspace: Keyspace, login: Callable[[Session], Awaitable[object]], *, read: bool
 ) -> None:
-    """By every interface: a token that was planted before is worth nothing after it."""
+    """A login by any interface gives the session a new id, and the old token opens no session."""
     planted = await begin(sessions, n=1)
     session = request(sessions, planted)
     if read:
@@ -98,7 +98,7 @@ LOGOUTS: dict[str, Callable[[Session], Awaitable[object]]] = {
 async def test_to_lose_the_identity_gives_a_new_id(
     sessions: Sessions, keyspace: Keyspace, logout: Callable[[Session], Awaitable[object]]
 ) -> None:
-    """What is left is a session of nobody, and the token of the one that was signed in is worth nothing."""
+    """A session that loses its identity gets a new id, and the old token opens no session."""
     token = await begin(sessions, user_id=7, theme="dark")
     session = request(sessions, token)
     await logout(session)
@@ -111,7 +111,7 @@ async def test_to_lose_the_identity_gives_a_new_id(
 
 
 async def test_a_dict_without_its_last_item_ends(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Also if that was the identity: nothing is left, so there is no session of nobody."""
+    """A dict that loses its last item ends the session, even if that item was the identity."""
     token = await begin(sessions, user_id=7)
     items = await dict_session(sessions, token)
     del items["user_id"]
@@ -121,7 +121,7 @@ async def test_a_dict_without_its_last_item_ends(sessions: Sessions, keyspace: K
 
 
 async def test_a_dict_that_is_cleared_ends(sessions: Sessions, keyspace: Keyspace) -> None:
-    """With whatever a parallel request wrote."""
+    """A dict that is cleared ends the session, including fields that a parallel request wrote."""
     token = await begin(sessions, user_id=7)
     items = await dict_session(sessions, token)
     await sessions.store.set(id_of(token), {"cart": ["book"]})
@@ -132,7 +132,7 @@ async def test_a_dict_that_is_cleared_ends(sessions: Sessions, keyspace: Keyspac
 
 
 async def test_the_same_identity_again_is_no_login(sessions: Sessions) -> None:
-    """The id stays, and the client has its cookie."""
+    """A write of the same identity keeps the id and sets no cookie."""
     token = await begin(sessions, user_id=7)
     session = request(sessions, token)
     await session.set({"user_id": 7, "n": 1})
@@ -146,7 +146,7 @@ async def test_the_same_identity_again_is_no_login(sessions: Sessions) -> None:
 async def test_a_login_makes_a_session_if_the_old_one_is_gone(
     sessions: Sessions, login: Callable[[Session], Awaitable[object]], reason: str, *, read: bool
 ) -> None:
-    """A form that was sent twice, and one whose session was ended while it was filled in."""
+    """A login makes a new session if the old one was rotated or ended meanwhile."""
     token = await begin(sessions, n=1)
     session = request(sessions, token)
     if read:
@@ -184,7 +184,7 @@ async def test_a_request_that_races_a_login_neither_mints_nor_clears(
     seen: bool,
     touch: bool,
 ) -> None:
-    """It still has the old cookie: it reads nothing, its writes raise, and its response leaves the cookie alone."""
+    """A request that races a login reads nothing, its writes raise, and its response sets no cookie."""
     token = await begin(sessions, n=1)
     session = request(sessions, token)
     if seen:
@@ -208,7 +208,7 @@ async def test_a_request_that_races_a_login_neither_mints_nor_clears(
 
 
 async def test_a_form_of_before_a_login_still_works(sessions: Sessions) -> None:
-    """Maybe the browser never got its new cookie: then it must be able to sign in, at once."""
+    """A form from before a login can still sign in, since the browser may have lost the new cookie."""
     token = await begin(sessions, n=1)
     await request(sessions, token).rotate({"user_id": 7})
     csrf_token = await request(sessions, token).create_csrf_token()
@@ -226,7 +226,7 @@ async def test_a_form_of_before_a_login_still_works(sessions: Sessions) -> None:
 async def test_a_write_that_repeats_the_identity_revives_nothing(
     sessions: Sessions, keyspace: Keyspace, write: str, *, made: bool
 ) -> None:
-    """A request reads a session, all of the user's end, and it writes back what it read, with a change."""
+    """A write that repeats the identity does not revive a session that was ended after the read."""
     session = sessions.create_session()
     await session.set({"user_id": 7, "n": 1})
     if not made:
@@ -249,7 +249,7 @@ async def test_a_write_that_repeats_the_identity_revives_nothing(
 
 
 async def test_a_login_that_is_refused_changes_nothing(client: Redis, keyspace: Keyspace) -> None:
-    """Also by a dict that was cleared: the session before it stays."""
+    """A login by a cleared dict that is refused changes neither the session nor the cookie."""
     references = {"user_id": Reference(identity=True, limit=1, on_limit="refuse")}
     sessions = Sessions(SessionStore(client, references=references, prefix=keyspace.prefix))
     await begin(sessions, user_id=7)
@@ -266,7 +266,7 @@ async def test_a_login_that_is_refused_changes_nothing(client: Redis, keyspace: 
 
 @pytest.mark.parametrize("by", [8, None])
 async def test_ending_all_beside_another_login_keeps_its_cookie(sessions: Sessions, by: int | None) -> None:
-    """The browser has signed in as somebody else meanwhile, or out: that stands."""
+    """`delete_all` ends nothing and leaves the cookie if the browser has signed in anew or out meanwhile."""
     token = await begin(sessions, user_id=7)
     session = request(sessions, token)
     await session.get()
@@ -276,7 +276,7 @@ async def test_ending_all_beside_another_login_keeps_its_cookie(sessions: Sessio
 
 
 async def test_a_dict_that_is_cleared_ends_every_candidate(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Two cookies of the name are no session, but a logout is one of both."""
+    """A dict that is cleared ends the sessions of all cookies with the name."""
     mine, tossed = await begin(sessions, user_id=7), await begin(sessions, user_id=8)
     session = sessions.create_session(f"session-id={tossed}; session-id={mine}")
     items = DictSession(session, await session.peek())
@@ -287,7 +287,7 @@ async def test_a_dict_that_is_cleared_ends_every_candidate(sessions: Sessions, k
 
 
 async def test_a_logout_that_cannot_be_done_is_told(store: SessionStore) -> None:
-    """Also by a dict of a session that could not be read."""
+    """A logout that fails raises StoreUnavailable, even by a dict of a session that could not be read."""
     token = await begin(Sessions(store), n=1)
     lost = SessionStore(Redis(unix_socket_path="/nowhere/redis.sock"), timeout=0.05)
     session = request(Sessions(lost, on_unavailable="anonymous"), token)
@@ -299,7 +299,7 @@ async def test_a_logout_that_cannot_be_done_is_told(store: SessionStore) -> None
 
 
 async def test_headers_that_leave_during_a_login(sessions: Sessions, keyspace: Keyspace) -> None:
-    """The client cannot be told: no session is left that nobody can reach."""
+    """A login during which the headers leave raises, and leaves no session."""
     for token in (await begin(sessions, n=1), ""):
         session = request(sessions, token) if token else sessions.create_session()
         login = asyncio.ensure_future(session.rotate({"user_id": 7}))
@@ -314,7 +314,7 @@ async def test_headers_that_leave_during_a_login(sessions: Sessions, keyspace: K
 
 
 async def test_a_failure_that_was_handled_is_forgotten(sessions: Sessions) -> None:
-    """A later error of the application is its own."""
+    """A failure is forgotten when a later call succeeds."""
     token = await begin(sessions, user_id=7)
     session = request(sessions, token)
     await session.get()
@@ -327,7 +327,7 @@ async def test_a_failure_that_was_handled_is_forgotten(sessions: Sessions) -> No
 
 
 async def test_taking_out_from_what_is_gone(sessions: Sessions, keyspace: Keyspace) -> None:
-    """What goes is gone with the session, however it ended."""
+    """`replace` that only removes fields succeeds if the session has ended."""
     for ends in (True, False):
         token = await begin(sessions, user_id=7, n=1)
         session = request(sessions, token)
@@ -342,7 +342,7 @@ async def test_taking_out_from_what_is_gone(sessions: Sessions, keyspace: Keyspa
 
 @pytest.mark.parametrize("reason", ["password", None])
 async def test_a_write_to_what_has_ended_is_a_401(sessions: Sessions, keyspace: Keyspace, reason: str | None) -> None:
-    """If the request had seen it alive. The error of another session is not this one's."""
+    """A write to a session that ended during the request is a 401; an error of another session is not."""
     token = await begin(sessions, n=1)
     session = request(sessions, token)
     await session.get()
@@ -358,7 +358,7 @@ async def test_a_write_to_what_has_ended_is_a_401(sessions: Sessions, keyspace: 
 
 
 async def test_repr_tells_the_state(sessions: Sessions) -> None:
-    """In each of them, and no more than that."""
+    """The repr of a session tells its state."""
     session = sessions.create_session()
     assert repr(session) == "<Session: none>"
     await session.set({"user_id": 7})
@@ -378,7 +378,7 @@ async def test_repr_tells_the_state(sessions: Sessions) -> None:
 
 
 async def test_the_sessions_of_an_identity(sessions: Sessions) -> None:
-    """They are found, and ended one by one, all others, or all: never those of somebody else."""
+    """The sessions of an identity can be listed and ended; sessions of other identities cannot."""
     phone, laptop, tablet = [await begin(sessions, user_id=7, device=name) for name in ("phone", "laptop", "tablet")]
     stranger = await begin(sessions, user_id=8, device="theirs")
     session = request(sessions, phone)
@@ -409,7 +409,7 @@ async def test_the_sessions_of_an_identity(sessions: Sessions) -> None:
 
 
 async def test_nobody_has_no_sessions(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Who is not signed in finds and ends none, not even the sessions of others who are not."""
+    """A session without an identity finds and ends no others, not even other anonymous sessions."""
     tokens = [await begin(sessions, n=1), await begin(sessions, user_id=None)]
     before = await keyspace.dump()
     for session in (sessions.create_session(), request(sessions, UNKNOWN), *(request(sessions, one) for one in tokens)):
@@ -422,7 +422,7 @@ async def test_nobody_has_no_sessions(sessions: Sessions, keyspace: Keyspace) ->
 
 
 async def test_a_store_without_an_identity_says_so(store: SessionStore) -> None:
-    """The verbs name what is missing."""
+    """Methods that need an identity raise an error that names `identity=True`."""
     session = Sessions(store).create_session()
     calls: list[Callable[[], Awaitable[object]]] = [
         lambda: anext(session.find_all()),
@@ -436,7 +436,7 @@ async def test_a_store_without_an_identity_says_so(store: SessionStore) -> None:
 
 
 async def test_signing_out_beside_a_tossed_cookie_ends_every_candidate(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Nobody can tell which of two cookies is the right one, so none stays."""
+    """A logout with several session cookies ends the session of each, since any could be the right one."""
     mine, tossed = await begin(sessions, user_id=7), await begin(sessions, user_id=8)
     session = sessions.create_session(f"session-id={tossed}; session-id={mine}; session-id={UNKNOWN}")
     assert await session.get() == {}
@@ -445,7 +445,7 @@ async def test_signing_out_beside_a_tossed_cookie_ends_every_candidate(sessions:
     ended = {"_ended": "signed-out"}
     assert await keyspace.dump() == {f"{{{id_of(mine)}}}": ended, f"{{{id_of(tossed)}}}": ended}
     session = sessions.create_session(f"session-id={tossed}; session-id={mine}")
-    await session.set({"n": 1})  # The client gets a cookie of its own beside them.
+    await session.set({"n": 1})  # The client gets a new cookie beside the two.
     assert await session.delete()
     assert all(held in (ended, {"_ended": "deleted"}) for held in (await keyspace.dump()).values())
 
@@ -454,7 +454,7 @@ async def test_signing_out_beside_a_tossed_cookie_ends_every_candidate(sessions:
 
 
 async def test_what_is_no_store_and_no_sessions_is_refused(store: SessionStore) -> None:
-    """At once, with the call that was meant."""
+    """`Sessions` and `SessionStore` refuse other objects with an error that shows the right call."""
     with pytest.raises(TypeError, match=r"Sessions\(SessionStore\.from_url\(url\)\)"):
         Sessions("redis://localhost")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"Sessions\(SessionStore\(client\)\)"):
@@ -466,7 +466,7 @@ async def test_what_is_no_store_and_no_sessions_is_refused(store: SessionStore) 
 
 
 async def test_an_attribute_is_not_an_item(sessions: Sessions) -> None:
-    """What would be lost is refused."""
+    """Setting an attribute is refused, and so is `set` with a name and a value."""
     session = sessions.create_session()
     with pytest.raises(AttributeError):
         session.user_id = 7  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
@@ -477,7 +477,7 @@ async def test_an_attribute_is_not_an_item(sessions: Sessions) -> None:
 async def test_a_secure_cookie_on_http_is_told_once(
     sessions: Sessions, caplog: pytest.LogCaptureFixture, store: SessionStore
 ) -> None:
-    """Clients drop it without a word, so the application says what to do."""
+    """A secure cookie on plain HTTP is logged once, since clients drop it silently."""
     caplog.set_level(logging.WARNING, "rss")
     for scheme in ("https", "http", "ws", "http"):
         session = sessions.create_session("", scheme=scheme)

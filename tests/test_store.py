@@ -32,7 +32,7 @@ ALICE: dict[str, Any] = {"user_id": 1, "ip": "::1", "name": "alice"}
 
 @pytest.fixture(autouse=True, name="coalescing")
 def _coalescing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch it off, or not."""
+    """Switch coalescing off if the parameter is False."""
     if not request.param:
         send_singly(monkeypatch)
 
@@ -49,7 +49,7 @@ async def test_set_makes_a_session_with_its_references(store: SessionStore, keys
 
 
 async def test_a_session_without_fields_is_a_session(store: SessionStore, keyspace: Keyspace) -> None:
-    """It can be told from none."""
+    """A session without fields differs from no session."""
     await store.set("a", {})
     assert await store.get("a") == {"id": "a"}
     assert await store.get("b") == {}
@@ -57,7 +57,7 @@ async def test_a_session_without_fields_is_a_session(store: SessionStore, keyspa
 
 
 async def test_set_keeps_the_other_fields(store: SessionStore, keyspace: Keyspace) -> None:
-    """Two requests that write different fields do not overwrite each other's."""
+    """Two requests that write different fields do not overwrite each other's fields."""
     await store.set("a", ALICE)
     await store.set("a", {"theme": "dark"})
     assert await store.get("a") == {"id": "a", "theme": "dark", **ALICE}
@@ -69,7 +69,7 @@ async def test_set_keeps_the_other_fields(store: SessionStore, keyspace: Keyspac
 
 
 async def test_set_moves_a_session_between_sets(store: SessionStore, keyspace: Keyspace) -> None:
-    """A new value of a reference takes the session out of the set of the old one, and leaves others alone."""
+    """A new reference value moves the session from the set of the old value to that of the new one."""
     await store.set("a", ALICE)
     await store.set("b", ALICE)
     await store.set("a", {"user_id": 2})
@@ -83,7 +83,7 @@ async def test_set_moves_a_session_between_sets(store: SessionStore, keyspace: K
 
 
 async def test_a_list_puts_a_session_into_several_sets(store: SessionStore, keyspace: Keyspace) -> None:
-    """A reference that holds a list is in the set of each, and moves as one; 1 and "1" share a set."""
+    """A session whose reference holds a list is in the set of each value; 1 and "1" share a set."""
     await store.set("a", {"user_id": [1, "1", "x]", 2**53]})
     assert await keyspace.dump() == {
         "{a}": {"id": "a", "user_id": '[1,"1","x]",9007199254740992]'},
@@ -105,7 +105,7 @@ async def test_a_list_puts_a_session_into_several_sets(store: SessionStore, keys
     "value", ["null", "1", '"', '"x"', "[", "[1]", "[0x10]", " [1]", "{}", "true", "a:b", "}", "\n\0", "ü😀", "x" * 512]
 )
 async def test_any_text_is_a_reference_value(store: SessionStore, keyspace: Keyspace, value: str) -> None:
-    """A value that looks like JSON, or delimits keys, is one text: its session is found, moved and ended by it."""
+    """A reference value may be any text, even one that looks like JSON or like part of a key."""
     await store.set("a", {"user_id": value})
     assert await store.get("a") == {"id": "a", "user_id": value}
     assert await store.ids_by("user_id", value) == ["a"]
@@ -118,7 +118,7 @@ async def test_any_text_is_a_reference_value(store: SessionStore, keyspace: Keys
 
 
 async def test_a_reference_that_is_none_is_in_no_set(store: SessionStore, keyspace: Keyspace) -> None:
-    """None is stored, and says that there is no value."""
+    """A reference that is None is stored, and puts the session into no set."""
     await store.set("a", {"user_id": 1})
     await store.set("a", {"user_id": None})
     assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": "null"}}
@@ -126,7 +126,7 @@ async def test_a_reference_that_is_none_is_in_no_set(store: SessionStore, keyspa
 
 
 async def test_get_reads_some_fields(store: SessionStore) -> None:
-    """With fields, only these are read, with the id; those that are not there are left out."""
+    """`get` with a list of fields returns the id and those of the fields that exist."""
     await store.set("a", ALICE)
     assert await store.get("a", ["name", "missing"]) == {"id": "a", "name": "alice"}
     assert await store.get("a", ["missing", "id"]) == {"id": "a"}
@@ -134,7 +134,7 @@ async def test_get_reads_some_fields(store: SessionStore) -> None:
 
 
 async def test_get_with_touch_renews(store: SessionStore, keyspace: Keyspace) -> None:
-    """It renews the session and its sets; a plain get leaves them alone."""
+    """`get` with `touch=True` renews the session and its sets; a plain `get` does not."""
     await store.set("a", ALICE)
     await keyspace.shorten(27 * DAY)
     await store.get("a")
@@ -148,7 +148,7 @@ async def test_get_with_touch_renews(store: SessionStore, keyspace: Keyspace) ->
 
 
 async def test_get_with_a_time_renews_when_that_has_passed(store: SessionStore, keyspace: Keyspace) -> None:
-    """Not again before; and for as long as the session was given, also if that is not what others get."""
+    """`get` with a time renews the session for its own lifetime, if its last renewal was that long ago."""
     await store.set("a", ALICE, "1h")
     await keyspace.shorten(60_000)
     await store.get("a", touch="2m")
@@ -158,13 +158,13 @@ async def test_get_with_a_time_renews_when_that_has_passed(store: SessionStore, 
     for key in ("user_id:{1}", "ip:{::1}"):
         assert await keyspace.ttl("{a}") <= await keyspace.ttl(key) <= HOUR * SLACK
     await keyspace.shorten(31 * 60_000)
-    await store.get("a", touch="2h")  # At the latest when half of its time is over.
+    await store.get("a", touch="2h")  # A session is renewed at the latest after half of its lifetime.
     assert HOUR - 30_000 < await keyspace.ttl("{a}") <= HOUR
 
 
 @pytest.mark.parametrize("age", ["1h", "60 days"])
 async def test_a_session_keeps_the_time_it_was_given(store: SessionStore, keyspace: Keyspace, age: str) -> None:
-    """A later write, and a renewal, give it the same again, until it is given another; a new id changes nothing."""
+    """A session keeps its `max_age` through writes, renewals and a new id, until another is given."""
     await store.set("a", ALICE, age)
     full = await keyspace.ttl("{a}")
     for renew in (
@@ -188,7 +188,7 @@ async def test_a_session_keeps_the_time_it_was_given(store: SessionStore, keyspa
 
 
 async def test_a_time_that_is_also_the_default_is_the_sessions_own(client: Redis, keyspace: Keyspace) -> None:
-    """It was given, so it stays when the default changes with the next version of an application."""
+    """A `max_age` that was given stays when the default changes, even if it was the default before."""
     given = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_age="1h")
     later = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_age="1m")
     await given.set("set", {"user_id": 1}, "1h")
@@ -222,7 +222,7 @@ async def test_create_mints_an_id(store: SessionStore, keyspace: Keyspace) -> No
 
 
 async def test_set_without_create_needs_a_session(store: SessionStore, keyspace: Keyspace) -> None:
-    """It raises SessionNotFound and writes nothing if there is none."""
+    """`set` with `create=False` raises SessionNotFound and writes nothing if there is no session."""
     with pytest.raises(SessionNotFound):
         await store.set("a", ALICE, create=False)
     assert await keyspace.dump() == {}
@@ -247,7 +247,7 @@ async def test_set_without_create_needs_a_session(store: SessionStore, keyspace:
     ],
 )
 async def test_set_expects(store: SessionStore, keyspace: Keyspace, expect: dict[str, Any], *, meets: bool) -> None:
-    """It writes only if the fields hold what is expected; None is met by None and by an absent field."""
+    """`set` writes only if the fields hold the expected values; None also matches an absent field."""
     await store.set("a", {"n": 1, "user_id": 1, "nothing": None, "l": [1, {"a": "ü"}]})
     before = await keyspace.dump()
     if meets:
@@ -260,7 +260,7 @@ async def test_set_expects(store: SessionStore, keyspace: Keyspace, expect: dict
 
 
 async def test_set_expects_of_a_session_that_is_not_there(store: SessionStore, keyspace: Keyspace) -> None:
-    """It holds no value: only None is met."""
+    """A session that does not exist holds no values, so only None matches."""
     with pytest.raises(Conflict):
         await store.set("a", {"n": 1}, expect={"n": 0})
     assert await keyspace.dump() == {}
@@ -269,7 +269,7 @@ async def test_set_expects_of_a_session_that_is_not_there(store: SessionStore, k
 
 
 async def test_unset_takes_fields_out(store: SessionStore, keyspace: Keyspace) -> None:
-    """The fields go, and with a reference its set; the session is renewed."""
+    """`unset` removes fields, takes the session out of their sets, and renews the session."""
     await store.set("a", ALICE, "1 day")
     await store.unset("a", ["user_id", "name", "missing", "name"], "2 days")
     assert await keyspace.dump() == {"{a}": {"id": "a", "ip": "::1"}, "ip:{::1}": {"a"}}
@@ -278,13 +278,13 @@ async def test_unset_takes_fields_out(store: SessionStore, keyspace: Keyspace) -
 
 
 async def test_unset_of_no_session_does_nothing(store: SessionStore, keyspace: Keyspace) -> None:
-    """It never makes one."""
+    """`unset` of a session that does not exist writes nothing."""
     await store.unset("a", ["name"])
     assert await keyspace.dump() == {}
 
 
 async def test_pop_takes_fields_out_and_returns_them(store: SessionStore, keyspace: Keyspace) -> None:
-    """What the fields held comes back once; the TTL stays."""
+    """`pop` removes fields, returns their values once, and keeps the TTL."""
     await store.set("a", {"user_id": 1, "state": "xyz"}, "1 day")
     assert await store.pop("a", ["state", "user_id", "missing"]) == {"state": "xyz", "user_id": 1}
     assert await store.pop("a", ["state"]) == {}
@@ -295,7 +295,7 @@ async def test_pop_takes_fields_out_and_returns_them(store: SessionStore, keyspa
 
 
 async def test_increment_counts(store: SessionStore, keyspace: Keyspace) -> None:
-    """An absent field counts from 0; the TTL stays."""
+    """`increment` counts an absent field from 0, and keeps the TTL."""
     await store.set("a", {}, "1 day")
     assert await store.increment("a", "n") == 1
     assert await store.increment("a", "n", -5) == -4
@@ -323,7 +323,7 @@ async def test_increment_counts(store: SessionStore, keyspace: Keyspace) -> None
     ],
 )
 async def test_increment_is_exact(store: SessionStore, held: int, by: int, total: int) -> None:
-    """The sum is the integer that is stored, over all of 64 bits."""
+    """`increment` is exact over all of 64 bits."""
     await store.set("a", {"n": held})
     assert await store.increment("a", "n", by) == total
     assert await store.get("a") == {"id": "a", "n": total}
@@ -331,7 +331,7 @@ async def test_increment_is_exact(store: SessionStore, held: int, by: int, total
 
 @pytest.mark.parametrize("value", ["alice", 2**63 - 1, 2**63, [1], 1.5, None, True, ""])
 async def test_increment_needs_an_integer(store: SessionStore, keyspace: Keyspace, value: object) -> None:
-    """Anything else, and a sum beyond 64 bits, is a ValueError; the field stays."""
+    """`increment` raises ValueError and keeps the field, if it holds no integer or the sum exceeds 64 bits."""
     await store.set("a", {"n": value})
     before = await keyspace.dump()
     with pytest.raises(ValueError, match="does not hold an integer"):
@@ -340,7 +340,7 @@ async def test_increment_needs_an_integer(store: SessionStore, keyspace: Keyspac
 
 
 async def test_touch_renews_a_session_and_its_sets(store: SessionStore, keyspace: Keyspace) -> None:
-    """A set lives as long as its longest-lived member: it is made to live longer, never shorter."""
+    """`touch` renews the session, and extends the TTLs of its sets if necessary, but never shortens them."""
     await store.set("a", ALICE, "1 day")
     assert await store.touch("a", "3 days")
     assert 2 * DAY < await keyspace.ttl("{a}") <= 3 * DAY
@@ -356,7 +356,7 @@ async def test_touch_renews_a_session_and_its_sets(store: SessionStore, keyspace
 
 
 async def test_delete_leaves_a_tombstone(store: SessionStore, keyspace: Keyspace) -> None:
-    """The session is gone and in no set; what is left tells the reason for five minutes."""
+    """`delete` takes the session out of its sets, and leaves a tombstone with the reason for five minutes."""
     await store.set("a", ALICE)
     await store.set("b", ALICE)
     assert await store.delete("a", reason="signed-out")
@@ -375,7 +375,7 @@ async def test_delete_leaves_a_tombstone(store: SessionStore, keyspace: Keyspace
 
 
 async def test_delete_of_no_session(store: SessionStore, keyspace: Keyspace) -> None:
-    """It says so, and leaves no tombstone; one that is there keeps its reason."""
+    """`delete` of no session returns False and leaves no tombstone; an existing tombstone keeps its reason."""
     assert not await store.delete("a")
     assert await keyspace.dump() == {}
     await store.set("a", {})
@@ -403,7 +403,7 @@ async def test_delete_of_no_session(store: SessionStore, keyspace: Keyspace) -> 
     ],
 )
 async def test_delete_expects(store: SessionStore, keyspace: Keyspace, expect: dict[str, Any], *, meets: bool) -> None:
-    """It ends the session only if the fields hold what is expected, as in `set`; data need not be readable."""
+    """`delete` ends the session only if the fields hold the expected values; other fields may be unreadable."""
     await store.set("a", {"n": 1, "user_id": 1, "nothing": None, "l": [1, {"a": "ü"}], "unreadable": "?"})
     before = await keyspace.dump()
     await keyspace.client.hset(store.get_session_key("a"), "unreadable", b"\xff")
@@ -416,7 +416,7 @@ async def test_delete_expects(store: SessionStore, keyspace: Keyspace, expect: d
 
 
 async def test_delete_expects_of_no_session(store: SessionStore, keyspace: Keyspace) -> None:
-    """There is none to end, whatever is expected; one that was ended keeps its reason."""
+    """`delete` with `expect` returns False if there is no session; an existing tombstone keeps its reason."""
     for expect in ({}, {"n": None}, {"n": 1}):
         assert not await store.delete("a", expect=expect)
     assert await keyspace.dump() == {}
@@ -428,7 +428,7 @@ async def test_delete_expects_of_no_session(store: SessionStore, keyspace: Keysp
 
 
 async def test_delete_expects_by_an_old_id(store: SessionStore, keyspace: Keyspace) -> None:
-    """While an old id leads to a session, what it holds now is compared."""
+    """During grace, `delete` by the old id compares the current values of the session."""
     await store.set("a", {"user_id": 1})
     new = await store.rotate("a", grace="1m")
     await store.set(new, {"user_id": 2})
@@ -440,7 +440,7 @@ async def test_delete_expects_by_an_old_id(store: SessionStore, keyspace: Keyspa
 
 
 async def test_a_late_write_is_refused(store: SessionStore, keyspace: Keyspace) -> None:
-    """No write revives a session that was ended: it raises SessionEnded, and nothing changes."""
+    """A write to a session that was ended raises SessionEnded and changes nothing."""
     await store.set("a", ALICE)
     await store.delete("a", reason="password")
     before = await keyspace.dump()
@@ -462,7 +462,7 @@ async def test_a_late_write_is_refused(store: SessionStore, keyspace: Keyspace) 
 
 
 async def test_rotate_gives_a_new_id(store: SessionStore, keyspace: Keyspace) -> None:
-    """Data, references and TTL stay, new values are written, and the old id has ended."""
+    """`rotate` keeps data, references and TTL, writes new values, and ends the old id."""
     await store.set("a", ALICE, "1 day")
     created = await keyspace.client.hget(f"{keyspace.prefix}:{{a}}", "_created")
     new = await store.rotate("a", {"user_id": 2, "theme": "dark"})
@@ -483,7 +483,7 @@ async def test_rotate_gives_a_new_id(store: SessionStore, keyspace: Keyspace) ->
 
 
 async def test_rotate_may_give_another_lifetime(store: SessionStore, keyspace: Keyspace) -> None:
-    """As for who wants to be remembered: it is the session's own from then on."""
+    """`rotate` can give the session another lifetime, which later renewals keep."""
     await store.set("a", ALICE, "1h")
     new = await store.rotate("a", {"user_id": 2}, "2 days")
     for _ in range(2):
@@ -494,7 +494,7 @@ async def test_rotate_may_give_another_lifetime(store: SessionStore, keyspace: K
 
 
 async def test_rotate_with_grace_lets_the_old_id_lead_to_the_new(store: SessionStore, keyspace: Keyspace) -> None:
-    """For that long requests by the old id work on the session; it cannot be rotated again."""
+    """During grace, calls by the old id work on the session, except for `rotate`."""
     await store.set("a", ALICE)
     b = await store.rotate("a", grace="30s")
     c = await store.rotate(b, grace="30s")
@@ -520,7 +520,7 @@ async def test_rotate_with_grace_lets_the_old_id_lead_to_the_new(store: SessionS
 
 
 async def test_grace_passes(store: SessionStore) -> None:
-    """After it the old id has ended like any other, and the session lives on."""
+    """After its grace the old id has ended, and the session lives on under the new id."""
     await store.set("a", ALICE)
     new = await store.rotate("a", grace=0.001)
     while await store.get("a"):
@@ -532,7 +532,7 @@ async def test_grace_passes(store: SessionStore) -> None:
 
 
 async def test_ttl_tells_what_is_left(store: SessionStore) -> None:
-    """It is None for no session, and for one that was ended."""
+    """`ttl` returns the time that a session has left, or None if there is no session."""
     await store.set("a", {}, timedelta(hours=1))
     left = await store.ttl("a")
     assert left is not None
@@ -543,7 +543,7 @@ async def test_ttl_tells_what_is_left(store: SessionStore) -> None:
 
 
 async def test_find_by_reads_the_sessions_with_a_value(store: SessionStore, keyspace: Keyspace) -> None:
-    """It yields what get returns, ids_by the ids, count_by how many; the value may be int or str."""
+    """`find_by` yields the sessions with a value, `ids_by` returns their ids, and `count_by` their number."""
     await store.set("a", {"user_id": 1, "name": "x"})
     await store.set("b", {"user_id": [1, 2]})
     await store.set("c", {"user_id": 2})
@@ -570,7 +570,7 @@ async def test_fields_that_hold_names_of_the_library(store: SessionStore) -> Non
 
 
 async def test_reading_by_reference_removes_dead_ids(store: SessionStore, keyspace: Keyspace) -> None:
-    """The ids of expired sessions leave the sets that are read."""
+    """A read by reference removes the ids of expired sessions from the set."""
     await store.set("a", {"user_id": 1})
     await store.set("b", {"user_id": 1})
     await keyspace.expire("{b}")
@@ -580,7 +580,7 @@ async def test_reading_by_reference_removes_dead_ids(store: SessionStore, keyspa
 
 
 async def test_delete_by_ends_all_sessions_with_a_value(store: SessionStore, keyspace: Keyspace) -> None:
-    """Those to keep stay, and so do those with other values; dead ids go."""
+    """`delete_by` ends all sessions with a value except those to keep, and removes ids of expired sessions."""
     for name in "abcd":
         await store.set(name, {"user_id": 1, "ip": name})
     await store.set("e", {"user_id": 2, "ip": "a"})
@@ -595,14 +595,14 @@ async def test_delete_by_ends_all_sessions_with_a_value(store: SessionStore, key
         "user_id:{2}": {"e"},
         "ip:{a}": {"e"},
         "ip:{c}": {"c"},
-        "ip:{d}": {"d"},  # It has not been read; it expires with the session that it was for.
+        "ip:{d}": {"d"},  # This set was not read, so it still holds the id of the expired session.
     }
     assert await store.delete_by("user_id", 1, keep=["c"]) == 0
     assert await store.delete_by("user_id", 9) == 0
 
 
 async def test_count_by_may_count_too_many(store: SessionStore, keyspace: Keyspace) -> None:
-    """Not exact, it is the size of the set, with the ids of sessions that have expired; nothing is looked at."""
+    """With `exact=False`, `count_by` returns the size of the set, which may include expired sessions."""
     await store.set("a", {"user_id": 1})
     await store.set("b", {"user_id": [1, 2]})
     await store.set("c", {"user_id": 1})
@@ -618,7 +618,7 @@ async def test_count_by_may_count_too_many(store: SessionStore, keyspace: Keyspa
 
 @pytest.mark.parametrize("others", [2, 120], ids=["one page", "several pages"])
 async def test_keep_follows_grace(store: SessionStore, keyspace: Keyspace, others: int) -> None:
-    """The old id of a session that was rotated with grace keeps it, and so does one that was rotated twice."""
+    """`keep` accepts the old id of a session that was rotated with grace, once or twice."""
     for session_id in ("a", "b", "c", "d", "gone"):
         await store.set(session_id, {"user_id": 1})
     a = await store.rotate("a", grace="1m")
@@ -636,7 +636,7 @@ async def test_keep_follows_grace(store: SessionStore, keyspace: Keyspace, other
 
 
 async def test_block_and_unblock(store: SessionStore, keyspace: Keyspace) -> None:
-    """A value that is blocked ends its sessions and takes no other until it is unblocked."""
+    """`block` ends the sessions of a value, and no session can join the value until `unblock`."""
     await store.set("a", {"user_id": 1})
     assert await store.blocked("user_id", 1) is None
     assert await store.block("user_id", 1, timedelta(hours=1), reason="stolen") == 1
@@ -657,7 +657,7 @@ async def test_block_and_unblock(store: SessionStore, keyspace: Keyspace) -> Non
 
 
 async def test_find_by_yields_what_is_readable(store: SessionStore, keyspace: Keyspace) -> None:
-    """A session that holds data that is not readable is left out; at the end an error says how many there were."""
+    """`find_by` skips unreadable sessions, and raises an error with their number at the end."""
     for session_id in "abcde":
         await store.set(session_id, {"user_id": 1, "x": session_id})
     for session_id in "bd":
@@ -665,7 +665,7 @@ async def test_find_by_yields_what_is_readable(store: SessionStore, keyspace: Ke
     found = []
     with pytest.raises(SessionError, match="^2 sessions hold data that is not readable"):  # noqa: PT012
         async for session in store.find_by("user_id", 1):
-            found.append(session["x"])  # noqa: PERF401 - what came before the error counts
+            found.append(session["x"])  # noqa: PERF401 - the sessions before the error are checked
     assert sorted(found) == ["a", "c", "e"]
     assert sorted(await store.ids_by("user_id", 1)) == [*"abcde"]
     assert await store.count_by("user_id", 1) == 5
@@ -677,7 +677,7 @@ async def test_find_by_yields_what_is_readable(store: SessionStore, keyspace: Ke
 
 
 async def test_what_is_left_out_is_counted_over_all_pages(store: SessionStore, keyspace: Keyspace) -> None:
-    """Each session once."""
+    """`find_by` counts each unreadable session once, over all pages."""
     for n in range(120):
         await store.set(f"s{n}", {"user_id": 1, "x": n})
     for n in range(0, 120, 2):
@@ -685,14 +685,14 @@ async def test_what_is_left_out_is_counted_over_all_pages(store: SessionStore, k
     found = []
     with pytest.raises(SessionError, match="^60 sessions hold data"):  # noqa: PT012
         async for session in store.find_by("user_id", 1, ["x"]):
-            found.append(session["x"])  # noqa: PERF401 - what came before the error counts
+            found.append(session["x"])  # noqa: PERF401 - the sessions before the error are checked
     assert sorted(found) == [*range(1, 120, 2)]
 
 
 async def test_a_session_on_two_pages_is_seen_once(
     store: SessionStore, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A set that Redis rehashes between two pages shows some of its members again."""
+    """A session that is on two pages, as after a rehash of the set, is yielded and counted once."""
     for session_id in "abc":
         await store.set(session_id, {"user_id": 1, "x": session_id})
     await keyspace.client.hset(store.get_session_key("b"), "x", b"\xff")
@@ -710,13 +710,13 @@ async def test_a_session_on_two_pages_is_seen_once(
     found = []
     with pytest.raises(SessionError, match="hold data that is not readable"):  # noqa: PT012
         async for session in store.find_by("user_id", 1):
-            found.append(session["id"])  # noqa: PERF401 - what came before the error counts
+            found.append(session["id"])  # noqa: PERF401 - the sessions before the error are checked
     assert sorted(found) == ["a", "c"]
     assert pages == 2
 
 
 async def test_as_much_as_a_call_may_have(store: SessionStore, keyspace: Keyspace) -> None:
-    """A thousand fields, 128 values of references and a thousand ids to keep are taken."""
+    """The store accepts 1,000 fields, 128 reference values and 1,000 ids to keep in one call."""
     fields = {f"f{n}": n for n in range(998)}
     values: dict[str, Any] = {**fields, "user_id": [*range(64)], "ip": [*range(64)]}
     await store.set("a", values, expect={f"f{n}": None for n in range(1000)})
@@ -731,7 +731,7 @@ async def test_as_much_as_a_call_may_have(store: SessionStore, keyspace: Keyspac
 
 
 async def test_key_names(store: SessionStore, keyspace: Keyspace) -> None:
-    """They are those of the Node original, so that its recipes work."""
+    """The names of keys are those of the Node original."""
     await store.set("a", {"user_id": 1})
     assert store.get_session_key("a") == f"{keyspace.prefix}:{{a}}"
     assert store.get_reference_key("user_id", 1) == f"{keyspace.prefix}:user_id:{{1}}"
@@ -740,7 +740,7 @@ async def test_key_names(store: SessionStore, keyspace: Keyspace) -> None:
 
 
 async def test_a_store_can_be_opened_again(store: SessionStore) -> None:
-    """After it was closed it takes no calls, until it is opened anew: applications are, in tests."""
+    """A closed store refuses calls until it is opened again."""
     for _ in range(2):
         async with store:
             await store.set("a", {})

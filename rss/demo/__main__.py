@@ -42,7 +42,11 @@ async def _serve(app: Quart, host: str, port: int) -> None:
     ending: asyncio.Event = app.extensions["ending"]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    await app.run_task(host, port, shutdown_trigger=ending.wait)
+
+    async def ended() -> None:
+        await ending.wait()
+
+    await app.run_task(host, port, shutdown_trigger=ended)
 
 
 if __name__ == "__main__":

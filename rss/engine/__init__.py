@@ -1,1 +1,1 @@
-"""How an operation reaches Redis and comes back."""
+"""The engine sends operations to Redis in batches, and hands out the replies."""

@@ -1,4 +1,4 @@
-"""One call of an operation: what is sent for it, and the future of its reply."""
+"""One call of an operation: its keys and arguments, and the future of its reply."""
 
 import asyncio
 import contextvars
@@ -12,24 +12,24 @@ _Callback = Callable[["Call"], object]
 
 
 class Call(asyncio.Future[Any]):
-    """A call of one caller: what is sent for it, and the future that its coroutine awaits.
+    """A call of one caller: its keys and arguments, and the future that the caller awaits.
 
-    A common future wakes its caller in the next turn of the event loop. `answer` runs the caller at once. So by the end
-    of a read all callers have made their next calls, and one write sends them. Where few calls are made at a time, that
-    saves a fifth of the processor time.
+    A plain future wakes its caller in the next turn of the event loop. `answer` runs the caller immediately. So all
+    callers have made their next calls before the read ends, and one write sends these. With few calls at a time, this
+    saves a fifth of the CPU time.
 
-    So asyncio's debug mode reports a caller that blocks the loop as a slow read of the transport.
+    A side effect: if a caller blocks the loop, asyncio's debug mode reports a slow read of the transport.
     """
 
     __slots__ = ("_waiter", "args", "deadline", "keys", "losses", "size")
 
     keys: Sequence[str]
     args: Sequence[str | bytes]
-    #: Bytes of the arguments, if they may be many.
+    #: The bytes of the arguments. 0 if the operation is not `sized`.
     size: int
     #: The loop's time at which the caller gets `StoreUnavailable`.
     deadline: float
-    #: How many channels broke while it was in flight.
+    #: How many channels broke while the call was in flight.
     losses: int
     _waiter: tuple[_Callback, contextvars.Context] | None  # The callback that wakes the awaiting task.
 
@@ -42,21 +42,21 @@ class Call(asyncio.Future[Any]):
         size: int,
         deadline: float,
     ) -> "Call":
-        """Return a new call. An `__init__` would take twice the time."""
+        """Return a new call. This takes half the time of an `__init__`."""
         call = cls(loop=loop)
         call.keys, call.args, call.size, call.deadline = keys, args, size, deadline
         call.losses, call._waiter = 0, None
         return call
 
     def add_done_callback(self, fn: _Callback, /, *, context: contextvars.Context | None = None) -> None:
-        """Add a callback, as any future. A task registers its wake-up with a context: the first one is kept apart."""
+        """Add a callback. The first one with a context is the wake-up of the awaiting task: keep it for `answer`."""
         if self._waiter is None and context is not None and not self.done():
             self._waiter = fn, context
         else:
             super().add_done_callback(fn, context=context)
 
     def answer(self, result: Any) -> None:
-        """Set the result, and run the caller until it awaits something else. No task may be running."""
+        """Set the result, and run the caller until its next await. Call this only while no task is running."""
         waiter, self._waiter = self._waiter, None
         super().set_result(result)
         if waiter:
@@ -67,17 +67,17 @@ class Call(asyncio.Future[Any]):
                 self.get_loop().call_soon(_reraise, error)  # Other callers get their replies before the loop ends.
 
     def set_result(self, result: Any, /) -> None:
-        """Answer with a result. The caller goes on in the next turn."""
+        """Set the result. The caller continues in the next turn of the loop."""
         self._wake_later()
         super().set_result(result)
 
     def set_exception(self, exception: type[BaseException] | BaseException, /) -> None:
-        """Answer with an error. The caller goes on in the next turn."""
+        """Set an error. The caller continues in the next turn of the loop."""
         self._wake_later()
         super().set_exception(exception)
 
     def cancel(self, msg: Any | None = None) -> bool:
-        """Note that the caller is gone."""
+        """Cancel the call, because its caller was cancelled."""
         self._wake_later()
         return super().cancel(msg)
 
@@ -87,12 +87,15 @@ class Call(asyncio.Future[Any]):
             super().add_done_callback(waiter[0], context=waiter[1])
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, unless the caller has an answer or is gone."""
+        """Set an error, unless the call has a result or was cancelled."""
         if not self.done():
             self.set_exception(error)
 
     def expire(self, error: Exception | None) -> None:
-        """Answer that the deadline has passed; *error* is the last failure."""
+        """Fail the call because its deadline has passed.
+
+        *error*: the last failure; None if there was none.
+        """
         why = "it takes too long"
         if error and not isinstance(error, TimeoutError):
             why = code_of(error) or type(error).__name__

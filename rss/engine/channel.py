@@ -1,7 +1,8 @@
-"""One multiplexed connection to one server: commands go out one after another, replies come back in the same order.
+"""One multiplexed connection to one server. Replies arrive in the order of the commands.
 
-redis-py makes the connection. So TLS, users and passwords, unix sockets, Sentinels and client names are those of the
-client. Then its transport gets a protocol of ours: no task waits for a reply, and a lost connection is noticed at once.
+redis-py makes the connection. So TLS, users and passwords, unix sockets, Sentinels and client names work as in the
+client. Then a protocol of this module takes over the transport. So no task waits for replies, and a lost connection is
+noticed immediately.
 """
 
 import asyncio
@@ -25,43 +26,43 @@ Answer = Callable[[Any], None]
 Heard = Callable[["Channel"], None]
 Lost = Callable[["Channel", Exception | None], None]
 
-_NOTHING: Final = object()  # Returned while no reply is complete. The default, False, could be a reply of RESP3.
+_NOTHING: Final = object()  # Marks an incomplete reply. The default mark, False, could be a reply of RESP3.
 _RESET: Final = struct.pack("ii", 1, 0)
 
-# The first command on a connection. Every user that may run scripts may send it. No other reply looks like its own: it
-# proves that the server works, and that no byte was left over from the handshake.
+# The first command on a connection. Every user that may run scripts may send it. Its reply is unique. So it proves that
+# the server works, and that no reply of the handshake is left.
 _HELLO: Final = "return 'redis-session-sets'"
 _GREETING: Final = pack("SCRIPT", "LOAD", _HELLO)
 _GREETED: Final = sha(_HELLO).encode()
 
 
 class Channel(asyncio.Protocol):
-    """A connection that was greeted; `open_channel` makes it.
+    """A connection that serves commands. Use `open_channel` to make one.
 
-    *heard* is called when the replies of a read were handed out, and when the peer takes more bytes again. *lost* is
-    called once, when there will be no more replies: unless the channel was closed.
+    *heard*: called after the replies of a read were handed out, and when the peer accepts more bytes again.
+    *lost*: called once, when no more replies will come. It is not called after `close`.
     """
 
     def __init__(self, connection: AbstractConnection, heard: Heard, lost: Lost) -> None:
         self._heard = heard
         self._lost: Lost | None = lost
         self._loop = asyncio.get_running_loop()
-        self._connection = connection  # Its destructor would close the transport.
+        self._connection = connection  # Keep it alive: its destructor would close the transport.
         self._transport = cast("asyncio.Transport", _writer(connection).transport)
         self._reader = hiredis.Reader(replyError=redis.exceptions.ResponseError, notEnoughData=_NOTHING)
         self._answers: deque[Answer] = deque()
-        #: The loop's time of the last byte that came, or of the first command that was sent while the channel was idle.
+        #: The loop's time of the last byte received. If later: of the first command sent while the channel was idle.
         self.heard_at = self._loop.time()
-        #: Whether the peer reads too slowly to be sent more.
+        #: Whether the write buffer is full, because the peer reads too slowly.
         self.paused = False
         self._transport.set_protocol(self)
 
     def begin(self, greeting: Any, lost: Lost) -> None:
-        """Begin to serve, if this is the reply to the greeting and the connection still stands."""
+        """Begin to serve. Raises an error if *greeting* is not the expected reply, or the connection is lost."""
         if isinstance(greeting, Exception):
             raise greeting
         if greeting != _GREETED or not self.usable:
-            raise redis.exceptions.ConnectionError("Redis sent a reply to something else, or hung up")
+            raise redis.exceptions.ConnectionError("Redis sent an unexpected reply, or hung up")
         self._lost = lost
 
     @property
@@ -71,11 +72,11 @@ class Channel(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no reply is missing."""
+        """Whether no reply is outstanding."""
         return not self._answers
 
     def send(self, data: bytes, answers: Iterable[Answer]) -> None:
-        """Send commands. *answers* has a function for each reply. Never raises: if it fails, `lost` is called."""
+        """Send commands. *answers* has a function for each reply. If sending fails, call `lost`, and do not raise."""
         if not self._answers:
             self.heard_at = self._loop.time()
         self._answers.extend(answers)
@@ -107,10 +108,10 @@ class Channel(asyncio.Protocol):
         self._report(exc)
 
     def abort(self, error: Exception | None = None) -> None:
-        """Give the connection up: what is in flight is lost at once.
+        """Drop the connection, and all calls in flight on it.
 
-        The socket is reset. Otherwise the system would still deliver what it has not sent yet, perhaps after a retry of
-        the same write was acknowledged.
+        Reset the socket. Otherwise the system would still deliver buffered commands. A write among them could then run
+        again after its retry was acknowledged.
         """
         with contextlib.suppress(OSError, AttributeError):
             sock = self._transport.get_extra_info("socket")
@@ -132,9 +133,11 @@ class Channel(asyncio.Protocol):
 
 
 async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, lost: Lost, patience: float) -> Channel:
-    """Connect as redis-py does, once, and return a channel that was greeted. Raises what redis-py raises.
+    """Connect through redis-py, check the greeting, and return a channel. Make one attempt.
 
-    *patience*: seconds after which the system gives up a peer that acknowledges nothing.
+    *patience*: the seconds after which the system drops a peer that acknowledges nothing.
+
+    Raises the errors of redis-py.
     """
     connection = make()
     greeted: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -159,26 +162,29 @@ async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, los
 
 
 def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:
-    """Return the stream of a connection: the one place that uses private names of redis-py, with `_take_stream`.
+    """Return the stream of a connection. Only this function and `_take_stream` use private names of redis-py.
 
-    Methods of the connection must not be called once its transport has another protocol.
+    Once the transport has another protocol, do not call methods of the connection.
     """
     reader, writer = connection._reader, connection._writer  # noqa: SLF001 - see above
-    if reader is None or writer is None or reader.at_eof():  # A protocol that is set later is not told of an EOF.
-        # A matter of one turn of the event loop: no test can hit it at will.
+    if reader is None or writer is None or reader.at_eof():  # A new protocol is not told of an EOF in the past.
+        # The window is one turn of the event loop, so no test can hit it reliably.
         raise redis.exceptions.ConnectionError("Redis closed the connection at once")  # pragma: no cover - see above
     return writer
 
 
 def _take_stream(connection: AbstractConnection) -> asyncio.StreamWriter | None:
-    """Take the stream out of a connection, if there is one. The destructor would warn that it was not closed."""
+    """Remove the stream from a connection, and return it. Return None if there is none.
+
+    If the stream stayed, the destructor of the connection would warn that it was not closed.
+    """
     writer = connection._writer  # noqa: SLF001 - see _writer
     connection._reader = connection._writer = None  # noqa: SLF001 - see _writer
     return writer
 
 
 def _keep_alive(sock: socket.socket | None, connection: AbstractConnection, patience: float) -> None:
-    """Let the system probe a peer that is silent for long, unless the client says how it shall do that."""
+    """Let the system probe a silent peer, and drop it after *patience* seconds. The client may set the intervals."""
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     options = {"TCP_USER_TIMEOUT": max(int(patience * 1000), 1)}

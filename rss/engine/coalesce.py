@@ -1,8 +1,8 @@
-"""Calls that wait at the same moment become batches: that is what makes the store fast.
+"""Coalesce calls that wait at the same moment into batches. This makes the store fast.
 
-A call through redis-py costs about fifty microseconds of Python, whatever Redis does. Here a call waits until the event
-loop has run what is ready. Then all calls of one kind, such as those that read the same fields, become one EVALSHA: a
-batch. The batches of several kinds go out in one write: a volley.
+A call through redis-py costs about fifty microseconds of Python, regardless of Redis. Here a call waits until the event
+loop has run all ready callbacks. Then all calls of one kind, such as reads of the same fields, become one EVALSHA: a
+batch. One write sends the batches of several kinds: a volley.
 """
 
 from collections import deque
@@ -15,20 +15,23 @@ from redis.backoff import EqualJitterBackoff
 from rss.engine.call import Call
 from rss.engine.scripts import pack
 
-# The size of a volley in bytes, roughly. A single call may be larger.
+# The approximate maximum of a volley, in bytes. A single call may be larger.
 _MAX_BYTES: Final = 131_072
 _BACKOFF: Final = EqualJitterBackoff(cap=0.25, base=0.005)
-# Seconds for which refusals are remembered after the wait that followed the last one.
+# Seconds for which an empty queue remembers refusals, after the wait for the last one has ended.
 _REMEMBERED: Final = 1.0
 
 
 def backoff(failures: int) -> float:
-    """Return how many seconds to wait before the next attempt, after so many failures in a row."""
+    """Return the seconds to wait before the next attempt, after this number of failures in a row."""
     return _BACKOFF.compute(min(failures, 10))  # More than 1,000 would raise OverflowError.
 
 
 def expire(calls: Iterable[Call], now: float, error: Exception | None) -> None:
-    """Answer the calls whose deadline has passed. *error*: the last one, if any."""
+    """Fail the calls whose deadline has passed.
+
+    *error*: the last failure; None if there was none.
+    """
     for call in calls:
         if call.deadline <= now and not call.done():
             call.expire(error)
@@ -38,45 +41,50 @@ def expire(calls: Iterable[Call], now: float, error: Exception | None) -> None:
 class Operation:
     """The properties of a script that the engine needs."""
 
-    #: Its name in `lua/`.
+    #: The name of the script in `lua/`.
     script: str
-    #: The shared parts that it needs: some of `scripts.PARTS`.
+    #: The shared parts that the script needs: some of `scripts.PARTS`.
     parts: tuple[str, ...]
-    #: Whether it may run twice: a second run does the same again, or recognises the work of the first. Its reply may
-    #: differ, as that of a second delete.
+    #: Whether the operation may run twice: the second run recognises the work of the first, or does the same again. The
+    #: second reply may differ: a second delete finds no session.
     repeatable: bool = True
-    #: False if one call may keep Redis busy for as long as a whole batch: a page of a reference set.
+    #: Whether calls share an EVALSHA. False for a page of a reference set, which takes as long as a whole batch.
     batched: bool = True
-    #: Whether its arguments may be large. If so, their bytes count for the size of a volley.
+    #: Whether the arguments may be large. If so, their bytes count towards the size of a volley.
     sized: bool = False
 
 
-#: What the calls of one EVALSHA share: the operation, the partition, and the arguments before those of the sessions.
+#: The common part of the calls of one EVALSHA: the operation, the partition, and the shared arguments.
 Kind = tuple[Operation, int, tuple[str, ...]]
 
 
 class Queue:
-    """The calls of one kind that wait, the oldest first."""
+    """The waiting calls of one kind, oldest first."""
 
     __slots__ = ("calls", "error", "held_until", "kind", "refusals")
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.calls: deque[Call] = deque()
-        #: How many times in a row Redis refused to run them; the last error; the loop's time of the next attempt.
+        #: How many attempts failed in a row: Redis refused to run the calls, or they broke the channel.
         self.refusals = 0
+        #: The last failure; None if there was none.
         self.error: Exception | None = None
+        #: The loop's time of the next attempt. 0: nothing delays it.
         self.held_until = 0.0
 
     def hold(self, error: Exception, now: float, *, at_once: bool = False) -> None:
-        """Note that Redis refused. The next attempt waits, except that the first one may be made *at_once*."""
+        """Note a failed attempt, and delay the next one.
+
+        *at_once*: do not delay the next attempt after the first failure.
+        """
         if self.refusals or not at_once:
             self.held_until = now + backoff(self.refusals + 1)
         self.refusals += 1
         self.error = error
 
     def release(self) -> None:
-        """Note that Redis ran them."""
+        """Note that Redis ran a batch, so the next attempt is not delayed."""
         self.refusals, self.error, self.held_until = 0, None, 0.0
 
 
@@ -92,11 +100,11 @@ class Batch:
 
     queue: Queue
     calls: list[Call]
-    #: Whether it is the last one of its volley.
+    #: Whether this is the last batch of its volley.
     last: bool = False
 
     def pack(self, sha: str, stems: Sequence[str]) -> bytes:
-        """Return the EVALSHA as bytes on the wire."""
+        """Return the EVALSHA in the wire format."""
         keys: list[str] = []
         args: list[str | bytes] = [*stems, *self.queue.kind[2]]
         for call in self.calls:
@@ -109,23 +117,25 @@ class Waiting:
     """The calls that wait for one channel."""
 
     def __init__(self) -> None:
-        #: How many there are. Calls whose caller is gone may be among them.
+        #: The number of calls, including some that were cancelled.
         self.count = 0
-        self._queues = _Queues()  # The next one to be served is first.
+        self._queues = _Queues()  # In the order in which `take` serves them.
 
     def __iter__(self) -> Iterator[Call]:
         for queue in self._queues.values():
             yield from queue.calls
 
     def put(self, kind: Kind, call: Call) -> None:
-        """Let a call wait behind the others of its kind."""
+        """Append a call to the queue of its kind."""
         self._queues[kind].calls.append(call)
         self.count += 1
 
     def put_back(self, batch: Batch, start: int = 0, *, behind: bool = False) -> Queue:
-        """Let the calls of a batch from *start* on wait again: as the next of their kind, or behind the others.
+        """Put the calls of a batch, from index *start* on, back into their queue. Return the queue.
 
-        Returns their queue. The batch may come from another lane.
+        *behind*: append them to the queue, instead of making them the next calls.
+
+        The batch may come from another lane.
         """
         queue, calls = self._queues[batch.queue.kind], batch.calls[start:]
         if behind:
@@ -136,9 +146,12 @@ class Waiting:
         return queue
 
     def take(self, room: int, now: float) -> list[Batch]:
-        """Take the calls of a volley from the queues in turn. *room* is how many calls it may have.
+        """Take the calls of a volley from the queues in turn, and return them as batches.
 
-        A page is alone in its volley. So is a call that was in flight on two channels that broke: it may break them.
+        *room*: the maximum number of calls.
+
+        A page is alone in its volley. So is a call that was in flight on two channels that broke: this call may be the
+        reason.
         """
         batches: list[Batch] = []
         size = 0
@@ -150,7 +163,7 @@ class Waiting:
             before = len(waiting)
             while waiting and room > 0 and size < _MAX_BYTES and queue.held_until <= now:
                 call = waiting.popleft()
-                if call.done():  # The caller is gone.
+                if call.done():  # Cancelled or expired.
                     continue
                 if call.losses > 1 or not kind[0].batched:
                     if batches or calls:
@@ -162,7 +175,7 @@ class Waiting:
                 size += call.size
                 room -= 1
             self.count -= before - len(waiting)
-            if waiting or queue.refusals:  # The next attempt must know of the refusals before it.
+            if waiting or queue.refusals:  # An empty queue must remember its refusals.
                 self._queues[kind] = queue
             if calls:
                 batches.append(Batch(queue, calls))
@@ -171,22 +184,25 @@ class Waiting:
         return batches
 
     def expire(self, now: float, error: Exception | None) -> None:
-        """Answer the calls whose deadline has passed, and forget those whose caller is gone. *error*: the last one."""
+        """Fail the calls whose deadline has passed, and drop those that were cancelled.
+
+        *error*: the last failure of the lane; None if there was none.
+        """
         for kind, queue in list(self._queues.items()):
             expire(queue.calls, now, queue.error or error)
             queue.calls = deque(call for call in queue.calls if not call.done())
-            # A batch that is in flight may be refused again: its queue must know of the refusals until then.
+            # Keep an empty queue for a while: if a batch in flight is refused again, the delay must grow.
             if not queue.calls and queue.held_until + _REMEMBERED <= now:
                 del self._queues[kind]
         self.count = sum(len(queue.calls) for queue in self._queues.values())
 
     def fail(self, error: Callable[[], Exception]) -> None:
-        """Answer all of them with an error."""
+        """Fail all calls."""
         for call in self:
             call.fail(error())
         self.clear()
 
     def clear(self) -> None:
-        """Forget all of them. They have an answer, or their caller is gone."""
+        """Drop all calls. Each of them has a result or was cancelled."""
         self._queues.clear()
         self.count = 0

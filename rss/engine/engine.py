@@ -1,4 +1,4 @@
-"""Runs operations for many callers, on the running event loop."""
+"""The engine: runs the operations of many callers on the running event loop."""
 
 import asyncio
 import os
@@ -18,16 +18,19 @@ from rss.engine.scripts import Scripts
 from rss.errors import StoreUnavailable
 from rss.keys import Plain
 
-#: The most calls that may wait in a lane, beside those in flight. More would only make all of them late. Calls whose
-#: caller is gone count for a moment.
+#: The maximum number of waiting calls in a lane, without those in flight. With more, all of them would be late. A
+#: cancelled call counts for at most a tick of the lane.
 MAX_PENDING: Final = 10_000
 
 
 class Engine:
-    """Runs the scripts of one store. *timeout*: the most seconds that a caller waits."""
+    """Runs the scripts of one store.
+
+    *timeout*: the maximum number of seconds that a caller waits.
+    """
 
     def __init__(self, client: Redis, scripts: Scripts, layout: Plain, timeout: float) -> None:
-        #: Whether it takes no more calls, except those of operations that have begun.
+        #: Whether new calls are refused. Operations that have begun may still make calls.
         self.closed = False
         self._client = client
         self._scripts = scripts
@@ -48,13 +51,13 @@ class Engine:
         partition: int = 0,
         begun: bool = False,
     ) -> Call:
-        """Run an operation for one session; the result is its reply.
+        """Run an operation for one session, and return a call. The result of the call is the reply.
 
-        *shared*: the arguments before those of the sessions; only calls that share them become one batch.
-        *begun*: the call is part of an `operation`, so it is taken even while the store closes.
+        *shared*: the shared arguments, which precede those of the sessions. Only calls with the same ones are batched.
+        *begun*: the call is part of an `operation`, so it is accepted even while the store closes.
 
-        If Redis did not run the call, it is sent again until its deadline. If that is not known, it is sent again only
-        if the operation is repeatable. At the deadline the caller gets `StoreUnavailable`.
+        If Redis did not run the call, the call is retried until its deadline. If that is unknown, the call is retried
+        only if the operation is repeatable. At the deadline the call raises `StoreUnavailable`.
         """
         if self.closed and not begun:
             raise RuntimeError("the store is closed")
@@ -67,14 +70,14 @@ class Engine:
         if not lane.is_full(MAX_PENDING):
             lane.put((operation, partition, shared), call)
         else:
-            # In the next turn: a caller that tries again at once must not keep the loop from sending what waits.
+            # Fail in the next turn. If a caller retries in a loop, the engine must still get to send waiting calls.
             refusal = StoreUnavailable(f"{MAX_PENDING:,} calls wait for Redis: no more are taken")
             loop.call_soon(call.fail, refusal, context=node.context)
         return call
 
     @contextmanager
     def operation(self) -> Iterator[None]:
-        """Make `drain` wait for an operation that consists of several calls."""
+        """Run an operation that makes several calls. `drain` waits for the end of this context."""
         if self.closed:
             raise RuntimeError("the store is closed")
         done = asyncio.get_running_loop().create_future()
@@ -86,11 +89,14 @@ class Engine:
             done.cancel()
 
     def reopen(self) -> None:
-        """Take calls again, as after a restart of the application in a test."""
+        """Accept calls again after `aclose`, as when a test restarts an application."""
         self.closed = False
 
     async def connect(self) -> None:
-        """Connect once, for a store that is opened. Raises `StoreUnavailable` at once if no server answers."""
+        """Connect once, and close the connection.
+
+        Raises `StoreUnavailable` immediately if no server answers.
+        """
         node, loop = self._node, asyncio.get_running_loop()
         if node is None or node.loop is not loop:
             node = self._begin(loop)
@@ -98,14 +104,14 @@ class Engine:
             async with asyncio.timeout(self._timeout):
                 channel = await node.open(node.main)
         except (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-            if code_of(error):  # A server answers, and says what is wrong: the first call tells that, or waits.
+            if code_of(error):  # A server answered with an error. The first call reports it, or waits.
                 return
             why = f"cannot connect to Redis at {_address(self._client)}: is it running, and is the address right?"
             raise StoreUnavailable(why) from error
         channel.close()
 
     async def drain(self) -> None:
-        """Wait until every caller has a reply."""
+        """Wait until every call is done and every operation has ended."""
         loop = asyncio.get_running_loop()
         while True:
             lanes = self._node.lanes if self._node and self._node.loop is loop else ()
@@ -116,7 +122,7 @@ class Engine:
             await asyncio.wait(pending)
 
     async def aclose(self) -> None:
-        """Take no more calls, wait for those under way, and close the connections."""
+        """Refuse new calls, wait for the others, and close the connections."""
         self.closed = True
         await self.drain()
         node = self._node
@@ -125,9 +131,9 @@ class Engine:
             await node.aclose()
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> Node:
-        """Begin to serve another event loop: that of a test client, or of a second `asyncio.run`."""
+        """Begin to serve another event loop, such as the loop of a test client or of a second `asyncio.run`."""
         if self._node and self._node.loop.is_running():
-            raise RuntimeError("another event loop that is still running uses this store: make one for each loop")
+            raise RuntimeError("another event loop that is still running uses this store: make one store for each loop")
         self._forget()
         make_connection = self._client.connection_pool.make_connection
         self._node = node = Node(make_connection, self._scripts, self._layout, self._timeout)
@@ -141,16 +147,16 @@ class Engine:
         self._node = self._finalizer = None
 
     def after_fork(self) -> None:  # pragma: no cover - it runs in a child process, which a test ends at once
-        """Begin anew in a child process, without closing the connections: they are the parent's.
+        """Forget the connections in a child process, without closing them. They belong to the parent.
 
-        To close them would take them out of the selector, which the parent shares, and end TLS.
+        Closing them would end TLS for the parent, and remove them from the selector that both processes share.
         """
         self._forget()
         self._operations.clear()
 
 
 def _address(client: Redis) -> str:
-    """Return where a client connects to, for people: without a user, a password and a database."""
+    """Return the address of a client for an error message: without user, password and database."""
     pool = client.connection_pool
     known = pool.connection_kwargs
     if service := getattr(pool, "service_name", None):
@@ -159,8 +165,8 @@ def _address(client: Redis) -> str:
 
 
 def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:
-    """Close the connections of a store that was garbage-collected. May run in any thread."""
-    with suppress(RuntimeError):  # The event loop is closed, and its connections with it.
+    """Close the connections of a store that was garbage-collected. This may run in any thread."""
+    with suppress(RuntimeError):  # The event loop is closed, and so are its connections.
         loop.call_soon_threadsafe(node.close)
 
 

@@ -1,4 +1,4 @@
-"""Turns errors of Redis into ours, and says which of them a retry can help."""
+"""Convert errors of Redis to errors of this library, and decide which of them are worth a retry."""
 
 import re
 from collections.abc import Callable
@@ -23,10 +23,10 @@ _E = TypeVar("_E", bound=BaseException)
 # The script did not run. _PASSING: retry until the deadline. _LASTING: an operator must act, so retrying cannot help.
 _PASSING: Final = {"NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN", "MAXCLIENTS"}
 _LASTING: Final = {"OOM", "MISCONF", "AUTH"}
-#: The server is no master (any more). A new connection may find the one that is.
+#: The server is not the master. A new connection may reach the master.
 DEMOTED: Final = {"READONLY", "MASTERDOWN"}
 
-# redis-py takes the code off the text of an error that has a class. Such errors occur while it connects.
+# If an error has its own class, redis-py removes the code from its text. This happens while redis-py connects.
 _CLASSES: Final[dict[type[Exception], str]] = {
     redis.exceptions.AuthenticationError: "AUTH",
     redis.exceptions.BusyLoadingError: "LOADING",
@@ -35,7 +35,7 @@ _CLASSES: Final[dict[type[Exception], str]] = {
     redis.exceptions.MasterDownError: "MASTERDOWN",
 }
 _ALIASES: Final = {"NOAUTH": "AUTH", "WRONGPASS": "AUTH"}
-# Redis 6.2 and 7.0 put the code of an error inside a script behind some words of their own.
+# Redis 6.2 and 7.0 put other words before the code if a command inside a script fails.
 _CODE: Final = re.compile(rf"(?:^|[ :]-|ERR )({'|'.join([*_PASSING, *_LASTING, *_ALIASES])})\b")
 _FORBIDDEN: Final = re.compile(r"^NOPERM|ACL failure|has no permissions|can't run this command")
 _COMMAND: Final = re.compile(r"'([\w|]+)' command")
@@ -46,7 +46,7 @@ def _blocked(rest: str) -> Blocked:
     return Blocked(field, reason, datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=int(until)))
 
 
-# The errors that the scripts return: the first word, and what the rest makes.
+# The errors that the scripts return. Each maps the first word to a function of the rest.
 _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
     "RSSNOTFOUND": lambda _: SessionNotFound("there is no such session"),
     "RSSENDED": SessionEnded,
@@ -59,15 +59,15 @@ _REFUSALS: Final[dict[str, Callable[[str], Exception]]] = {
 
 
 def code_of(error: BaseException) -> str:
-    """Return the code of an error of Redis, such as "OOM", if it is one of those listed above; else ""."""
-    if _first_word(error) in _REFUSALS:  # The rest may be a text of the user, such as a reason.
+    """Return the code of an error of Redis, such as "OOM". Return "" if the code is not listed above."""
+    if _first_word(error) in _REFUSALS:  # The rest may be user input, such as a reason.
         return ""
-    for kind, code in _CLASSES.items():  # While redis-py connects, it wraps errors in a ConnectionError.
+    for kind, code in _CLASSES.items():  # While connecting, redis-py wraps errors in a ConnectionError.
         if isinstance(error, kind) or isinstance(error.__cause__, kind):
             return code
     if not isinstance(error, redis.exceptions.ResponseError):
         return ""
-    if "unauthenticated" in str(error):  # The reply to a large command, in place of NOAUTH.
+    if "unauthenticated" in str(error):  # Redis replies this instead of NOAUTH to a large command.
         return "AUTH"
     if "max number of clients" in str(error):
         return "MAXCLIENTS"
@@ -76,7 +76,7 @@ def code_of(error: BaseException) -> str:
 
 
 def error_for(error: BaseException) -> Exception | None:
-    """Return what a caller gets for an error of Redis: a new exception each time. None if a retry may help."""
+    """Return a new exception for the caller, given an error of Redis. Return None if a retry may help."""
     code, text = code_of(error), str(error)
     if code in _PASSING or (not code and not isinstance(error, redis.exceptions.ResponseError)):
         return None
@@ -84,7 +84,7 @@ def error_for(error: BaseException) -> Exception | None:
         return with_cause(StoreUnavailable(f"Redis refuses: {code}"), error)
     if refusal := _REFUSALS.get(_first_word(error)):
         return refusal(text.removeprefix("ERR ").partition(" ")[2])
-    if "unknown command" in text:  # No cause: it would show keys.
+    if "unknown command" in text:  # Without a cause, because its text shows keys.
         return SessionError("Redis does not know the command EVALSHA: it has no Lua")
     if "WRONGTYPE" in text:
         words = "a key of ours holds another type of data; nothing was written. Is the prefix shared?"
@@ -102,11 +102,11 @@ def _first_word(error: BaseException) -> str:
 
 
 def final_error_for(error: BaseException) -> Exception:
-    """Return what a caller gets for an error of Redis, even if a retry might help."""
+    """Return a new exception for the caller, given an error of Redis, even if a retry may help."""
     return error_for(error) or with_cause(StoreUnavailable(f"Redis refuses: {code_of(error)}"), error)
 
 
 def with_cause(error: _E, cause: BaseException | None) -> _E:
-    """Return an error with its cause, which shows in a traceback."""
+    """Set the cause of an error, for its traceback, and return the error."""
     error.__cause__ = cause
     return error

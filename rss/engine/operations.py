@@ -1,7 +1,7 @@
-"""The operations: what each of them is, and a typed method that sends it and reads the reply.
+"""The operations: the properties of each, and a typed method that sends it and reads the reply.
 
-A method here takes what `rss.fields` has encoded, builds the keys, and returns the reply with names instead of places.
-The header of each script says how its arguments are written.
+Each method takes encoded values, builds the keys, and converts the reply to a named tuple or a plain type. The header
+of each script describes its arguments.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ _MOVE: Final = ("sets", "session", "write", "renew", "end", "fence", "move")
 GET: Final = Operation("get", _READ)
 GET_AND_RENEW: Final = Operation("get_and_renew", (*_READ, "renew"))
 SET: Final = Operation("set_with_refs", (*_MOVE, "expect"), sized=True)
-#: The second run would meet what the first one wrote, and call it a conflict.
+#: Not repeatable: a second run would take the write of the first for a conflict.
 SET_EXPECTING: Final = replace(SET, repeatable=False)
 UNSET: Final = Operation("unset_with_refs", _MOVE)
-#: The second run would find the fields gone, and return nothing.
+#: Not repeatable: a second run would return nothing, because the first has removed the fields.
 POP: Final = replace(UNSET, repeatable=False)
 INCREMENT: Final = Operation("increment", ("sets", "session", "write"), repeatable=False)
 TOUCH: Final = Operation("touch", ("sets", "session", "renew"))
@@ -44,61 +44,64 @@ ALL: Final = (
     GET, GET_AND_RENEW, SET, UNSET, INCREMENT, TOUCH, DELETE, ROTATE, FIND_BY, DELETE_BY, COUNT_BY, BLOCKED, UNBLOCK,
 )  # fmt: skip
 
-#: Milliseconds that a tombstone lives: longer than any request that was in flight when its session ended.
+#: The lifetime of a tombstone in milliseconds: longer than any request that was in flight when the session ended.
 TOMBSTONE: Final = 300_000
-#: How many sessions a page has, about: a millisecond or two of Redis.
+#: The approximate number of sessions in a page. They keep Redis busy for one or two milliseconds.
 _PAGE: Final = "50"
 
-# The fields to read: all of them.
+# The argument to read all fields.
 _ALL: Final = ("all",)
 
-#: How long a session lives from now on: milliseconds, "renew" for as long as before, "keep" to leave its TTL alone.
+#: The lifetime of a session from now on: milliseconds, "renew" for the present max_age, or "keep" to leave the TTL.
 MaxAge = str
-#: When a read renews: () for never, ("always",), ("after", milliseconds), or ("check", milliseconds) to be told only.
+#: When a read renews: () for never, ("always",), or ("after", milliseconds). ("check", milliseconds) only reports it.
 Renewal = tuple[str, ...]
 
 
 class Read(NamedTuple):
     """A session that was read."""
 
-    #: Fields and data in turn; empty if it is not alive.
+    #: Field, data, field, data, ... Empty if the session is not alive.
     pairs: list[bytes]
-    #: Milliseconds that it has left to live; 0 if it is not alive.
+    #: The TTL in milliseconds; 0 if the session is not alive.
     ttl: int = 0
-    #: "renewed", or "due" if it was not to be renewed but is due; "alive", "ended" or "absent".
+    #: "alive", "ended" or "absent". "renewed" if the read has renewed the session. "due" if a check found it due.
     state: bytes = b"alive"
-    #: Why it was ended; None if it was not.
+    #: Why the session was ended; None if it was not.
     ended: str | None = None
 
 
 class Taken(NamedTuple):
-    """The fields that were taken out of a session: names and data in turn, and its TTL in milliseconds."""
+    """The fields that were removed from a session: field, data, ... And the TTL of the session in milliseconds."""
 
     pairs: list[bytes]
     ttl: int
 
 
 class Position(NamedTuple):
-    """How far an operation has come in a reference set. `left` are ids that the last page left out."""
+    """The position of an operation in a reference set.
+
+    *cursor*: the cursor of SSCAN. *left*: the ids that the last page did not handle in time.
+    """
 
     cursor: bytes = b"0"
     left: tuple[bytes, ...] = ()
 
     @property
     def done(self) -> bool:
-        """Whether there is no page after the last one."""
+        """Whether the last page has been handled."""
         return self.cursor == b"0" and not self.left
 
 
 class Found(NamedTuple):
-    """A page of sessions: of each, fields and data in turn."""
+    """A page of sessions, each as field, data, ..."""
 
     sessions: list[list[bytes]]
     position: Position
 
 
 class Deleted(NamedTuple):
-    """How many sessions a page has ended."""
+    """The number of sessions that a page has ended."""
 
     ended: int
     position: Position
@@ -129,13 +132,13 @@ class Operations:
             before_value=layout.before_value,
             ending=layout.ending,
         )
-        #: The scripts as Redis gets them.
+        #: The assembled scripts.
         self.scripts = Scripts(lua, {operation.script: operation.parts for operation in ALL})
-        #: What runs them.
+        #: The engine that runs the scripts.
         self.engine = Engine(client, self.scripts, layout, timeout)
 
     async def get(self, session_id: str, fields: Sequence[str] | None, renewal: Renewal = ()) -> Read:
-        """Read all fields of a session, or some of them with its id."""
+        """Read a session with its id: all fields, or only *fields*."""
         shared = _ALL if fields is None else (str(len(fields)), *fields)
         operation = GET
         if renewal:
@@ -156,7 +159,7 @@ class Operations:
         mode: Literal["set", "update", "create"],
         expected: Sequence[str | bytes] = (),
     ) -> int:
-        """Write a session and return its TTL in milliseconds, 0 if nothing would be left of it and so it was ended."""
+        """Write a session and return its TTL in milliseconds. Return 0 if it has ended, because no field was left."""
         keys = [self.layout.session(session_id), *self.layout.references(values.references)]
         args = [max_age, *expected, str(len(values.pairs)), *values.pairs, *values.gone]
         shared = (mode, str(len(expected) // 3), str(len(values.gone)), *values.counts)
@@ -164,27 +167,30 @@ class Operations:
         return ttl
 
     async def unset(self, session_id: str, fields: Sequence[str], max_age: MaxAge, *, repeatable: bool = True) -> Taken:
-        """Take fields out of a session."""
+        """Remove fields of a session, and return them."""
         args = [max_age, str(len(fields)), *fields]
         reply = await self.engine.run(UNSET if repeatable else POP, (self.layout.session(session_id),), args)
         return Taken(reply, ttl=reply.pop())
 
     async def increment(self, session_id: str, field: str, by: int) -> int:
-        """Add to a field and return the sum."""
+        """Add to an integer field and return the sum."""
         return int(await self.engine.run(INCREMENT, (self.layout.session(session_id),), (field, str(by))))
 
     async def touch(self, session_id: str, max_age: MaxAge) -> int:
-        """Renew a session and return its TTL in milliseconds, 0 if there is none."""
+        """Renew a session and return its TTL in milliseconds. Return 0 if there is no session."""
         ttl: int = await self.engine.run(TOUCH, (self.layout.session(session_id),), (max_age,))
         return ttl
 
     async def delete(self, session_id: str, reason: str, expected: Sequence[str | bytes] = ()) -> bool:
-        """End a session and return whether it was alive, and as expected."""
+        """End a session and return True. Return False if it was not alive, or not as expected."""
         keys, shared = (self.layout.session(session_id),), (str(len(expected) // 3),)
         return bool(await self.engine.run(DELETE, keys, (reason, *expected), shared=shared))
 
     async def rotate(self, session_id: str, new: str, values: Encoded, max_age: MaxAge, grace: str = "none") -> int:
-        """Give a session a new id and return its TTL in milliseconds; *grace*: milliseconds, or "none"."""
+        """Give a session a new id and return its TTL in milliseconds.
+
+        *grace*: milliseconds, or "none".
+        """
         keys = [self.layout.session(session_id), self.layout.session(new), *self.layout.references(values.references)]
         args = [new, grace, max_age, str(len(values.pairs)), *values.pairs, *values.gone]
         ttl: int = await self.engine.run(ROTATE, keys, args, shared=(str(len(values.gone)), *values.counts))
@@ -193,7 +199,10 @@ class Operations:
     async def find_by(
         self, field: str, value: object, fields: Sequence[str] | None, at: Position, *, begun: bool = False
     ) -> Found:
-        """Read a page of the sessions with a value. *begun*: also while the store closes, see `several`."""
+        """Read a page of the sessions with a value.
+
+        *begun*: read it even while the store closes. See `several`.
+        """
         number = self._fields.number(field)
         wanted = _ALL if fields is None else (str(len(fields)), *fields)
         args: list[str | bytes] = [*wanted, number, at.cursor, _PAGE, str(len(at.left)), *at.left]
@@ -217,17 +226,17 @@ class Operations:
         return Deleted(ended, Position(cursor, tuple(left)))
 
     async def count_by(self, field: str, value: object) -> int:
-        """Return how many ids the set of a value holds."""
+        """Return the number of ids in the set of a value."""
         return cast("int", await self.engine.run(COUNT_BY, (self.layout.reference(field, value),)))
 
     async def blocked(self, field: str, value: object) -> int:
-        """Return the milliseconds for which a value is blocked, 0 if it is not."""
+        """Return the milliseconds until the block of a value ends. Return 0 if it is not blocked."""
         return cast("int", await self.engine.run(BLOCKED, (self.layout.fence(field, value),)))
 
     async def unblock(self, field: str, value: object) -> bool:
-        """Let sessions join a value again and return whether it was blocked."""
+        """Remove the block of a value, and return whether it was blocked."""
         return bool(await self.engine.run(UNBLOCK, (self.layout.fence(field, value),)))
 
     def several(self) -> AbstractContextManager[None]:
-        """Return a context in which several calls are one operation: a store that closes waits for all of it."""
+        """Return a context for an operation of several calls. A store that closes waits for the end of the context."""
         return self.engine.operation()

@@ -1,4 +1,4 @@
-"""The scripts of `lua/` as Redis gets them: the schema of a store, the shared parts, the script itself."""
+"""Assemble the scripts of `lua/`: the schema of a store, the shared parts, then the script itself."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ import hiredis
 
 from rss.references import Reference
 
-#: The shared parts, in the order in which they stand before a script. `_store.lua` stands before all of them.
+#: The shared parts, in the order in which they precede a script. `_store.lua` precedes all of them.
 PARTS: Final = ("sets", "session", "read", "write", "expect", "renew", "end", "fence", "page", "move", "rounds")
 
 _FOLDER: Final = Path(__file__).parents[1] / "lua"
@@ -17,12 +17,12 @@ _PLAIN: Final = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ
 
 
 def pack(*command: str | bytes | int) -> bytes:
-    """Return a command as bytes on the wire."""
+    """Return a command in the wire format."""
     return cast("bytes", hiredis.pack_command(command))  # type: ignore[arg-type]
 
 
 def read(name: str) -> str:
-    """Return a file of `lua/`: it is in the package, in a checkout beside it."""
+    """Return the text of a file of `lua/`. The folder is inside the package, or in a checkout beside it."""
     folder = _FOLDER if _FOLDER.exists() else _FOLDER.parents[1] / "lua"
     return (folder / f"{name}.lua").read_text(encoding="utf-8")
 
@@ -37,7 +37,7 @@ def schema(
     before_value: str,
     ending: str,
 ) -> str:
-    """Return the configuration of a store as Lua; `_store.lua` says what each name means. Times are milliseconds."""
+    """Return the configuration of a store as Lua. Times are milliseconds. `_store.lua` describes each name."""
     kinds = references.values()
     identity = next((n for n, kind in enumerate(kinds, 1) if kind.identity), None)
     strict = _table([kind.strict for kind in kinds])
@@ -53,7 +53,7 @@ def schema(
 
 
 def _lua(value: str | int | bool) -> str:  # noqa: FBT001 - a value of Lua
-    """Return a literal of Lua; of a text, its bytes, whatever they are."""
+    """Return a literal of Lua. A text is escaped byte by byte, so it can hold any characters."""
     if isinstance(value, str):
         return '"' + "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03}" for byte in value.encode()) + '"'
     return str(value).lower()
@@ -64,20 +64,20 @@ def _table(values: list[str] | list[int] | list[bool]) -> str:
 
 
 class Scripts:
-    """All scripts of a store, by name, with what Redis calls each of them."""
+    """The assembled scripts of a store, by name."""
 
     def __init__(self, schema: str, parts: Mapping[str, Iterable[str]]) -> None:
-        #: The texts.
+        #: The texts of the scripts.
         self.sources = {
             name: "".join([schema, read("_store"), *(read(f"_{part}") for part in PARTS if part in wanted), read(name)])
             for name, wanted in parts.items()
         }
-        #: Their SHA-1 digests in hexadecimal.
+        #: The SHA-1 digests of the scripts, in hexadecimal.
         self.shas = {name: sha(source) for name, source in self.sources.items()}
-        #: The commands that load all of them; the replies are the digests.
+        #: The commands that load all scripts. Each reply is a digest.
         self.load = b"".join(pack("SCRIPT", "LOAD", source) for source in self.sources.values())
 
 
 def sha(source: str) -> str:
-    """Return what Redis calls a script."""
+    """Return the SHA-1 digest of a script, which is its name in Redis."""
     return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""Callers of a store, and what each of them gets."""
+"""Helpers that call a store, and check what each caller gets."""
 
 import asyncio
 from collections.abc import Awaitable, Iterable
@@ -19,19 +19,19 @@ async def outcomes(calls: Iterable[Awaitable[object]], within: float = 20) -> li
 
 
 async def works(store: SessionStore, calls: int = 50) -> bool:
-    """Write and read that many sessions at the same time, and return whether each caller got its own back."""
+    """Write and read sessions at the same time, and return whether each caller got its own session."""
     await asyncio.gather(*(store.set(f"w{n}", {"n": n}) for n in range(calls)))
     found = await asyncio.gather(*(store.get(f"w{n}", ["n"]) for n in range(calls)))
     return found == [{"id": f"w{n}", "n": n} for n in range(calls)]
 
 
 async def kill(admin: Redis) -> None:
-    """Cut all connections but that of the administrator."""
+    """Cut all connections except the administrator's."""
     await admin.client_kill_filter(_type="normal", skipme=True)
 
 
 class Hours:
-    """Lets what waits for Redis see hours of failures in a moment."""
+    """Makes all waits between attempts zero, so that hours of failures pass in a moment."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = EqualJitterBackoff.compute
@@ -45,6 +45,6 @@ class Hours:
         monkeypatch.setattr(EqualJitterBackoff, "compute", compute)
 
     async def pass_by(self) -> None:
-        """Return after more attempts than a float has powers of two."""
+        """Wait for 1,100 attempts: a wait that doubled each time would overflow a float by then."""
         while self.attempts < 1100:
             await asyncio.sleep(0.001)

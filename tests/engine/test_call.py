@@ -1,4 +1,4 @@
-"""A caller goes on as soon as its reply is there, and nothing that it does then harms the others."""
+"""A caller continues as soon as its reply arrives, and cannot harm the other callers by what it does then."""
 
 import asyncio
 import contextvars
@@ -19,7 +19,7 @@ _NAME: contextvars.ContextVar[str] = contextvars.ContextVar("_NAME", default="no
 async def test_what_callers_call_next_is_sent_before_the_loop_turns(
     url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the replies of a read were handed out, the next batch of the same callers is on its way."""
+    """The next calls of callers that just got replies are sent before `data_received` returns."""
     del admin
     received, real = Channel.data_received, Channel.send
     sent: list[int] = []
@@ -45,7 +45,7 @@ async def test_what_callers_call_next_is_sent_before_the_loop_turns(
 
 
 async def test_a_caller_ends_the_others_of_its_batch(url: str, admin: Redis) -> None:
-    """The first caller with a reply cancels the rest: they are cancelled, and the store works."""
+    """A caller with a reply may cancel the other callers of its batch, and the store still works."""
     del admin
     async with SessionStore.from_url(url) as store:
         tasks: list[asyncio.Task[None]] = []
@@ -63,7 +63,7 @@ async def test_a_caller_ends_the_others_of_its_batch(url: str, admin: Redis) -> 
 
 
 async def test_a_caller_closes_the_store(url: str, admin: Redis) -> None:
-    """Calls that were made at the same time still get their replies."""
+    """Calls that were made at the same time get their replies if one caller closes the store."""
     del admin
     store = SessionStore.from_url(url)
     await store.load()
@@ -80,7 +80,7 @@ async def test_a_caller_closes_the_store(url: str, admin: Redis) -> None:
 
 
 async def test_each_caller_keeps_its_context(url: str, admin: Redis) -> None:
-    """A caller that goes on while another one's reply was read finds its own context variables."""
+    """Each caller keeps its own context variables, although one read delivers the replies of many."""
     del admin
     async with SessionStore.from_url(url) as store:
 
@@ -102,7 +102,7 @@ async def test_each_caller_keeps_its_context(url: str, admin: Redis) -> None:
 def test_a_caller_that_ends_the_program(
     url: str, loops: Callable[[], asyncio.AbstractEventLoop], end: type[BaseException]
 ) -> None:
-    """The exception leaves the event loop, and the other callers of the batch have their replies."""
+    """An exception that ends the program leaves the event loop, and the other callers get their replies."""
     loop = loops()
     store = SessionStore.from_url(url)
     done: list[int] = []
@@ -129,7 +129,7 @@ def test_a_caller_that_ends_the_program(
 
 
 async def test_a_reply_runs_its_caller_at_once() -> None:
-    """When `answer` returns, the caller has gone on to what it awaits next."""
+    """A caller has run to its next await when `answer` returns."""
     loop = asyncio.get_running_loop()
     call, done = Call.make(loop, (), (), 0, 0.0), loop.create_future()
     steps: list[str] = []
@@ -152,7 +152,7 @@ async def test_a_reply_runs_its_caller_at_once() -> None:
 
 
 async def test_a_transport_may_read_inside_of_a_task(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No task can run inside of another one: then callers go on in the next turn, and all of them do."""
+    """If the transport reads inside of a task, callers continue in the next turn, since tasks cannot nest."""
     del admin
     received, reads = Channel.data_received, set[asyncio.Task[None]]()
 
@@ -168,7 +168,7 @@ async def test_a_transport_may_read_inside_of_a_task(url: str, admin: Redis, mon
 
 
 async def test_a_call_is_a_future() -> None:
-    """All who wait for it are told once, however it ends."""
+    """A call is a future: all its waiters are told once, however it ends."""
 
     def call() -> Call:
         return Call.make(asyncio.get_running_loop(), (), (), 0, 0.0)
@@ -201,7 +201,7 @@ async def test_a_call_is_a_future() -> None:
 
 
 async def test_a_caller_with_a_time_limit_of_its_own(url: str, admin: Redis) -> None:
-    """`asyncio.timeout` ends it, and the store goes on."""
+    """`asyncio.timeout` ends a call, and the store still works."""
     async with SessionStore.from_url(url) as store:
         await admin.client_pause(300)
         with pytest.raises(TimeoutError):

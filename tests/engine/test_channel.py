@@ -1,4 +1,4 @@
-"""One connection: made as the client makes its own, and broken as soon as replies may not match requests."""
+"""One connection: it is made as the client makes its own, and closed if replies may not match requests."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ SILENT: dict[str, Any] = {"protocol": 2} | dict.fromkeys(
 async def test_user_database_and_name_are_those_of_the_client(
     url: str, admin: Redis, protocol: int, *, decode: bool
 ) -> None:
-    """Also after the connection broke; and whether the client decodes replies makes no difference."""
+    """The engine connects with the client's user, database, name and protocol, also after a break."""
     await admin.acl_setuser("app", enabled=True, passwords=["+pw"], keys=["rss:*"], commands=["+@all"], reset=True)
     path, name = url.removeprefix("unix://"), f"me-{secrets.token_hex(4)}"
     async with Redis(
@@ -48,7 +48,7 @@ async def test_user_database_and_name_are_those_of_the_client(
         for _ in range(2):
             assert await works(store)
             (mine,) = [one for one in await connections(admin) if one["name"] == name]
-            spoken = mine.get("resp", str(protocol))  # Redis 6.2 does not tell.
+            spoken = mine.get("resp", str(protocol))  # Redis 6.2 does not report the protocol.
             assert (mine["user"], mine["db"], spoken) == ("app", "3", str(protocol))
             await kill(admin)
         await store.aclose()
@@ -58,7 +58,7 @@ async def test_user_database_and_name_are_those_of_the_client(
 
 
 async def test_a_client_that_says_nothing_when_it_connects(url: str, admin: Redis) -> None:
-    """RESP2 without a user, a database and a name: the first command is the engine's own."""
+    """The engine works if redis-py sends no command when it connects."""
     async with Redis.from_url(url, **SILENT) as client:
         store = SessionStore(client)
         await admin.config_resetstat()
@@ -71,7 +71,7 @@ async def test_a_client_that_says_nothing_when_it_connects(url: str, admin: Redi
 
 @pytest.mark.parametrize("make", [ConnectionPool.from_url, BlockingConnectionPool.from_url], ids=["refuses", "blocks"])
 async def test_a_pool_of_one_connection_keeps_it(url: str, admin: Redis, make: Callable[..., ConnectionPool]) -> None:
-    """The store has connections of its own, so other users of the client lose none, and the store works without."""
+    """A store uses its own connections, so it works while the client's pool is exhausted, and takes none of them."""
     del admin
     async with Redis.from_pool(make(url, max_connections=1)) as client:
         store = SessionStore(client, references=["user_id"], timeout=20)
@@ -86,7 +86,7 @@ async def test_a_pool_of_one_connection_keeps_it(url: str, admin: Redis, make: C
 
 
 async def test_few_connections_for_any_number_of_calls(url: str, admin: Redis) -> None:
-    """One for calls, and one more for pages of reference sets."""
+    """A store uses one connection for calls, and one more for pages of reference sets."""
     async with SessionStore.from_url(url, references=["user_id"]) as store:
         await outcomes([store.set(str(n), {"user_id": n % 10}) for n in range(1000)])
         assert len(await connections(admin)) == 1
@@ -96,7 +96,7 @@ async def test_few_connections_for_any_number_of_calls(url: str, admin: Redis) -
 
 
 class _Changing(CredentialProvider):
-    """Gives the password that is valid now."""
+    """A provider that gives the password that is valid now."""
 
     def __init__(self) -> None:
         self.password = "first"
@@ -106,7 +106,7 @@ class _Changing(CredentialProvider):
 
 
 async def test_a_password_that_changes(url: str, admin: Redis) -> None:
-    """What is connected stays so. A new connection takes the password that the provider gives then."""
+    """An open connection survives a change of the password; a new one takes the provider's current password."""
     await admin.acl_setuser("changing", enabled=True, passwords=["+first"], keys=["*"], commands=["+@all"], reset=True)
     provider = _Changing()
     path = url.removeprefix("unix://")
@@ -130,7 +130,7 @@ async def test_a_password_that_changes(url: str, admin: Redis) -> None:
 
 
 async def test_a_user_that_is_deleted(url: str, admin: Redis) -> None:
-    """Redis cuts its connections, and lets it in no more: that is said at once."""
+    """A call of a user that was deleted fails at once with an AUTH error."""
     await admin.acl_setuser("leaving", enabled=True, passwords=["+pw"], keys=["*"], commands=["+@all"], reset=True)
     async with Redis(unix_socket_path=url.removeprefix("unix://"), username="leaving", password="pw") as client:
         store = SessionStore(client, timeout=30)
@@ -143,7 +143,7 @@ async def test_a_user_that_is_deleted(url: str, admin: Redis) -> None:
 
 @pytest.mark.parametrize("right", ["script|load", "script", "evalsha"])
 async def test_a_missing_right_names_the_command(url: str, admin: Redis, right: str) -> None:
-    """SessionError says which command the user may not run, when it connects and later."""
+    """A missing permission raises a SessionError that names the command."""
     if right == "script|load" and int((await admin.info("server"))["redis_version"].split(".")[0]) < 7:
         pytest.skip("subcommands of ACLs are new in Redis 7.0")
     command = right.partition("|")[0]
@@ -165,7 +165,7 @@ async def test_a_missing_right_names_the_command(url: str, admin: Redis, right: 
 
 @pytest.fixture(name="certificate", scope="session")
 def _certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of 127.0.0.1 that it signed itself, with its key."""
+    """A self-signed certificate for 127.0.0.1, with its key."""
     path = tmp_path_factory.mktemp("tls") / "certificate.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", path.with_suffix(".key"), "-out", path,
@@ -177,7 +177,7 @@ def _certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_over_tls(url: str, admin: Redis, certificate: Path) -> None:
-    """Large values, connections that are cut, and one that goes silent."""
+    """A store over TLS copes with large values, cut connections and a silent connection."""
     del admin
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
@@ -195,12 +195,12 @@ async def test_over_tls(url: str, admin: Redis, certificate: Path) -> None:
 
 
 async def test_a_certificate_that_is_not_trusted(url: str, admin: Redis, certificate: Path) -> None:
-    """No call gets through; the cause says why."""
+    """A certificate that is not trusted makes calls fail, and the cause of the error says so."""
     del admin
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda *_: None)  # The server of the test complains of the client.
+    loop.set_exception_handler(lambda *_: None)  # The server of the test logs the failed handshake.
     async with wired(url, context) as wire, Redis.from_url(wire.url) as client:
         store = SessionStore(client, timeout=0.5)
         with pytest.raises(StoreUnavailable, match="within the deadline: ConnectionError") as raised:
@@ -210,7 +210,7 @@ async def test_a_certificate_that_is_not_trusted(url: str, admin: Redis, certifi
 
 
 async def test_pushes_are_ignored(url: str, admin: Redis) -> None:
-    """What Redis sends without being asked is taken for no reply, and breaks nothing."""
+    """Push messages of Redis are not taken for replies, and do not break the connection."""
 
     async def track(connection: Any) -> None:
         await connection.on_connect()
@@ -230,7 +230,7 @@ async def test_pushes_are_ignored(url: str, admin: Redis) -> None:
 
 @pytest.mark.parametrize(("given", "idle"), [({}, 15), ({socket.TCP_KEEPIDLE: 33}, 33)], ids=["ours", "the client's"])
 async def test_the_system_probes_a_silent_peer(url: str, admin: Redis, given: dict[int, int], idle: int) -> None:
-    """As the client says, if it does; and it gives up what is not acknowledged when callers do."""
+    """Keepalive probes follow the client's options, else ours; TCP_USER_TIMEOUT is the timeout of calls."""
     del admin
     options: list[int] = []
 
@@ -244,7 +244,7 @@ async def test_the_system_probes_a_silent_peer(url: str, admin: Redis, given: di
                 sock.getsockopt(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPIDLE, socket.TCP_USER_TIMEOUT)
             )
 
-        asyncio.get_running_loop().call_soon(read)  # When the engine has begun to use it.
+        asyncio.get_running_loop().call_soon(read)  # When the engine has begun to use the socket.
 
     keep_alive: dict[str, Any] = {"socket_keepalive": True, "socket_keepalive_options": given}
     async with wired(url) as wire, Redis.from_url(wire.url, redis_connect_func=look, **keep_alive) as client:
@@ -255,7 +255,7 @@ async def test_the_system_probes_a_silent_peer(url: str, admin: Redis, given: di
 
 
 class _Refusing:
-    """A transport that takes no bytes when it is told to."""
+    """A transport whose `write` raises while `refuses` is True."""
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
@@ -271,7 +271,7 @@ class _Refusing:
 
 
 async def test_a_transport_that_raises(url: str, admin: Redis) -> None:
-    """As that of uvloop does if the peer has just gone: the connection is replaced, and the call is run."""
+    """A connection whose transport raises, as uvloop's may, is replaced, and idempotent calls are retried."""
     del admin
     transports: list[_Refusing] = []
 
@@ -299,7 +299,7 @@ async def test_a_transport_that_raises(url: str, admin: Redis) -> None:
 
 
 async def test_a_reply_to_nothing_reaches_nobody() -> None:
-    """The connection is given up, and the next caller gets its own reply on another one."""
+    """A reply without a request closes the connection, and later calls get their own replies on another one."""
     once = [b"*1\r\n:7\r\n"]
 
     async with fake(lambda command: ones(command) + (once.pop() if once else b"")) as server:
@@ -312,7 +312,7 @@ async def test_a_reply_to_nothing_reaches_nobody() -> None:
 
 @pytest.mark.parametrize("where", ["before", "after", "instead"])
 async def test_a_wrong_reply_to_the_greeting(where: str) -> None:
-    """Or more than one: such a connection is not used, and another is made, at intervals that grow."""
+    """A connection with a wrong or extra reply to its greeting is not used; others are tried at growing intervals."""
     async with fake(ones) as server:
         setattr(server, where, b"$3\r\nold\r\n")
         store = SessionStore.from_url(server.url, timeout=1)
@@ -329,7 +329,7 @@ async def test_a_wrong_reply_to_the_greeting(where: str) -> None:
     [b"!bad\r\n", b":1\r\n", b"*0\r\n", b"_\r\n", b"#f\r\n", b"$-1\r\n", b"*-1\r\n", b"$2\r\nOK\r\n"],
 )
 async def test_replies_that_no_script_gives(reply: bytes) -> None:
-    """Each caller gets an error of ours, in time."""
+    """A reply that no script gives fails its call with a SessionError in time."""
     async with fake(lambda _: reply) as server:
         store = SessionStore.from_url(server.url, timeout=0.5)
         for found in await outcomes([store.touch("a"), store.increment("b", "n")]):
@@ -340,7 +340,7 @@ async def test_replies_that_no_script_gives(reply: bytes) -> None:
 
 
 async def test_a_reply_that_comes_byte_by_byte(url: str, admin: Redis) -> None:
-    """It is handed out when it is whole."""
+    """A reply that arrives byte by byte is delivered when it is complete."""
     del admin
 
     async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -369,9 +369,9 @@ async def test_a_reply_that_comes_byte_by_byte(url: str, admin: Redis) -> None:
 
 @pytest.mark.parametrize("polite", [False, True])
 async def test_a_server_that_hangs_up_at_once(*, polite: bool) -> None:
-    """Or as soon as it has answered the handshake: it is dialled at intervals that grow, until the deadline.
+    """A server that hangs up at once is dialled at growing intervals until the deadline.
 
-    The client's own retries, which may be far apart, do not count.
+    The retry policy of the client, whose pauses may be far longer, is not used.
     """
     made = 0
 
@@ -392,7 +392,7 @@ async def test_a_server_that_hangs_up_at_once(*, polite: bool) -> None:
 
 
 async def test_a_server_that_is_no_redis() -> None:
-    """It answers, but not the greeting."""
+    """A server that does not speak the protocol makes calls fail with StoreUnavailable."""
 
     async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)
@@ -407,11 +407,11 @@ async def test_a_server_that_is_no_redis() -> None:
 
 @pytest.mark.parametrize("options", [{"protocol": 3}, SILENT], ids=["handshake", "greeting"])
 async def test_max_clients(options: dict[str, Any]) -> None:
-    """While the server has too many clients, calls wait."""
+    """Calls wait while the server has too many clients."""
     with own_server("--maxclients", "1") as url:
         async with Redis.from_url(url) as admin, Redis.from_url(url, **options) as client:
             async with asyncio.timeout(20):
-                while True:  # Until the server has closed the connection that found it ready.
+                while True:  # Wait until the server has closed the connection that tested it.
                     with contextlib.suppress(redis.exceptions.ConnectionError):
                         await admin.ping()
                         break
@@ -432,7 +432,7 @@ async def test_max_clients(options: dict[str, Any]) -> None:
 
 
 async def test_a_peer_that_reads_too_slowly_is_given_no_more(url: str, admin: Redis) -> None:
-    """What does not fit into the system's buffers waits as calls, which can be cancelled, and not as bytes."""
+    """Calls wait while the peer reads too slowly, and can be cancelled before they are sent."""
     async with wired(url) as wire:
         store = SessionStore.from_url(wire.url, timeout=30)
         await store.load()
@@ -444,13 +444,13 @@ async def test_a_peer_that_reads_too_slowly_is_given_no_more(url: str, admin: Re
         await asyncio.sleep(0)
         wire.go_on()
         assert [type(one) for one in await outcomes(calls)] == [dict] + [asyncio.CancelledError] * 3
-        assert await store.touch("s0")  # Behind all that was sent.
+        assert await store.touch("s0")  # This call comes after all that was sent.
         assert await admin.dbsize() == 1
         await store.aclose()
 
 
 async def test_what_was_given_up_does_not_arrive_later(url: str, admin: Redis) -> None:
-    """A write that waits in the buffers of the system must not come behind the one that was made instead."""
+    """A write that was given up on a stalled connection does not arrive after its retry."""
     del admin
     gate = asyncio.Event()
     ends: list[asyncio.StreamWriter] = []
@@ -474,7 +474,7 @@ async def test_what_was_given_up_does_not_arrive_later(url: str, admin: Redis) -
                 back.write(data)
         finally:
             answering.cancel()
-            back.close()  # It still sends what was written.
+            back.close()  # Data that was written is still sent.
 
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,4 +1,4 @@
-"""Each caller is told at its own deadline, and watching deadlines costs next to nothing."""
+"""Each call fails at its own deadline, and watching deadlines costs next to nothing."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _calls(*deadlines: float) -> list[Call]:
 
 
 async def test_calls_that_were_put_back_in_another_order() -> None:
-    """A call that broke later stands before one that is due earlier: both are told in time."""
+    """Calls that were put back in another order than their deadlines still fail in time."""
     waiting, (early, late, latest) = Waiting(), _calls(1.0, 2.0, 3.0)
     waiting.put_back(Batch(Queue(_KIND), [early]))
     waiting.put_back(Batch(Queue(_KIND), [late]))
@@ -38,7 +38,7 @@ async def test_calls_that_were_put_back_in_another_order() -> None:
 
 
 async def test_refusals_are_remembered_while_a_batch_is_in_flight() -> None:
-    """However often the deadlines are looked at meanwhile: so the waits between attempts grow."""
+    """The number of refusals is kept while a batch is in flight, so the waits between attempts grow."""
     waiting, (call,) = Waiting(), _calls(1e9)
     waiting.put(_KIND, call)
     now = 0.0

@@ -1,4 +1,4 @@
-"""Servers that are away: they are dialled as long as a caller waits, and no longer."""
+"""Missing servers are dialled as long as a caller waits, and no longer."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from tests.servers import fake, free_port, ones, own_server
 
 
 async def test_a_server_that_is_gone_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store connects as soon as it is there again."""
+    """The store connects as soon as a server is back, even after hours."""
     port, hours = free_port(), Hours(monkeypatch)
     async with Redis(port=port) as client:
         store = SessionStore(client, timeout=40)
@@ -27,7 +27,7 @@ async def test_a_server_that_is_gone_for_hours(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_server_that_refuses_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are run as soon as it does not."""
+    """Calls run as soon as a server no longer refuses them, even after hours."""
     hours, refusing = Hours(monkeypatch), True
     async with fake(lambda command: b"-READONLY later\r\n" if refusing else ones(command)) as server:
         store = SessionStore.from_url(server.url, timeout=40)
@@ -40,7 +40,7 @@ async def test_a_server_that_refuses_for_hours(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_caller_that_is_gone_leaves_nothing_to_do() -> None:
-    """When all callers gave up, a server that is not there is dialled no more, and the processor has a rest."""
+    """A missing server is no longer dialled after all callers gave up, and the processor is idle."""
     async with Redis.from_url("unix:///nowhere/redis.sock") as client:
         store = SessionStore(client, references=["user_id"], timeout=30)
         calls = [asyncio.ensure_future(store.touch("a")), asyncio.ensure_future(store.ids_by("user_id", 1))]
@@ -48,7 +48,7 @@ async def test_a_caller_that_is_gone_leaves_nothing_to_do() -> None:
         for call in calls:
             call.cancel()
         await asyncio.wait(calls)
-        await asyncio.sleep(0.5)  # The attempt that was under way ends.
+        await asyncio.sleep(0.5)  # The attempt in progress ends.
         before = time.process_time()
         await asyncio.sleep(1)
         assert time.process_time() - before < 0.5
@@ -57,7 +57,7 @@ async def test_a_caller_that_is_gone_leaves_nothing_to_do() -> None:
 
 
 async def test_a_restart_with_another_state(tmp_path: Path) -> None:
-    """The server is gone for a while and comes back without scripts: calls wait for it."""
+    """Calls wait for a server that restarts without its scripts and its data."""
     port = free_port()
     arguments = ("--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path))
     async with Redis(port=port) as client:

@@ -1,4 +1,4 @@
-"""Many callers at once: each has a deadline and gets an answer, whatever loop, process or context it lives in."""
+"""Many callers at once: each has a deadline and gets a reply, in any event loop, process or context."""
 
 import asyncio
 import contextvars
@@ -27,7 +27,7 @@ from tests.servers import connections, fake, stopped
 
 
 class _Nonsense(Codec):
-    """Returns something that is no text and no bytes, for one value."""
+    """A codec that returns a given object for the value "bad"."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -47,7 +47,7 @@ class _Nonsense(Codec):
     ids=lambda result: type(result).__name__,
 )
 async def test_a_codec_that_returns_nonsense_fails_its_own_caller(url: str, admin: Redis, result: Any) -> None:
-    """It is told at once, and the others of the batch are served."""
+    """A codec that returns nonsense fails its own call at once; the other calls of the batch succeed."""
     del admin
     async with SessionStore.from_url(url, codec=_Nonsense(result)) as store:
         found = await outcomes(store.set(str(n), {"v": "bad" if n == 5 else "good"}) for n in range(20))
@@ -56,13 +56,13 @@ async def test_a_codec_that_returns_nonsense_fails_its_own_caller(url: str, admi
 
 
 async def test_a_text_of_a_class_of_its_own(url: str, admin: Redis) -> None:
-    """A str or bytes that has another idea of itself is sent as what it is."""
+    """A subclass of str or bytes with odd methods does not break the other calls of its batch."""
     del admin
 
     class Text(str):
         __slots__ = ()
 
-        def encode(self, encoding: str = "utf-8", errors: str = "strict") -> NoReturn:  # noqa: ARG002 - as str has it
+        def encode(self, encoding: str = "utf-8", errors: str = "strict") -> NoReturn:  # noqa: ARG002 - as in str
             raise ZeroDivisionError
 
     class Data(bytes):
@@ -79,7 +79,7 @@ async def test_a_text_of_a_class_of_its_own(url: str, admin: Redis) -> None:
 
 
 async def test_thousands_of_deadlines(url: str, admin: Redis) -> None:
-    """Each caller is told, after its own deadline."""
+    """Each of thousands of calls fails after its own deadline, not before."""
     async with SessionStore.from_url(url, timeout=1) as store:
         loop = asyncio.get_running_loop()
 
@@ -101,7 +101,7 @@ async def test_thousands_of_deadlines(url: str, admin: Redis) -> None:
 
 
 async def test_a_deadline_holds_while_connecting(url: str, admin: Redis) -> None:
-    """Also while redis-py waits for the reply to its handshake, whatever the client was told to wait for."""
+    """A deadline holds while redis-py waits for the reply to its handshake, whatever timeouts the client has."""
     async with Redis.from_url(url, socket_connect_timeout=60, socket_timeout=60) as client:
         store = SessionStore(client, timeout=0.5)
         async with stopped(admin):
@@ -112,7 +112,7 @@ async def test_a_deadline_holds_while_connecting(url: str, admin: Redis) -> None
 
 
 async def test_calls_that_were_in_doubt_keep_their_deadlines() -> None:
-    """A call that breaks connections is told before others that came later, wherever it waits."""
+    """A call that breaks connections fails at its deadline, before calls that came later."""
     poisonous = True
 
     def hang_up(command: list[bytes]) -> bytes | None:
@@ -139,7 +139,7 @@ async def test_calls_that_were_in_doubt_keep_their_deadlines() -> None:
 
 
 async def test_no_more_calls_wait_than_the_limit(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more is told so at once, of whichever kind; and when there is room again, calls are taken."""
+    """A call above the limit of pending calls fails at once; calls are accepted again when there is room."""
     monkeypatch.setattr(engine, "MAX_PENDING", 500)
     async with SessionStore.from_url(url, references=["user_id"], timeout=20) as store:
         async with stopped(admin):
@@ -158,7 +158,7 @@ async def test_no_more_calls_wait_than_the_limit(url: str, admin: Redis, monkeyp
 
 
 async def test_who_has_a_reply_may_call_again(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while as many calls of others wait as the limit allows."""
+    """A caller that just got a reply may call again, even while as many calls wait as the limit allows."""
     del admin
     monkeypatch.setattr(engine, "MAX_PENDING", 200)
     async with SessionStore.from_url(url, timeout=20) as store:
@@ -177,12 +177,12 @@ async def test_who_has_a_reply_may_call_again(url: str, admin: Redis, monkeypatc
 
 
 async def test_callers_that_are_gone_make_room(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only calls whose callers wait count for the limit, also if others wait before them."""
+    """Cancelled calls do not count for the limit of pending calls, even if other calls wait before them."""
     monkeypatch.setattr(engine, "MAX_PENDING", 60)
     async with SessionStore.from_url(url, timeout=20) as store:
         async with stopped(admin):
             first = [asyncio.ensure_future(store.touch(str(n))) for n in range(40)]
-            await asyncio.sleep(0.05)  # They are in flight.
+            await asyncio.sleep(0.05)  # These calls are in flight.
             first += [asyncio.ensure_future(store.touch(str(n))) for n in range(10)]
             for _ in range(3):
                 calls = [asyncio.ensure_future(store.touch(str(n))) for n in range(50)]
@@ -190,14 +190,14 @@ async def test_callers_that_are_gone_make_room(url: str, admin: Redis, monkeypat
                 for call in calls:
                     call.cancel()
                 assert {type(one) for one in await outcomes(calls)} == {asyncio.CancelledError}
-                await asyncio.sleep(0.15)  # They are looked for every 50 ms.
+                await asyncio.sleep(0.15)  # The engine looks for cancelled calls every 50 ms.
             calls = [asyncio.ensure_future(store.touch(str(n))) for n in range(50)]
             await asyncio.sleep(0.05)
         assert await outcomes(first + calls) == [False] * 100
 
 
 async def test_a_storm_of_cancellations_while_connections_break(url: str, admin: Redis) -> None:
-    """Nobody else gets a wrong reply, or none."""
+    """Calls that are not cancelled get their own replies while connections break."""
     chance = random.Random(1)
     async with SessionStore.from_url(url, timeout=20) as store:
         await works(store, 500)
@@ -217,7 +217,7 @@ async def test_a_storm_of_cancellations_while_connections_break(url: str, admin:
 
 
 async def test_aclose_waits_for_what_has_begun(url: str, admin: Redis) -> None:
-    """A `delete_by` of many pages ends everything; what begins later is refused."""
+    """`aclose` waits for a `delete_by` of many pages, and later calls are refused."""
     del admin
     store = SessionStore.from_url(url, references=["user_id"])
     await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(1000)))
@@ -232,7 +232,7 @@ async def test_aclose_waits_for_what_has_begun(url: str, admin: Redis) -> None:
 
 
 async def test_aclose_waits_for_all_pages(url: str, admin: Redis) -> None:
-    """A count or a list of ids that has begun is complete."""
+    """`aclose` waits for all pages of a count and of a list of ids."""
     del admin
     store = SessionStore.from_url(url, references=["user_id"])
     await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(1000)))
@@ -246,7 +246,7 @@ async def test_aclose_waits_for_all_pages(url: str, admin: Redis) -> None:
 
 
 async def test_aclose_waits_for_an_operation_between_two_calls(url: str, admin: Redis) -> None:
-    """An operation that consists of several calls may have none under way for a moment."""
+    """`aclose` waits for an operation of several calls, even while none of them is in flight."""
     del admin
     store = SessionStore.from_url(url)
     await store.load()
@@ -266,7 +266,7 @@ async def test_aclose_waits_for_an_operation_between_two_calls(url: str, admin: 
 
 
 async def test_aclose_ends_at_the_deadline(url: str, admin: Redis) -> None:
-    """When the server is silent or not there, also while it is dialled; no task is left."""
+    """`aclose` ends at the deadline if the server is silent or missing, and leaves no task."""
     for address in (url, "unix:///nowhere/redis.sock"):
         store = SessionStore.from_url(address, timeout=1)
         async with stopped(admin):
@@ -279,7 +279,7 @@ async def test_aclose_ends_at_the_deadline(url: str, admin: Redis) -> None:
 
 
 async def test_aclose_of_a_call_that_was_cancelled(url: str, admin: Redis) -> None:
-    """The connection may still owe a reply: that is no reason to wait, or to fail."""
+    """`aclose` does not wait for the reply to a cancelled call, and does not fail because of it."""
     store = SessionStore.from_url(url, timeout=30)
     await store.load()
     async with stopped(admin):
@@ -293,7 +293,7 @@ async def test_aclose_of_a_call_that_was_cancelled(url: str, admin: Redis) -> No
 
 
 async def test_aclose_before_a_connection_is_made() -> None:
-    """There is nothing to close, and nothing is left to do."""
+    """`aclose` before a connection is made leaves no task."""
     store = SessionStore.from_url("unix:///nowhere/redis.sock", timeout=30)
     call = asyncio.ensure_future(store.touch("a"))
     await asyncio.sleep(0)
@@ -304,7 +304,7 @@ async def test_aclose_before_a_connection_is_made() -> None:
 
 
 async def test_aclose_twice_and_at_once(url: str, admin: Redis) -> None:
-    """It does nothing the second time; a store that is entered again works again."""
+    """`aclose` may be called twice or in parallel, and a store that is entered again works again."""
     store = SessionStore.from_url(url)
     await store.load()
     await asyncio.gather(store.aclose(), store.aclose())
@@ -315,7 +315,7 @@ async def test_aclose_twice_and_at_once(url: str, admin: Redis) -> None:
 
 
 async def test_a_store_that_is_thrown_away_closes_its_connections(url: str, admin: Redis) -> None:
-    """Without `aclose`, as soon as the garbage is collected."""
+    """A store that is thrown away without `aclose` closes its connections when it is garbage-collected."""
     async with Redis.from_url(url) as client:
         gone: list[weakref.ref[SessionStore]] = []
         for _ in range(5):
@@ -340,13 +340,13 @@ async def _touch(store: SessionStore) -> bool:
 
 @pytest.fixture(name="loops", params=LOOPS)
 def _loops(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop]:
-    """What makes an event loop, for tests that are no coroutines."""
+    """A factory of event loops, for tests that are no coroutines."""
     return LOOPS[request.param]
 
 
 @pytest.fixture(name="quiet")
 def _quiet() -> Iterator[None]:
-    """Nothing is left to the garbage collector that it would complain of."""
+    """Fails if the garbage collector warns of something that the test left open."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -356,7 +356,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.mark.usefixtures("quiet")
 def test_one_event_loop_after_another(url: str, loops: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """As in test clients: the store begins anew in each, and connections are closed with the loop, without `aclose`."""
+    """A store starts afresh in each event loop, and its connections close with the loop, without `aclose`."""
     with asyncio.Runner(loop_factory=loops) as last:
         admin = Redis.from_url(url, decode_responses=True)
         store = SessionStore.from_url(url, references=["user_id"])
@@ -375,7 +375,7 @@ async def _pages(store: SessionStore) -> list[str]:
 
 @pytest.mark.usefixtures("quiet")
 def test_event_loops_in_turn(url: str, loops: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """Two that are open, but do not run at the same time."""
+    """A store works in two event loops that are both open but run in turn."""
     store = SessionStore.from_url(url)
     with asyncio.Runner(loop_factory=loops) as one, asyncio.Runner(loop_factory=loops) as two:
         for _ in range(3):
@@ -385,7 +385,7 @@ def test_event_loops_in_turn(url: str, loops: Callable[[], asyncio.AbstractEvent
 
 @pytest.mark.usefixtures("quiet")
 def test_an_event_loop_that_ends_with_calls_under_way(url: str, loops: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """They are cancelled with it, and the next loop works."""
+    """Calls in flight are cancelled when their event loop ends, and the store works in the next loop."""
     store = SessionStore.from_url(url, timeout=30)
 
     async def begin() -> None:
@@ -404,7 +404,7 @@ def test_an_event_loop_that_ends_with_calls_under_way(url: str, loops: Callable[
 
 @pytest.mark.usefixtures("quiet")
 def test_an_event_loop_that_ends_while_redis_is_dialled(loops: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """No task, no connection and no complaint is left."""
+    """An event loop that ends while Redis is dialled leaves no task, no connection and no warning."""
     store = SessionStore.from_url("unix:///nowhere/redis.sock", timeout=30)
 
     async def begin() -> None:
@@ -419,7 +419,7 @@ def test_an_event_loop_that_ends_while_redis_is_dialled(loops: Callable[[], asyn
 
 @pytest.mark.usefixtures("quiet")
 def test_two_event_loops_at_once(url: str, loops: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """RuntimeError says what to do; the loop that was first is not disturbed."""
+    """A second event loop at the same time gets RuntimeError, and the first loop is not affected."""
     store = SessionStore.from_url(url)
 
     async def main() -> None:
@@ -447,26 +447,26 @@ def test_two_event_loops_at_once(url: str, loops: Callable[[], asyncio.AbstractE
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_fork(url: str) -> None:
-    """The child begins anew, and what it does to its copy of the connections is not noticed by the parent."""
+    """A forked child starts afresh, and does not affect the connections of its parent."""
     store = SessionStore.from_url(url, references=["user_id"], timeout=20)
 
     async def parent() -> None:
         assert await store.touch("a") is False
         assert await store.ids_by("user_id", 1) == []
         for _ in range(3):
-            pid = os.fork()  # While the loop runs, as multiprocessing does it.
+            pid = os.fork()  # Fork while the loop runs, as multiprocessing does.
             if not pid:
                 child()
             for _ in range(20):
                 assert await works(store)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0  # noqa: ASYNC222 - it has ended, nearly
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0  # noqa: ASYNC222 - the child is about to end
             assert await works(store)
         await store.aclose()
 
     def child() -> NoReturn:
         code = 1
         try:
-            warnings.simplefilter("ignore")  # Of sockets that are the parent's.
+            warnings.simplefilter("ignore")  # Warnings of the parent's sockets.
             gc.collect()
             with asyncio.Runner() as own:
                 code = 0 if own.run(works(store)) and own.run(_pages(store)) == [] else 2
@@ -480,7 +480,7 @@ def test_a_fork(url: str) -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are new in Python 3.12")
 async def test_eager_tasks(url: str, admin: Redis) -> None:
-    """They begin at once, in the middle of a call: also while connections break."""
+    """Eager tasks, which start inside of a call, work while connections break."""
     loop = asyncio.get_running_loop()
     if "uvloop" in type(loop).__module__ and (3, 13) <= sys.version_info < (3, 13, 3):
         pytest.skip("uvloop makes no eager tasks there, not even for asyncio.gather")
@@ -498,11 +498,11 @@ VARIABLE: contextvars.ContextVar[object] = contextvars.ContextVar("VARIABLE")
 
 
 class _Request:
-    """What a framework keeps in a context."""
+    """An object that a framework keeps in a context."""
 
 
 async def test_no_context_of_a_request_lives_on(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done for many callers runs in the context of none, also after connections broke."""
+    """Work for many callers runs in the context of none of them, so no request is kept alive."""
     seen: set[object] = set()
 
     def observed(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -513,7 +513,7 @@ async def test_no_context_of_a_request_lives_on(url: str, admin: Redis, monkeypa
 
         return observe
 
-    # What is called when replies come, when connections break, and when time has passed.
+    # These functions run when replies come, when connections break, and when deadlines pass.
     for place, name in (
         (channel.Channel, "data_received"),
         (channel.Channel, "connection_lost"),
@@ -532,18 +532,18 @@ async def test_no_context_of_a_request_lives_on(url: str, admin: Redis, monkeypa
     for _ in range(3):
         await asyncio.gather(*(asyncio.create_task(request()) for _ in range(20)))
         await kill(admin)
-        await asyncio.sleep(0.7)  # Longer than a deadline: it is looked for calls that are late.
+        await asyncio.sleep(0.7)  # Longer than a deadline, so that `expire` runs.
     assert seen == {None}
     gc.collect()
     assert {one() for one in requests} == {None}
     await store.aclose()
 
 
-# ---------------------------------------------------------------------- nobody waits for ever
+# ---------------------------------------------------------------------- no caller waits for ever
 
 
-# Functions that the event loop calls, and functions that answer callers, as all of `Call` does. Nobody would be left to
-# tell of an exception there. All other functions are broken in turn.
+# Functions that the event loop calls, and functions that answer callers, such as all methods of `Call`. An exception in
+# one of these would reach no caller. The test breaks all other functions in turn.
 _OUTERMOST = {"data_received", "connection_lost", "resume_writing", "_flush", "_dialled", "_watch"}
 _ANSWERS = {"fail", "_fail", "_give_up", "close", "aclose"}
 
@@ -563,13 +563,13 @@ def _functions() -> list[tuple[Any, str]]:
     return found
 
 
-# A mistake where connections are closed leaves them to the garbage collector, which complains.
+# An exception while connections are closed leaves them to the garbage collector, which warns.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("place", _functions(), ids=lambda place: f"{place[0].__name__}.{place[1]}")
 async def test_an_exception_anywhere_leaves_nobody_waiting(
     url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
 ) -> None:
-    """A mistake in any function of the engine, at any time: each caller gets an answer, and the next calls work."""
+    """An exception in any function of the engine leaves no caller waiting, and the next calls work."""
     chance = random.Random(1)
     real = getattr(*place)
 
@@ -596,7 +596,7 @@ async def test_an_exception_anywhere_leaves_nobody_waiting(
             if turn % 3 == 1:
                 await admin.script_flush()
             await outcomes(pending, within=10)
-    await outcomes([store.touch("a")])  # Perhaps of what is still under way.
+    await outcomes([store.touch("a")])  # This call may still fail because of earlier ones.
     async with asyncio.timeout(10):
         while isinstance((await outcomes([store.touch("x")]))[0], SessionError):
             pass

@@ -1,4 +1,4 @@
-"""Masters that are replaced: writes go to the new one, and none runs twice."""
+"""When a master is replaced, writes go to the new one, and none runs twice."""
 
 import asyncio
 import contextlib
@@ -14,12 +14,12 @@ from tests.servers import free_port, own_server, sentinel, serving, until
 
 
 async def _count(store: SessionStore, until_done: asyncio.Event, outcomes: list[bool]) -> None:
-    """Increment a field of session "a" all the time. What fails may have been counted."""
+    """Increment a field of session "a" until the event is set. A failed increment may have been counted."""
     while not until_done.is_set():
         try:
             await store.increment("a", "n")
         except StoreUnavailable as error:
-            assert "not known what was done" in str(error)  # noqa: PT017 - it is told, or counted
+            assert "not known what was done" in str(error)  # noqa: PT017 - both outcomes are allowed
             outcomes.append(False)
         else:
             outcomes.append(True)
@@ -30,7 +30,7 @@ REPLICATED = ("--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
 
 
 async def test_a_master_that_is_demoted(url: str) -> None:
-    """A proxy leads to the new master, but what is connected stays so: writes find the new one, and none runs twice."""
+    """Writes reach the new master behind a proxy, although old connections stay open, and none runs twice."""
     del url
     ports = [free_port(), free_port()]
     target = ports[0]
@@ -65,7 +65,7 @@ async def test_a_master_that_is_demoted(url: str) -> None:
                     await asyncio.sleep(0.01)
                 while await second.hget("rss:{a}", "n") is None:
                     await asyncio.sleep(0.01)
-                # No master takes writes for a moment: then the replica takes over.
+                # For a moment no master accepts writes. Then the replica takes over.
                 await first.replicaof("127.0.0.1", str(ports[0]))
                 await until(first, "replication", "role", "slave")
                 acknowledged = len(counted)
@@ -75,13 +75,13 @@ async def test_a_master_that_is_demoted(url: str) -> None:
                     await asyncio.sleep(0.01)
                 done.set()
                 await outcomes(counting)
-                assert all(counted)  # Refused is not lost: each was run once.
+                assert all(counted)  # Refused calls were retried, so each ran once.
                 assert (await store.get("a", ["n"]))["n"] <= len(counted)
                 assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
 
 
 async def test_a_failover_by_sentinels(tmp_path: Path) -> None:
-    """They move the master while it lives: writes go to the new one, and nothing is counted twice."""
+    """After a failover by sentinels, writes go to the new master, and no increment is counted twice."""
     ports = [free_port(), free_port()]
     with (
         own_server("--port", str(ports[0]), *REPLICATED),
@@ -89,7 +89,7 @@ async def test_a_failover_by_sentinels(tmp_path: Path) -> None:
     ):
         async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
             await until(second, "replication", "master_link_status", "up")
-            # A sentinel asks a master for its replicas when it begins to watch it, and then only every ten seconds.
+            # A sentinel asks a master for its replicas when the watch begins, and then only every ten seconds.
             with sentinel(tmp_path, ports[0]) as watch:
                 sentinels = Sentinel([("127.0.0.1", watch)])  # type: ignore[no-untyped-call]
                 async with Redis(port=watch, decode_responses=True) as guard, sentinels.master_for("main") as client:

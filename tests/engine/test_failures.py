@@ -11,7 +11,7 @@ from tests.engine.callers import outcomes
 
 @pytest.mark.parametrize("reason", ["unauthenticated", "-BUSY", "-OOM", "READONLY", "NOSCRIPT"])
 async def test_a_reason_is_not_taken_for_an_error_of_the_server(url: str, admin: Redis, reason: str) -> None:
-    """A session that was ended is told so, whatever the word."""
+    """A reason that looks like an error code of Redis still raises SessionEnded with that reason."""
     del admin
     async with SessionStore.from_url(url) as store:
         session_id = await store.create({"a": 1})
@@ -22,7 +22,7 @@ async def test_a_reason_is_not_taken_for_an_error_of_the_server(url: str, admin:
 
 
 async def test_a_field_is_not_taken_for_an_error_of_the_server(url: str, admin: Redis) -> None:
-    """The name of a reference that refuses may be any."""
+    """A reference whose name looks like an error code of Redis still raises LimitExceeded."""
     del admin
     references = {"unauthenticated": Reference(limit=1, on_limit="refuse")}
     async with SessionStore.from_url(url, references=references) as store:
@@ -44,12 +44,12 @@ async def test_a_field_is_not_taken_for_an_error_of_the_server(url: str, admin: 
     ],
 )
 def test_the_code_of_an_error(text: str, code: str) -> None:
-    """It is where the versions of Redis put it, and nowhere else."""
+    """`code_of` finds the code where the versions of Redis put it, and not in our own errors."""
     assert code_of(redis.exceptions.ResponseError(text)) == code
 
 
 def test_an_error_that_redis_py_has_a_class_for() -> None:
-    """While it connects, redis-py hides the code in the class, or wraps the error."""
+    """`code_of` finds the code if redis-py has a class for the error, and `error_for` if the error is wrapped."""
     assert code_of(redis.exceptions.OutOfMemoryError("no text")) == "OOM"
     wrapped = redis.exceptions.ConnectionError("no text")
     wrapped.__cause__ = redis.exceptions.AuthenticationError("no text")
@@ -57,7 +57,7 @@ def test_an_error_that_redis_py_has_a_class_for() -> None:
 
 
 async def test_a_hook_of_the_user_that_fails_is_retried(url: str, admin: Redis) -> None:
-    """A later attempt to connect may succeed, whatever the hook raised. At the deadline the error says what failed."""
+    """A failing `redis_connect_func` is retried until the deadline, and then the error names its exception."""
     del admin
     attempts = 0
 

@@ -1,4 +1,4 @@
-"""What breaks on the way to a server, and what its callers notice of it: mostly nothing."""
+"""Broken and silent connections to a server, and their effect on callers."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from tests.servers import connections, fake, ones, own_server, proxied, stopped,
 
 
 async def test_under_load_no_call_that_may_be_repeated_fails(url: str, admin: Redis) -> None:
-    """However often all connections are cut, every caller gets its own reply, also while many others wait."""
+    """Idempotent calls under load never fail while connections are cut, and each gets its own reply."""
     del admin
     async with SessionStore.from_url(url, timeout=20) as store, Redis.from_url(url) as killer:
         await works(store, 600)
@@ -42,7 +42,7 @@ async def test_under_load_no_call_that_may_be_repeated_fails(url: str, admin: Re
 
 
 async def test_what_must_not_be_repeated_runs_once(url: str, admin: Redis) -> None:
-    """Each increment is counted, or its caller is told that it is not known."""
+    """Each increment runs once, or its caller is told that the outcome is unknown."""
     del admin
     async with SessionStore.from_url(url, timeout=20) as store, Redis.from_url(url) as killer:
         await store.set("a", {"n": 0})
@@ -70,7 +70,7 @@ async def test_what_must_not_be_repeated_runs_once(url: str, admin: Redis) -> No
 
 
 async def test_an_idle_connection_that_broke_costs_no_failure(url: str, admin: Redis) -> None:
-    """Not even of a call that must not be repeated: the loss is noticed before the next call."""
+    """The loss of an idle connection is noticed before the next call, so even an `increment` succeeds."""
     async with SessionStore.from_url(url) as store:
         await store.set("a", {"n": 0})
         for n in range(20):
@@ -82,8 +82,8 @@ async def test_an_idle_connection_that_broke_costs_no_failure(url: str, admin: R
 
 
 async def test_two_calls_by_reference_that_lose_their_replies() -> None:
-    """Their pages are run again, each in a script of its own, and each caller gets its own."""
-    with own_server() as url:  # A script that got two pages could run for ever.
+    """Two calls by reference that lose their replies are retried in separate scripts, and get their own results."""
+    with own_server() as url:  # A script with two pages could run for ever.
         async with proxied(url) as (proxy, address):
             store = SessionStore.from_url(address, references=["user_id"], timeout=20)
             for value in (1, 2):
@@ -106,7 +106,7 @@ async def test_two_calls_by_reference_that_lose_their_replies() -> None:
 
 
 async def test_a_call_that_breaks_connections_takes_no_other_with_it() -> None:
-    """Others are repeated at most a few times, and it fails alone, at its deadline."""
+    """A call that breaks connections fails alone at its deadline; other calls are retried a few times at most."""
     runs: dict[bytes, int] = {}
 
     def hang_up(command: list[bytes]) -> bytes | None:
@@ -126,14 +126,14 @@ async def test_a_call_that_breaks_connections_takes_no_other_with_it() -> None:
             await poison
         alone = runs.pop(b"rss:{poison}")
         assert 4 < alone < 80
-        # The volley that it came with; once more with it; then without.
+        # Other calls run in the first volley with the poison, once more with it, and then without it.
         assert max(runs.values()) <= 3
         assert sum(runs.values()) - len(runs) <= 600
         await store.aclose()
 
 
 async def test_many_calls_that_break_connections_fail_alone() -> None:
-    """They fail at their deadlines; the others among them do not."""
+    """Many calls that break connections fail at their deadlines, and the other calls do not."""
 
     def hang_up(command: list[bytes]) -> bytes | None:
         keys = command[3 : 3 + int(command[2])]
@@ -148,7 +148,7 @@ async def test_many_calls_that_break_connections_fail_alone() -> None:
 
 
 async def test_calls_that_break_connections_are_cancelled() -> None:
-    """Those whose callers are still there fail at their deadline, and the store works."""
+    """Calls that break connections can be cancelled; the others fail at their deadlines, and the store works."""
 
     def hang_up(command: list[bytes]) -> bytes | None:
         keys = command[3 : 3 + int(command[2])]
@@ -170,7 +170,7 @@ async def test_calls_that_break_connections_are_cancelled() -> None:
 
 @pytest.mark.parametrize("callers", [20, 500])
 async def test_a_reply_over_the_output_limit(url: str, admin: Redis, callers: int) -> None:
-    """Redis hangs up on the call that wants it. All others are served, and increments in flight are told."""
+    """A reply over the output limit fails its own call; increments in flight with it have an unknown outcome."""
     await admin.config_set("client-output-buffer-limit", "normal 1mb 1mb 1")
     try:
         async with SessionStore.from_url(url, timeout=2) as store:
@@ -186,7 +186,7 @@ async def test_a_reply_over_the_output_limit(url: str, admin: Redis, callers: in
                 failed = [one for one in found[callers:] if not isinstance(one, int)]
                 assert all("not known what was done" in str(one) for one in failed)
                 unknown += len(failed)
-            assert unknown <= 20, "only those that were in flight with it"
+            assert unknown <= 20, "only increments in flight with the large reply may fail"
             with pytest.raises(StoreUnavailable, match="within the deadline"):
                 await poison
     finally:
@@ -195,7 +195,7 @@ async def test_a_reply_over_the_output_limit(url: str, admin: Redis, callers: in
 
 @pytest.mark.parametrize("callers", [20, 500])
 async def test_a_value_over_the_limit_of_the_protocol(url: str, admin: Redis, callers: int) -> None:
-    """Redis tells the first call of a batch and hangs up. It is not the fault of that one; the guilty is told soon."""
+    """A value over the protocol limit fails its own call, although Redis blames the first call of the batch."""
     await admin.config_set("proto-max-bulk-len", 1024 * 1024)
     try:
         async with SessionStore.from_url(url, timeout=30) as store:
@@ -213,7 +213,7 @@ async def test_a_value_over_the_limit_of_the_protocol(url: str, admin: Redis, ca
 
 
 async def test_a_connection_that_goes_silent_is_replaced(url: str, admin: Redis) -> None:
-    """Another one is answered, so it is given up before the deadline; what must not be repeated is told."""
+    """A silent connection is replaced before the deadline if another one gets replies; an `increment` fails."""
     del admin
     async with wired(url) as wire, SessionStore.from_url(wire.url, timeout=6) as store:
         await store.set("a", {"n": 1})
@@ -226,7 +226,7 @@ async def test_a_connection_that_goes_silent_is_replaced(url: str, admin: Redis)
 
 
 async def test_an_idle_connection_that_was_dropped_costs_one_attempt(url: str, admin: Redis) -> None:
-    """Of each caller, and whatever lane it is: calls, or pages of reference sets."""
+    """A dropped idle connection costs one attempt, on the lane of calls and on the lane of pages."""
     del admin
     async with wired(url) as wire:
         store = SessionStore.from_url(wire.url, references=["user_id"], timeout=3)
@@ -236,7 +236,7 @@ async def test_an_idle_connection_that_was_dropped_costs_one_attempt(url: str, a
             wire.silence()
             assert await store.touch(created)
             assert await store.ids_by("user_id", 1) == [created]
-        # When one lane has noticed, the idle connections of the others are not trusted either.
+        # Once one lane has noticed the loss, the idle connections of the other lanes are not trusted either.
         wire.silence()
         assert await store.ids_by("user_id", 1) == [created]
         assert await store.increment(created, "n") == 1
@@ -244,7 +244,7 @@ async def test_an_idle_connection_that_was_dropped_costs_one_attempt(url: str, a
 
 
 async def test_a_server_that_stands_still_is_waited_for(url: str, admin: Redis) -> None:
-    """No other connection is answered either: so nothing fails, and nothing runs twice."""
+    """Calls wait for a server that stands still: none of them fails or runs twice."""
     async with SessionStore.from_url(url, references=["user_id"], timeout=3) as store:
         await store.set("a", {"user_id": 1, "n": 0})
         assert await store.ids_by("user_id", 1) == ["a"]
@@ -252,7 +252,7 @@ async def test_a_server_that_stands_still_is_waited_for(url: str, admin: Redis) 
         async with stopped(admin):
             calls = [asyncio.ensure_future(store.increment("a", "n")) for _ in range(20)]
             page = asyncio.ensure_future(store.ids_by("user_id", 1))
-            await asyncio.sleep(1.3)  # Longer than the third of the deadline after which it is doubted.
+            await asyncio.sleep(1.3)  # Longer than a third of the deadline, when the engine begins to doubt.
             assert not any(call.done() for call in calls)
         assert sorted(await outcomes(calls), key=str) == sorted(range(1, 21), key=str)
         assert await outcomes([page]) == [["a"]]
@@ -260,7 +260,7 @@ async def test_a_server_that_stands_still_is_waited_for(url: str, admin: Redis) 
 
 
 async def test_a_server_that_stands_still_for_too_long(url: str, admin: Redis) -> None:
-    """Calls fail at their deadline, and the next ones work as soon as it goes on."""
+    """Calls fail at their deadlines while the server stands still, and later calls work when it goes on."""
     async with SessionStore.from_url(url, timeout=0.6) as store:
         await store.set("a", {"n": 0})
         async with stopped(admin):
@@ -274,7 +274,7 @@ async def test_a_server_that_stands_still_for_too_long(url: str, admin: Redis) -
 
 
 async def test_a_slow_script_of_others_costs_no_failure(url: str, admin: Redis) -> None:
-    """The server answers nobody meanwhile."""
+    """Calls wait while a slow script of others keeps the server busy, and none of them fails."""
     del admin
     async with SessionStore.from_url(url, timeout=3) as store:
         await store.set("a", {"n": 0})
@@ -293,7 +293,7 @@ async def test_a_slow_script_of_others_costs_no_failure(url: str, admin: Redis) 
 
 
 async def test_a_way_that_is_dead_for_a_while(url: str, admin: Redis) -> None:
-    """New connections are made but not answered; when the way is open again, everything works."""
+    """Calls fail at their deadlines while no connection gets replies, and work again afterwards."""
     del admin
     async with wired(url) as wire, SessionStore.from_url(wire.url, timeout=0.5) as store:
         await store.set("a", {"n": 1})

@@ -1,4 +1,4 @@
-"""A store that runs for months: what it did leaves nothing behind."""
+"""A store that runs for months leaks nothing."""
 
 import asyncio
 import gc
@@ -33,7 +33,7 @@ def _left() -> tuple[int, int]:
 @here_only
 @pytest.mark.parametrize("how", ["cut", "closed", "refused"])
 async def test_connections_leave_nothing(url: str, admin: Redis, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A thousand that end, however they do, leave no objects and no descriptors."""
+    """A thousand connections leave no objects and no descriptors, however they end."""
     hours = Hours(monkeypatch)
     async with Redis.from_url("unix:///nowhere/redis.sock" if how == "refused" else url) as client:
         store = SessionStore(client, timeout=0.06 if how == "refused" else 20)
@@ -64,7 +64,7 @@ async def test_connections_leave_nothing(url: str, admin: Redis, monkeypatch: py
 
 @here_only
 async def test_work_leaves_nothing(client: Redis, admin: Redis) -> None:
-    """Neither do calls that succeed, fail, or are cancelled."""
+    """Calls that succeed, fail or are cancelled leave no objects and no descriptors."""
     store = SessionStore(client, references=["user_id"], timeout=20)
     await admin.set("rss:{x}", "x", ex=600)
 
@@ -91,7 +91,7 @@ async def test_an_idle_store_does_nothing(client: Redis) -> None:
     """No timer wakes the processor when no call waits."""
     store = SessionStore(client, timeout=0.5)
     await works(store)
-    await asyncio.sleep(1)  # Longer than the deadline of these.
+    await asyncio.sleep(1)  # Longer than the deadline of these calls.
     before = time.process_time()
     await asyncio.sleep(1)
     assert time.process_time() - before < 0.2

@@ -1,4 +1,4 @@
-"""Redis refuses to run a script: a passing refusal is waited for, a lasting one is told at once."""
+"""Scripts that Redis refuses to run: a passing refusal is retried until the deadline, a lasting one fails at once."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ from tests.servers import fake, ones
 
 
 async def test_many_find_that_the_scripts_are_gone_and_one_loads_them(url: str, admin: Redis) -> None:
-    """Also if they are of several kinds and in several volleys; no caller notices."""
+    """Many calls of several kinds that find the scripts missing load them once, and no caller notices."""
     async with SessionStore.from_url(url, references=["user_id"]) as store:
         await works(store, 300)
         await admin.script_flush()
@@ -28,7 +28,7 @@ async def test_many_find_that_the_scripts_are_gone_and_one_loads_them(url: str, 
 
 
 async def test_a_wrong_reply_to_scripts_that_are_loaded() -> None:
-    """The connection is given up, and the call is run on another one."""
+    """A wrong reply to SCRIPT LOAD closes the connection, and the call runs on another one."""
     gone = True
 
     def flush_once(command: list[bytes]) -> bytes:
@@ -47,7 +47,7 @@ async def test_a_wrong_reply_to_scripts_that_are_loaded() -> None:
 
 
 async def test_scripts_that_may_not_be_loaded(url: str, admin: Redis) -> None:
-    """The reason is told at once, and the server is not asked for ever."""
+    """Calls fail at once if the scripts may not be loaded, and the server is not asked again and again."""
     await admin.acl_setuser("flat", enabled=True, passwords=["+pw"], keys=["*"], commands=["+@all"], reset=True)
     async with Redis(unix_socket_path=url.removeprefix("unix://"), username="flat", password="pw") as client:
         store = SessionStore(client, timeout=40)
@@ -70,7 +70,7 @@ async def test_scripts_that_may_not_be_loaded(url: str, admin: Redis) -> None:
 
 @pytest.mark.parametrize("code", ["LOADING", "BUSY", "MASTERDOWN", "READONLY", "NOREPLICAS", "NOSCRIPT"])
 async def test_what_passes_is_waited_for(code: str) -> None:
-    """Also for what must not be repeated; at intervals that grow."""
+    """A passing refusal is retried at growing intervals, even if the call must not be repeated."""
     refusing = True
 
     def refuse(command: list[bytes]) -> bytes:
@@ -90,7 +90,7 @@ async def test_what_passes_is_waited_for(code: str) -> None:
 
 @pytest.mark.parametrize("code", ["LOADING", "BUSY", "READONLY", "NOREPLICAS"])
 async def test_what_is_refused_keeps_no_other_kind_waiting(code: str) -> None:
-    """Reads go on while writes are refused."""
+    """Calls of one kind succeed while calls of another kind are refused."""
 
     def refuse(command: list[bytes]) -> bytes:
         return f"-{code} later\r\n".encode() if b"counter" in command else ones(command)
@@ -118,7 +118,7 @@ async def test_what_is_refused_keeps_no_other_kind_waiting(code: str) -> None:
     ],
 )
 async def test_what_lasts_is_told_at_once(error: str) -> None:
-    """To every caller: waiting would not help."""
+    """A lasting refusal fails every call at once."""
     async with fake(lambda _: f"-{error}\r\n".encode()) as server:
         store = SessionStore.from_url(server.url, timeout=40)
         for found in await outcomes([store.touch(str(n)) for n in range(10)]):
@@ -128,7 +128,7 @@ async def test_what_lasts_is_told_at_once(error: str) -> None:
 
 
 async def test_a_volley_that_is_refused_keeps_its_deadlines() -> None:
-    """A call that waits longer than others is told first, however often they are put back."""
+    """Refused calls fail in the order of their deadlines, however often they are put back."""
     refusing = False
 
     def refuse(command: list[bytes]) -> bytes:

@@ -1,4 +1,4 @@
-"""What the tests of the frameworks share: sessions on a server of their own, and a site that is served."""
+"""Fixtures of the tests of frameworks: sessions, and a site that is served."""
 
 from collections.abc import AsyncIterator
 
@@ -12,12 +12,12 @@ from tests.integrations.sites import SITES, Site
 
 @pytest.fixture(autouse=True)
 def _kept(kept_secret: None) -> None:
-    """No test of a framework shows anything that is secret."""
+    """Watches every test of a framework for secrets in the log and in commands."""
 
 
 @pytest.fixture(name="sessions")
 def _sessions(store: SessionStore) -> Sessions:
-    """As they are by default."""
+    """Sessions with the default options."""
     return Sessions(store)
 
 

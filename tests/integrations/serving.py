@@ -67,5 +67,5 @@ async def browser(url: str) -> AsyncIterator[aiohttp.ClientSession]:
 
 
 def cookie_of(client: aiohttp.ClientSession, name: str = "session-id") -> str:
-    """Return what the session cookie holds that a client keeps; nothing if it has none."""
+    """Return the value of a client's session cookie; empty if there is none."""
     return next((cookie.value for cookie in client.cookie_jar if cookie.key == name), "")

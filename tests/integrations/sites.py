@@ -40,11 +40,11 @@ Server = Callable[[Any], AbstractAsyncContextManager[str]]
 
 
 class Crash(Exception):
-    """What a handler did not expect."""
+    """An error that a handler did not expect."""
 
 
 async def act(session: Session, action: str, token: str = "") -> dict[str, Any]:
-    """Do what the path says, by the verbs that all frameworks have in common."""
+    """Do what the path says, by the methods that all frameworks have in common."""
     match action:
         case "read" | "not-modified":
             return await session.get()
@@ -75,7 +75,7 @@ async def act(session: Session, action: str, token: str = "") -> dict[str, Any]:
 
 
 async def act_on_dict(session: MutableMapping[str, Any], handle: Session, action: str) -> dict[str, Any]:
-    """Do the same where a framework has its sessions as a dict, as far as it can be done so."""
+    """Do what the path says where the session is a dict, as far as a dict can do it."""
     match action:
         case "read" | "not-modified":
             return dict(session)
@@ -96,7 +96,7 @@ async def act_on_dict(session: MutableMapping[str, Any], handle: Session, action
 
 
 async def chunks(session: Session) -> AsyncIterator[bytes]:
-    """Be the body of a stream: when it comes, the headers have gone, but a known session can be written to."""
+    """Yield the body of a stream: its headers have gone, so a new id is refused."""
     yield b'{"begun": true, "refused": '
     try:
         await session.rotate()
@@ -145,7 +145,7 @@ async def _do(request: web.Request, action: str) -> dict[str, Any]:
 
 
 def aiohttp_app(sessions: Sessions) -> web.Application:
-    """By `rss.aiohttp.setup`."""
+    """Return an aiohttp application with `rss.aiohttp.setup`."""
     app = web.Application()
     rss.aiohttp.setup(app, sessions)
     app.add_routes(_aiohttp(_do))
@@ -153,7 +153,7 @@ def aiohttp_app(sessions: Sessions) -> web.Application:
 
 
 def aiohttp_sub_app(sessions: Sessions) -> web.Application:
-    """A part of an application that has the sessions."""
+    """Return an aiohttp application whose sub-application uses its sessions."""
     app, part = web.Application(), web.Application()
     part.add_routes(_aiohttp(_do))
     rss.aiohttp.setup(app, sessions)
@@ -162,7 +162,7 @@ def aiohttp_sub_app(sessions: Sessions) -> web.Application:
 
 
 def aiohttp_session_app(sessions: Sessions) -> web.Application:
-    """An application on aiohttp-session."""
+    """Return an application on aiohttp-session."""
 
     async def do(request: web.Request, action: str) -> dict[str, Any]:
         if action == "untouched":
@@ -208,7 +208,7 @@ async def _starlette_socket(socket: starlette.websockets.WebSocket, session: Ses
 
 
 def starlette_app(sessions: Sessions) -> starlette.applications.Starlette:
-    """By a middleware of its own."""
+    """Return a Starlette application with the middleware."""
 
     async def handle(request: starlette.requests.Request) -> starlette.responses.Response:
         session, action = await rss.asgi.get_session(request), request.path_params["action"]
@@ -229,7 +229,7 @@ def starlette_app(sessions: Sessions) -> starlette.applications.Starlette:
 
 
 def starlette_dict_app(sessions: Sessions) -> starlette.applications.Starlette:
-    """With `request.session`."""
+    """Return a Starlette application with `request.session`."""
 
     async def handle(request: starlette.requests.Request) -> starlette.responses.Response:
         session, action = await rss.asgi.get_session(request), request.path_params["action"]
@@ -255,7 +255,7 @@ def starlette_dict_app(sessions: Sessions) -> starlette.applications.Starlette:
 
 
 def fastapi_app(sessions: Sessions) -> rss.asgi.SessionMiddleware:
-    """By a dependency, with the middleware around all of it."""
+    """Return a FastAPI application with the dependency, and the middleware around it."""
     app = fastapi.FastAPI(lifespan=rss.asgi.lifespan(sessions))
 
     @app.websocket("/websocket")
@@ -274,7 +274,7 @@ def fastapi_app(sessions: Sessions) -> rss.asgi.SessionMiddleware:
 
 
 def litestar_app(sessions: Sessions) -> litestar.Litestar:
-    """By a middleware of its own, and a dependency."""
+    """Return a Litestar application with the middleware and a dependency."""
 
     async def session(request: litestar.Request[Any, Any, Any]) -> Session:
         return await rss.asgi.get_session(request)
@@ -345,7 +345,7 @@ def _quart(app: quart.Quart, do: Callable[[str], Awaitable[dict[str, Any]]]) -> 
 
 
 def quart_app(sessions: Sessions) -> quart.Quart:
-    """By the extension."""
+    """Return a Quart application with the extension."""
     app = quart.Quart(__name__)
     rss.quart.QuartSessions(app, sessions)
 
@@ -357,7 +357,7 @@ def quart_app(sessions: Sessions) -> quart.Quart:
 
 
 def quart_dict_app(sessions: Sessions) -> quart.Quart:
-    """With `quart.session`."""
+    """Return a Quart application with `quart.session`."""
     app = quart.Quart(__name__)
     rss.quart.QuartSessions(app, sessions)
     app.session_interface = rss.quart.SessionInterface()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
@@ -368,7 +368,7 @@ def quart_dict_app(sessions: Sessions) -> quart.Quart:
 class Site:
     """A framework, and how it is served.
 
-    *keeps_a_dict*: its session is one, so not all verbs are there. *root*: where the application is.
+    *keeps_a_dict*: the session is a dict, so some actions are missing. *root*: the path of the application.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What is particular to aiohttp, and to applications on aiohttp-session."""
+"""Tests of aiohttp alone, and of applications on aiohttp-session."""
 
 import asyncio
 import contextlib
@@ -31,13 +31,13 @@ def application(sessions: Sessions, handler: Handler) -> web.Application:
 
 
 async def test_without_setup_there_is_no_session() -> None:
-    """The error says what to do."""
+    """Without setup, the error names `rss.aiohttp.setup()`."""
     with pytest.raises(RuntimeError, match=r"rss.aiohttp.setup\(\) was not called"):
         await rss.aiohttp.get_session(make_mocked_request("GET", "/"))
 
 
 async def test_the_store_is_closed_with_the_application(sessions: Sessions) -> None:
-    """And open while it is served."""
+    """The store is open while the application is served, and closed afterwards."""
 
     async def handler(request: web.Request) -> web.Response:
         await (await rss.aiohttp.get_session(request)).set({"n": 1})
@@ -51,7 +51,7 @@ async def test_the_store_is_closed_with_the_application(sessions: Sessions) -> N
 
 
 async def test_a_malformed_request_is_answered(sessions: Sessions) -> None:
-    """It never had a session, and its answer does not need one."""
+    """A malformed request is answered without a session."""
 
     async def handler(_: web.Request) -> web.Response:
         raise AssertionError
@@ -64,7 +64,7 @@ async def test_a_malformed_request_is_answered(sessions: Sessions) -> None:
 
 
 async def test_other_middlewares_have_the_session(sessions: Sessions) -> None:
-    """Also those that were there before; and what never gets as far is answered without one."""
+    """Earlier middlewares have the session, too; a request that never reaches them is answered without one."""
 
     @web.middleware
     async def greet(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -86,7 +86,7 @@ async def test_other_middlewares_have_the_session(sessions: Sessions) -> None:
 
 
 async def test_the_cookie_may_be_in_any_header(sessions: Sessions) -> None:
-    """Proxies may split what a browser sends."""
+    """The cookie is found in any of several Cookie headers, since proxies may split them."""
     token = await signed_in(sessions)
 
     async def handler(request: web.Request) -> web.Response:
@@ -101,7 +101,7 @@ async def test_the_cookie_may_be_in_any_header(sessions: Sessions) -> None:
 
 
 async def test_a_redirect_after_a_post_carries_the_cookie(sessions: Sessions, keyspace: Keyspace) -> None:
-    """It is raised, and keeps the headers that the handler gave it."""
+    """A redirect that is raised carries the cookie, and keeps the headers of the handler."""
 
     async def handler(request: web.Request) -> web.Response:
         await (await rss.aiohttp.get_session(request)).rotate({"user_id": 1})
@@ -116,7 +116,7 @@ async def test_a_redirect_after_a_post_carries_the_cookie(sessions: Sessions, ke
 
 
 async def test_an_error_in_a_stream_stays_one() -> None:
-    """When its headers have left it cannot become a 503: the connection breaks."""
+    """An error in a stream breaks the connection, since a 503 cannot follow the headers."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         session = await rss.aiohttp.get_session(request)
@@ -138,7 +138,7 @@ async def test_an_error_in_a_stream_stays_one() -> None:
 
 
 async def test_a_part_with_sessions_of_its_own(sessions: Sessions) -> None:
-    """Each of the two sets its own cookie, and outside of the part the session is that of the whole."""
+    """A sub-application with its own sessions sets its own cookie, beside that of the whole application."""
     theirs = Sessions(sessions.store, cookie=CookiePolicy(name="theirs"))
     seen: list[bool] = []
 
@@ -177,7 +177,7 @@ def on_aiohttp_session(sessions: Sessions, handler: Handler) -> web.Application:
 
 
 async def test_a_session_of_aiohttp_session(sessions: Sessions, keyspace: Keyspace) -> None:
-    """What was changed is written, field by field, and kept in its reference sets; what was removed goes."""
+    """A session of aiohttp-session writes changed fields, removes deleted ones, and follows its references."""
     seen: list[aiohttp_session.Session] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -211,7 +211,7 @@ async def test_a_session_of_aiohttp_session(sessions: Sessions, keyspace: Keyspa
 
 
 async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keyspace: Keyspace) -> None:
-    """`new_session` begins with nothing, the cookie that was there is worth nothing, and `max_age` is kept."""
+    """`new_session` at a login gives an empty session with a new id and keeps `max_age`; the old cookie opens none."""
     created: list[int] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -238,7 +238,7 @@ async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keysp
 
 
 async def test_a_new_session_for_a_request_without_one(sessions: Sessions, keyspace: Keyspace) -> None:
-    """A login may call `new_session` always: if there was no session, one is made and none is ended."""
+    """`new_session` without a session makes one, and ends none."""
 
     async def handler(request: web.Request) -> web.Response:
         (await aiohttp_session.new_session(request))["user_id"] = 1
@@ -254,7 +254,7 @@ async def test_a_new_session_for_a_request_without_one(sessions: Sessions, keysp
 
 
 async def test_a_late_write_by_aiohttp_session_is_refused(sessions: Sessions, keyspace: Keyspace) -> None:
-    """The request fails, and the session that was ended meanwhile stays so."""
+    """A late write by aiohttp-session fails with 401, and the session that was ended stays ended."""
 
     async def handler(request: web.Request) -> web.Response:
         session = await aiohttp_session.get_session(request)
@@ -272,7 +272,7 @@ async def test_a_late_write_by_aiohttp_session_is_refused(sessions: Sessions, ke
 
 
 async def test_both_kinds_in_one_request(sessions: Sessions, keyspace: Keyspace) -> None:
-    """What is done with the session itself stays done."""
+    """Changes by both interfaces in one request are kept."""
 
     async def handler(request: web.Request) -> web.Response:
         session = await aiohttp_session.get_session(request)
@@ -291,7 +291,7 @@ async def test_both_kinds_in_one_request(sessions: Sessions, keyspace: Keyspace)
 
 
 async def test_any_name_of_an_item(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Also those that are the store's; and a lifetime alone is kept."""
+    """An item may have any name, also a reserved one, and a changed `max_age` alone is kept."""
     seen: list[dict[str, object]] = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -314,7 +314,7 @@ async def test_any_name_of_an_item(sessions: Sessions, keyspace: Keyspace) -> No
 
 
 async def test_a_login_by_the_handle_after_invalidate_stays(sessions: Sessions, keyspace: Keyspace) -> None:
-    """The storage does not end the session that the application has just rotated."""
+    """`invalidate` does not end the session that the application rotates in the same request."""
 
     async def handler(request: web.Request) -> web.Response:
         session = await aiohttp_session.get_session(request)

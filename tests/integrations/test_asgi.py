@@ -1,4 +1,4 @@
-"""What is particular to ASGI: the messages themselves, and Starlette's and FastAPI's ways."""
+"""Tests of ASGI alone: its messages, the lifespan, and Starlette."""
 
 import asyncio
 import contextlib
@@ -21,16 +21,16 @@ from tests.test_session import request, signed_in, token_in
 
 
 class Connection:
-    """A scope and what the application answers in it."""
+    """A scope, and the messages that an application sends in it."""
 
     def __init__(self, kind: str = "http", cookies: str = "", **more: Any) -> None:
-        """Take the lines of the Cookie headers."""
+        """*cookies*: the Cookie headers, one a line."""
         headers = [(b"cookie", line.encode()) for line in cookies.splitlines()]
         self.scope: dict[str, Any] = {"type": kind, "headers": headers, **more}
         self.sent: list[Any] = []
 
     async def run(self, app: Any) -> list[Any]:
-        """Let an application answer."""
+        """Run an application, and return the messages that it sent."""
 
         async def receive() -> Any:
             raise AssertionError
@@ -43,7 +43,7 @@ class Connection:
 
 
 async def test_other_scopes_pass(sessions: Sessions) -> None:
-    """A lifespan has no session."""
+    """A scope without a session, such as a lifespan, passes unchanged."""
     scopes = []
 
     async def app(scope: Any, _receive: object, _send: object) -> None:
@@ -54,7 +54,7 @@ async def test_other_scopes_pass(sessions: Sessions) -> None:
 
 
 async def test_a_session_is_in_the_scope(sessions: Sessions) -> None:
-    """The cookie may be in any of several headers, as in HTTP/2; where there is no middleware, the error says so."""
+    """The session is in the scope, with the cookie from any Cookie header; without the middleware an error says so."""
     token = await signed_in(sessions)
     seen = []
 
@@ -71,7 +71,7 @@ async def test_a_session_is_in_the_scope(sessions: Sessions) -> None:
 
 @pytest.mark.parametrize("kind", ["http.response.start", "websocket.accept", "websocket.http.response.start"])
 async def test_headers_are_added_to_those_of_the_application(sessions: Sessions, kind: str) -> None:
-    """Its own stay, also cookies and what it says of caching."""
+    """The headers of the session are added to those of the application, which all stay."""
 
     async def app(scope: Any, _receive: object, send: Any) -> None:
         await scope[KEY].set({"user_id": 1})
@@ -89,7 +89,7 @@ async def test_headers_are_added_to_those_of_the_application(sessions: Sessions,
 
 
 async def test_an_application_without_headers(sessions: Sessions) -> None:
-    """An accept need not have any."""
+    """A message without headers gets those of the session."""
 
     async def app(scope: Any, _receive: object, send: Any) -> None:
         await scope[KEY].set({})
@@ -100,7 +100,7 @@ async def test_an_application_without_headers(sessions: Sessions) -> None:
 
 
 async def test_messages_of_the_application_stay_as_they_are(sessions: Sessions) -> None:
-    """It may send the same one to everybody: nobody gets the cookie of another."""
+    """A message that the application sends to several clients is not changed, so none gets another's cookie."""
     start = {"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]}
 
     async def app(scope: Any, _receive: object, send: Any) -> None:
@@ -116,7 +116,7 @@ async def test_messages_of_the_application_stay_as_they_are(sessions: Sessions) 
 
 
 async def test_headers_may_be_any_iterable(sessions: Sessions) -> None:
-    """They are read once."""
+    """The headers of a message may be any iterable, which is read once."""
 
     async def app(scope: Any, _receive: object, send: Any) -> None:
         await scope[KEY].set({"user_id": 1})
@@ -128,7 +128,7 @@ async def test_headers_may_be_any_iterable(sessions: Sessions) -> None:
 
 
 async def test_an_unavailable_store_is_seen_in_a_task_group(sessions: Sessions) -> None:
-    """Some frameworks run a request in one; an error beside it is not hidden."""
+    """StoreUnavailable in a task group is a 503, unless another error was raised beside it."""
 
     def failing(*errors: Exception) -> Any:
         async def app(_scope: object, _receive: object, _send: object) -> None:
@@ -165,7 +165,7 @@ async def test_an_unavailable_store_is_seen_in_a_task_group(sessions: Sessions) 
 async def test_an_unavailable_store_is_answered(
     kind: str, extensions: dict[str, Any] | None, answer: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By a 503, to a WebSocket by what it may be told; and it is logged, without an id."""
+    """An unavailable store is a 503, or closes a WebSocket, and is logged without the token."""
     with contextlib.ExitStack() as server:
         store = SessionStore.from_url(server.enter_context(own_server()), timeout=0.2)
         sessions = Sessions(store)
@@ -187,7 +187,7 @@ async def test_an_unavailable_store_is_answered(
 
 
 async def test_an_answer_of_the_application_stands() -> None:
-    """Only what it calls a failure of its own is one of the store: if it can do without, that is its answer."""
+    """A response of an application that handled StoreUnavailable is not replaced by a 503."""
     with contextlib.ExitStack() as server:
         store = SessionStore.from_url(server.enter_context(own_server()), timeout=0.2)
         token = await signed_in(Sessions(store))
@@ -204,7 +204,7 @@ async def test_an_answer_of_the_application_stands() -> None:
 
 
 async def test_an_error_in_a_stream_stays_one(sessions: Sessions) -> None:
-    """When its headers have left it cannot become a 503."""
+    """An error after the headers of a stream is raised, since a 503 cannot follow the headers."""
 
     async def app(_scope: object, _receive: object, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200})
@@ -217,7 +217,7 @@ async def test_an_error_in_a_stream_stays_one(sessions: Sessions) -> None:
 
 
 async def test_it_lives_beside_starlettes_own(sessions: Sessions) -> None:
-    """`request.session` stays what it is."""
+    """The middleware works beside Starlette's own, whose `request.session` stays."""
 
     async def home(request: Request) -> JSONResponse:
         request.session["theirs"] = 1
@@ -240,7 +240,7 @@ async def test_it_lives_beside_starlettes_own(sessions: Sessions) -> None:
 
 
 async def test_the_lifespan_opens_and_closes_the_store(sessions: Sessions) -> None:
-    """Also twice, as the tests of an application do it."""
+    """The lifespan opens and closes the store, also twice."""
     for _ in range(2):
         async with lifespan(sessions)(None):
             await signed_in(sessions)
@@ -249,7 +249,7 @@ async def test_the_lifespan_opens_and_closes_the_store(sessions: Sessions) -> No
 
 
 async def test_an_application_without_redis_does_not_start() -> None:
-    """It tells at once, and names the address, but no password."""
+    """An application does not start without Redis; the error names the address, but no password."""
     for url, address in (
         ("unix://user:pass@/nowhere/redis.sock", "/nowhere/redis.sock"),
         ("redis://user:pass@127.0.0.1:9/3", "127.0.0.1:9"),

@@ -1,4 +1,4 @@
-"""The demo, as people use it: two browsers, in a real Chromium."""
+"""The demo in a real Chromium, used by two browsers at once."""
 
 import asyncio
 import os
@@ -23,9 +23,9 @@ from tests.secrecy import Secrecy
 from tests.servers import free_port, own_server
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-#: Where to put screenshots, if they are wanted: `SCREENSHOTS=folder`.
+#: The folder for screenshots, from the variable SCREENSHOTS; None means that no screenshots are taken.
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
-# It must not look for anything outside this machine.
+# Chromium must not connect to anything outside this machine.
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync", "--no-first-run"]
 
@@ -53,7 +53,7 @@ async def _demo(watched_url: str, secrecy: Secrecy) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def serve_demo(url: str, port: int, secrecy: Secrecy) -> AsyncIterator[str]:
-    """Serve the demo as its command serves it; what it prints is looked through, too."""
+    """Serve the demo by its command, and search its output for secrets, too."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "rss.demo", "--port", str(port),
         env={**os.environ, "REDIS_URL": url, "RSS_SERVER": "url"},
@@ -70,7 +70,7 @@ async def serve_demo(url: str, port: int, secrecy: Secrecy) -> AsyncIterator[str
         said, _ = await process.communicate()
         secrecy.logged.append(said.decode())
         assert f"Open http://127.0.0.1:{port} in two browsers" in said.decode()
-        assert "Traceback" not in said.decode()  # Nor if pages are still open.
+        assert "Traceback" not in said.decode()  # Not even if pages are still open.
         assert process.returncode == 0
 
 
@@ -96,14 +96,14 @@ async def _chromium() -> AsyncIterator[Browser]:
 async def person(
     chromium: Browser, secrecy: Secrecy, *, width: int = 1280, script: bool = True, agent: str | None = None
 ) -> AsyncIterator[Page]:
-    """Open a page in a browser of somebody's own; nothing may go wrong in it."""
+    """Open a page in a browser of its own, and fail if the page reports an error."""
     context = await chromium.new_context(
         viewport={"width": width, "height": 720}, java_script_enabled=script, user_agent=agent
     )
     page = await context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    # Chromium reports a page that is an error, or an image that is missing, in the same words.
+    # Chromium reports an error page and a missing image in the same words.
     page.on("console", lambda message: errors.append(message.text) if _is_error(message) else None)
     yield page
     if token := await token_of(context):
@@ -123,7 +123,7 @@ def _is_error(message: ConsoleMessage) -> bool:
 
 
 async def token_of(context: BrowserContext) -> str:
-    """Return what the session cookie holds."""
+    """Return the value of the session cookie; empty if there is none."""
     cookies = {cookie.get("name"): cookie.get("value", "") for cookie in await context.cookies()}
     return cookies.get("session-id", "")
 
@@ -142,7 +142,7 @@ async def shoot(page: Page, name: str) -> None:
 
 
 async def test_one_browser_ends_the_session_of_another(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """The other's open page says so within two seconds, and its next request is anonymous."""
+    """The open page of a session that another browser ends says so within two seconds, and is signed out."""
     laptop, phone = person(chromium, secrecy, agent=MAC), person(chromium, secrecy, width=390, agent=IPHONE)
     async with laptop as one, phone as other:
         await sign_in(one, demo)
@@ -177,7 +177,7 @@ async def test_one_browser_ends_the_session_of_another(demo: str, chromium: Brow
 
 
 async def test_signing_in_gives_another_cookie(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """What somebody planted before is worth nothing after; and scripts cannot read either."""
+    """A login sets another cookie, which scripts cannot read; the old cookie opens no session."""
     async with person(chromium, secrecy) as page:
         await page.goto(demo)
         await shoot(page, "sign-in-1280.png")
@@ -195,7 +195,7 @@ async def test_signing_in_gives_another_cookie(demo: str, chromium: Browser, sec
 
 
 async def test_changing_the_password_ends_all(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """Of this user, also here; another user is not disturbed."""
+    """A new password ends all sessions of the user, also the current one, but none of another user."""
     async with (
         person(chromium, secrecy) as one,
         person(chromium, secrecy) as two,
@@ -221,7 +221,7 @@ async def test_changing_the_password_ends_all(demo: str, chromium: Browser, secr
 
 
 async def test_it_works_without_scripts_and_by_keyboard(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """Sign in, sign out all others, sign out here."""
+    """Signing in and out works without JavaScript, and signing in works by keyboard."""
     async with person(chromium, secrecy, script=False) as page, person(chromium, secrecy) as other:
         await sign_in(other, demo, "Carol")
         await page.goto(demo)
@@ -240,7 +240,7 @@ async def test_it_works_without_scripts_and_by_keyboard(demo: str, chromium: Bro
 
 
 async def test_a_page_is_no_wider_than_a_phone(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """Nothing has to be scrolled sideways, and what can be pressed is large enough for a thumb."""
+    """A page is no wider than a phone, and its buttons are large enough for a thumb."""
     async with person(chromium, secrecy, width=390) as page:
         await sign_in(page, demo)
         assert await page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -251,7 +251,7 @@ async def test_a_page_is_no_wider_than_a_phone(demo: str, chromium: Browser, sec
 
 
 async def test_a_forged_form_is_refused(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """Without a token, or with another's, nothing happens; nor does a page of another site get a WebSocket."""
+    """A form without its CSRF token is refused, and so is a WebSocket of another site."""
     async with person(chromium, secrecy) as page, client_of(demo) as attacker:
         await sign_in(page, demo)
         async with attacker.get("/") as response:
@@ -270,13 +270,13 @@ async def test_a_forged_form_is_refused(demo: str, chromium: Browser, secrecy: S
 
 
 async def test_a_page_that_was_away_is_told(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """When it comes back: it asks with a cookie whose session has ended meanwhile, and is not left to ask again."""
+    """A page that connects again after its session has ended is told so at once."""
     async with person(chromium, secrecy) as one, person(chromium, secrecy) as other, client_of(demo) as client:
         await sign_in(one, demo)
         await sign_in(other, demo)
         headers = {"Cookie": f"session-id={await token_of(other.context)}", "Origin": demo}
         async with asyncio.timeout(5), client.ws_connect("/live", headers=headers):
-            pass  # It is accepted also while there is nothing to tell.
+            pass  # The connection is accepted even if there is nothing to tell.
         await one.reload()
         await one.get_by_role("button", name="Sign out everywhere else").click()
         await expect(one.locator(".devices li")).to_have_count(1)
@@ -285,7 +285,7 @@ async def test_a_page_that_was_away_is_told(demo: str, chromium: Browser, secrec
 
 
 async def test_nobody_ends_the_sessions_of_others(demo: str, chromium: Browser, secrecy: Secrecy) -> None:
-    """Who knows the id of another user's session cannot end it, and who is not signed in ends nothing."""
+    """A user cannot end the session of another user by its id."""
     async with (
         person(chromium, secrecy) as alice,
         person(chromium, secrecy) as second,
@@ -306,7 +306,7 @@ async def test_nobody_ends_the_sessions_of_others(demo: str, chromium: Browser, 
 
 
 async def test_a_visitor_who_is_not_signed_in(demo: str) -> None:
-    """May sign in as one of the users only, and may end no session."""
+    """A visitor who is not signed in can sign in as a known user only, and can end no session."""
     async with client_of(demo) as client:
         async with client.get("/") as response:
             (csrf_token,) = re.findall(r'name="csrf_token" value="([^"]+)"', await response.text())
@@ -324,7 +324,7 @@ async def test_a_visitor_who_is_not_signed_in(demo: str) -> None:
 
 
 async def test_headers_protect_its_pages(demo: str, watched_url: str) -> None:
-    """Nothing inline, nothing from elsewhere, in nobody's frame, and not stored."""
+    """Headers forbid inline code, foreign content, frames and caching for the pages of the demo."""
     del watched_url
     async with client_of(demo) as client, client.get("/") as response:
         page = await response.text()
@@ -342,7 +342,7 @@ async def test_headers_protect_its_pages(demo: str, watched_url: str) -> None:
 async def test_its_pages_are_accessible(
     demo: str, chromium: Browser, secrecy: Secrecy, width: int, scheme: Any
 ) -> None:
-    """axe-core finds nothing on any of them."""
+    """axe-core finds no violation on any page."""
 
     async def check(page: Page) -> None:
         await page.evaluate(AXE)
@@ -372,7 +372,7 @@ async def test_its_pages_are_accessible(
 
 
 async def test_a_page_says_when_the_server_is_away(chromium: Browser, secrecy: Secrecy) -> None:
-    """And when it is back. While Redis is away, pages say so, and nobody is signed out."""
+    """Pages say when Redis or the server is away, and recover afterwards; nobody is signed out."""
     port = free_port()
     with own_server() as url:
         admin = Redis.from_url(url)
@@ -395,7 +395,7 @@ async def test_a_page_says_when_the_server_is_away(chromium: Browser, secrecy: S
 
 
 async def test_a_port_in_use_is_one_line(redis_url: str) -> None:
-    """It names the port, and what to do."""
+    """A port in use is reported in one line that names the port and the remedy."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = await asyncio.create_subprocess_exec(
@@ -410,7 +410,7 @@ async def test_a_port_in_use_is_one_line(redis_url: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 async def test_it_leaves_no_server_behind(number: signal.Signals) -> None:
-    """Also if its terminal is closed."""
+    """The demo stops its server when it is terminated or when its terminal is closed."""
     port = free_port()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "rss.demo", "--port", str(port),

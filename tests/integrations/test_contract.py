@@ -1,4 +1,4 @@
-"""What holds with every framework, on every server."""
+"""The contract that holds with every framework, on every server."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ async def visit(
 
 
 async def test_a_visitor_has_a_session(visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace) -> None:
-    """From the first write on, and not before; another visitor has another."""
+    """A visitor has a session from the first write on, which other visitors do not see."""
     assert await visit(visitor, site, "untouched") == {}
     assert await visit(visitor, site, "read") == {}
     assert not cookie_of(visitor)
@@ -52,7 +52,7 @@ async def test_a_visitor_has_a_session(visitor: aiohttp.ClientSession, site: Sit
 
 
 async def test_signing_in_gives_another_cookie(visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace) -> None:
-    """What was in the session stays, and who had the old cookie has nothing."""
+    """A login keeps the data under another cookie, and the old cookie opens no session."""
     await visit(visitor, site, "write")
     planted = cookie_of(visitor)
     await visit(visitor, site, "sign-in")
@@ -69,7 +69,7 @@ async def test_signing_in_gives_another_cookie(visitor: aiohttp.ClientSession, s
 async def test_signing_out_ends_session_and_cookie(
     visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace
 ) -> None:
-    """The cookie is removed, and a copy of it is worth nothing."""
+    """A logout removes the cookie, and a copy of the cookie opens no session."""
     await visit(visitor, site, "write")
     token = cookie_of(visitor)
     await visit(visitor, site, "sign-out")
@@ -82,7 +82,7 @@ async def test_signing_out_ends_session_and_cookie(
 async def test_a_session_that_is_ended_elsewhere_is_none(
     visitor: aiohttp.ClientSession, site: Site, sessions: Sessions
 ) -> None:
-    """All of the user's, on every server; and the next login is not hindered."""
+    """A session that was ended elsewhere reads as none, and the next login makes another one."""
     await visit(visitor, site, "sign-in")
     token = cookie_of(visitor)
     assert await sessions.store.delete_by("user_id", 7, reason="password") == 1
@@ -97,7 +97,7 @@ async def test_a_session_that_is_ended_elsewhere_is_none(
 async def test_what_a_client_presents_is_not_adopted(
     visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace
 ) -> None:
-    """A cookie that somebody made up, or planted, leads to a session with an id of ours."""
+    """A cookie that was made up is not adopted; the first write makes a session with a new id."""
     visitor.cookie_jar.update_cookies({"session-id": "x" * 32}, visitor._base_url or "")  # type: ignore[arg-type]
     await visit(visitor, site, "write")
     token = cookie_of(visitor)
@@ -106,7 +106,7 @@ async def test_what_a_client_presents_is_not_adopted(
 
 
 async def test_two_cookies_are_none(visitor: aiohttp.ClientSession, site: Site) -> None:
-    """A sibling domain that tosses its own cookie in does not decide which session it is."""
+    """Two session cookies read as no session, so a sibling domain cannot choose the session."""
     await visit(visitor, site, "write")
     cookies = f"session-id={'x' * 32}; session-id={cookie_of(visitor)}"
     for one in (cookies, "; ".join(reversed(cookies.split("; ")))):
@@ -116,7 +116,7 @@ async def test_two_cookies_are_none(visitor: aiohttp.ClientSession, site: Site) 
 
 @with_all_verbs
 async def test_a_late_write_is_refused(visitor: aiohttp.ClientSession, site: Site, keyspace: Keyspace) -> None:
-    """A request that saw the session alive cannot bring it back: it fails, and nothing is written."""
+    """A late write to a session that was ended fails with 401, and nothing is written."""
     await visit(visitor, site, "sign-in")
     token = cookie_of(visitor)
     await visit(visitor, site, "late", 401)
@@ -125,7 +125,7 @@ async def test_a_late_write_is_refused(visitor: aiohttp.ClientSession, site: Sit
 
 @with_all_verbs
 async def test_forms_are_protected(visitor: aiohttp.ClientSession, site: Site) -> None:
-    """A token of this session is valid, also in another request; one of another session is not."""
+    """A CSRF token is valid for its own session only, also in another request."""
     token = (await visit(visitor, site, "form"))["token"]
     assert await visit(visitor, site, "check", headers={CSRF: token}) == {"valid": True}
     async with browser(str(visitor._base_url)) as attacker:
@@ -136,7 +136,7 @@ async def test_forms_are_protected(visitor: aiohttp.ClientSession, site: Site) -
 
 @pytest.mark.parametrize("site", [site for site in SITES if site.name != "aiohttp-session"], ids=str)
 async def test_a_stream_begins_with_the_cookie(visitor: aiohttp.ClientSession, site: Site) -> None:
-    """What was written before its headers left is told; a new id in its midst is refused."""
+    """A stream sends the cookie of earlier writes with its headers, and refuses a new id later."""
     body = await visit(visitor, site, "stream")
     assert body in (STREAMED, json.loads(STREAMED))
     assert (await visit(visitor, site, "read"))["visits"] == 1
@@ -147,15 +147,15 @@ async def test_a_stream_begins_with_the_cookie(visitor: aiohttp.ClientSession, s
 async def test_every_kind_of_response_carries_the_cookie(
     visitor: aiohttp.ClientSession, site: Site, action: str
 ) -> None:
-    """Also an error that the framework answers, and a file."""
+    """An error response of the framework carries the cookie, and so does a file."""
     await visit(visitor, site, action, 404 if action == "missing" else 200)
     assert cookie_of(visitor)
-    await visit(visitor, site, "untouched")  # By now the file is closed.
+    await visit(visitor, site, "untouched")  # After this request the file is closed.
 
 
 @with_all_verbs
 async def test_headers_say_what_may_be_stored(visitor: aiohttp.ClientSession, site: Site) -> None:
-    """What sets the cookie is not stored, what reads the session varies by it, and nothing else is touched."""
+    """A response that sets the cookie is not stored, one that reads the session varies by Cookie, others do neither."""
     for action, cache_control, vary in (
         ("untouched", None, None),
         ("read", None, "Cookie"),
@@ -167,7 +167,7 @@ async def test_headers_say_what_may_be_stored(visitor: aiohttp.ClientSession, si
 
 
 async def test_a_websocket_has_the_session(visitor: aiohttp.ClientSession, site: Site) -> None:
-    """That of the browser; one that is made before it is accepted comes with its cookie."""
+    """A WebSocket has the session of the browser, and a session made before the accept comes with its cookie."""
     if not site.keeps_a_dict:
         async with visitor.ws_connect(f"{site.root}/websocket") as socket:
             assert (await socket.receive_json())["visits"] == 1
@@ -179,7 +179,7 @@ async def test_a_websocket_has_the_session(visitor: aiohttp.ClientSession, site:
 
 
 async def test_an_unavailable_store_is_a_503(site: Site) -> None:
-    """For who has a cookie, and it takes none away; others are served."""
+    """An unavailable store is a 503 for clients with a cookie, which they keep; others are served."""
     with contextlib.ExitStack() as server:
         store = SessionStore.from_url(server.enter_context(own_server()), references=["user_id"], timeout=0.4)
         async with site.serve(site.build(Sessions(store))) as url, browser(url) as visitor, browser(url) as another:
@@ -197,7 +197,7 @@ ACTIONS = ["untouched", "read", "write", "read-write", "sign-in", "sign-out"]
 
 
 async def cost(site: Site, url: str, admin: Redis, action: str) -> tuple[int, int]:
-    """Return the round trips to Redis and the Set-Cookie headers of a request by who has a session."""
+    """Return the round trips to Redis and the Set-Cookie headers of a request with a session."""
     async with browser(url) as visitor:
         await visit(visitor, site, "sign-in")
         before = (await admin.info("commandstats"))["cmdstat_evalsha"]["calls"]
@@ -210,7 +210,7 @@ async def cost(site: Site, url: str, admin: Redis, action: str) -> tuple[int, in
 
 @pytest.mark.parametrize("site", [site for site in SITES if not site.root], ids=str)
 async def test_a_request_costs_what_the_guide_says(site: Site, watched_url: str) -> None:
-    """Every cell of its table: round trips to Redis, and Set-Cookie headers."""
+    """A request takes the round trips and sets the cookies that the table of the guide says."""
     table = GUIDE.split("| a request that", 1)[1].split("\n\n", 1)[0]
     heads, _, *rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in ("| x" + table).splitlines()]
     told = {name.strip(" `"): row[1:] for row in rows for name in row[0].split(",")}[site.name]

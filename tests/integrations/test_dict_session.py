@@ -1,4 +1,4 @@
-"""`request.session`: what expects it works on it, unchanged."""
+"""`request.session`: packages that expect it work unchanged."""
 
 import logging
 from typing import Annotated, Any
@@ -44,7 +44,7 @@ def wrapped(sessions: Sessions) -> Middleware:
 
 
 async def visit(visitor: aiohttp.ClientSession, path: str, status: int = 200, **more: Any) -> Any:
-    """Make a request, a POST if it has data, and return what its response holds."""
+    """Make a request, as POST if it has data, and return the body of the response."""
     method = "POST" if "data" in more else "GET"
     async with visitor.request(method, path, **more) as response:
         assert response.status == status, await response.text()
@@ -52,7 +52,7 @@ async def visit(visitor: aiohttp.ClientSession, path: str, status: int = 200, **
 
 
 async def test_request_session_is_a_dict(sessions: Sessions, keyspace: Keyspace) -> None:
-    """It is one to json as well. Changes are noticed however deep, and what does not look at it does not vary."""
+    """`request.session` is a dict, also for json; nested changes are stored, and responses vary only if it is used."""
 
     async def write(request: Request) -> Response:
         request.session.update({"cart": {"books": ["a"]}, "n": 1, "_private": 1, "id": "mine"})
@@ -91,7 +91,7 @@ async def test_request_session_is_a_dict(sessions: Sessions, keyspace: Keyspace)
 
 
 async def test_endpoints_that_are_not_async(sessions: Sessions, keyspace: Keyspace) -> None:
-    """FastAPI runs them in threads; what they change is written when the response begins."""
+    """Endpoints that are not async, which FastAPI runs in threads, can change `request.session`."""
     app = fastapi.FastAPI()
     app.add_middleware(SessionMiddleware, sessions=sessions, dict_session=True)
 
@@ -117,7 +117,7 @@ async def test_endpoints_that_are_not_async(sessions: Sessions, keyspace: Keyspa
 
 
 async def test_a_session_may_be_injected_by_either_name(sessions: Sessions) -> None:
-    """`SessionDep`, or `Depends(get_session)`."""
+    """`SessionDep` and `Depends(get_session)` inject the same session."""
     app = fastapi.FastAPI()
     app.add_middleware(SessionMiddleware, sessions=sessions)
 
@@ -130,7 +130,7 @@ async def test_a_session_may_be_injected_by_either_name(sessions: Sessions) -> N
 
 
 async def test_nested_middlewares_are_one(sessions: Sessions) -> None:
-    """Of the same sessions: there is one cookie, and it is that of the last login."""
+    """Nested middlewares of the same sessions set one cookie, that of the login."""
 
     async def login(request: Request) -> Response:
         session = await get_session(request)
@@ -145,7 +145,7 @@ async def test_nested_middlewares_are_one(sessions: Sessions) -> None:
 
 
 async def test_a_part_of_an_application_may_ask_for_the_dict(sessions: Sessions, keyspace: Keyspace) -> None:
-    """The middleware around the whole serves the session, one around a part adds `request.session`."""
+    """A middleware around a part adds `request.session` to the session of the outer middleware."""
 
     async def login(request: Request) -> Response:
         request.session["user_id"] = 7
@@ -163,7 +163,7 @@ async def test_a_part_of_an_application_may_ask_for_the_dict(sessions: Sessions,
 async def test_errors_of_the_dict_are_answered(
     sessions: Sessions, keyspace: Keyspace, caplog: pytest.LogCaptureFixture, *, outside: bool
 ) -> None:
-    """When the response begins it is too late for a handler: a block is a 403, and the end of the session a 401."""
+    """An error while the dict is saved becomes a response: 403 for a block, 401 for an ended session."""
     caplog.set_level(logging.INFO)
 
     async def login(request: Request) -> Response:
@@ -193,7 +193,7 @@ async def test_errors_of_the_dict_are_answered(
 
 
 def test_starlettes_test_client_without_a_lifespan(redis_url: str, keyspace: Keyspace) -> None:
-    """It makes a loop for each request; the store follows."""
+    """The store works with Starlette's test client, which makes an event loop for each request."""
 
     async def count(request: Request) -> Response:
         session = await get_session(request)
@@ -211,7 +211,7 @@ def test_starlettes_test_client_without_a_lifespan(redis_url: str, keyspace: Key
 
 
 async def test_what_is_no_sessions_is_refused_by_each_adapter(sessions: Sessions) -> None:
-    """At once, with the call that was meant."""
+    """Each adapter refuses a store in place of sessions, with an error that shows the right call."""
     store: Any = sessions.store
     with pytest.raises(TypeError, match=r"SessionMiddleware\(app, Sessions\(store\)\)"):
         SessionMiddleware(Starlette(), store)
@@ -224,7 +224,7 @@ async def test_what_is_no_sessions_is_refused_by_each_adapter(sessions: Sessions
 
 
 async def test_a_cleared_session_leaves_what_the_handle_did(sessions: Sessions) -> None:
-    """If the application gave the session a new id itself, that one stays."""
+    """Clearing the dict does not end a session that the application rotates in the same request."""
     session = sessions.create_session()
     await session.set({"theme": "dark"})
     items = DictSession(session, await session.peek())
@@ -238,7 +238,7 @@ async def test_a_cleared_session_leaves_what_the_handle_did(sessions: Sessions) 
 
 
 def _provider(codes: dict[str, str]) -> web.Application:
-    """Return an OAuth 2 provider that lets everybody in."""
+    """Return an OAuth 2 provider that accepts every user."""
 
     async def authorize(request: web.Request) -> web.Response:
         codes["code"] = request.query["state"]
@@ -258,7 +258,7 @@ def _provider(codes: dict[str, str]) -> web.Application:
 
 
 async def test_authlibs_client(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Its state is in the session, and the login at the end gives the session a new id."""
+    """Authlib keeps its state in the session, and the login at the end gives the session a new id."""
     codes: dict[str, str] = {}
     async with serve_aiohttp(_provider(codes)) as provider:
         oauth = OAuth()
@@ -302,7 +302,7 @@ async def test_authlibs_client(sessions: Sessions, keyspace: Keyspace) -> None:
 
 
 class _Backend(sqladmin.authentication.AuthenticationBackend):
-    """As its documentation has it, on the sessions of the application."""
+    """The backend of sqladmin's documentation, on the sessions of the application."""
 
     def __init__(self, sessions: Sessions) -> None:
         self.middlewares = [wrapped(sessions)]
@@ -321,7 +321,7 @@ class _Backend(sqladmin.authentication.AuthenticationBackend):
 
 
 async def test_sqladmins_login(sessions: Sessions, keyspace: Keyspace) -> None:
-    """It signs in and out, and the session of an administrator ends on all servers as any other."""
+    """The login and logout of sqladmin work, and `delete_by` ends the session of an administrator."""
     app = Starlette()
     engine = sqlalchemy.create_engine("sqlite://")
     sqladmin.Admin(app, engine, authentication_backend=_Backend(sessions))
@@ -342,7 +342,7 @@ async def test_sqladmins_login(sessions: Sessions, keyspace: Keyspace) -> None:
 
 
 class _Provider(starlette_admin.auth.AuthProvider):
-    """As its documentation has it."""
+    """The provider of starlette-admin's documentation."""
 
     async def login(self, username: str, password: str, remember_me: bool, request: Request) -> None:
         del remember_me
@@ -358,7 +358,7 @@ class _Provider(starlette_admin.auth.AuthProvider):
 
 
 async def test_starlette_admins_login(sessions: Sessions, keyspace: Keyspace, caplog: pytest.LogCaptureFixture) -> None:
-    """The same with another one."""
+    """The login and logout of starlette-admin work."""
     caplog.set_level(logging.ERROR)
     app = Starlette(middleware=[wrapped(sessions)])
     starlette_admin.BaseAdmin(auth_provider=_Provider(), secret_key="s" * 32).mount_to(app)

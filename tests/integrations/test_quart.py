@@ -1,4 +1,4 @@
-"""What is particular to Quart: its extension, and `quart.session`."""
+"""Tests of Quart alone: its extension, and `quart.session`."""
 
 import contextlib
 import datetime as dt
@@ -33,7 +33,7 @@ def create_app(sessions: Sessions, **views: View) -> Quart:
 
 
 async def test_an_application_factory(redis_url: str, keyspace: Keyspace) -> None:
-    """The extension is made before the application, which says by its configuration what the sessions are."""
+    """An extension that is made before the application takes its options from the application's configuration."""
     extension = rss.quart.QuartSessions()
 
     def factory() -> Quart:
@@ -56,7 +56,7 @@ async def test_an_application_factory(redis_url: str, keyspace: Keyspace) -> Non
     for _ in range(2):  # Each application has a store of its own.
         app = factory()
         assert app.extensions["rss"].idle is None
-        for _ in range(2):  # And may be started again.
+        for _ in range(2):  # An application may be started again.
             async with app.test_app() as test_app:
                 client = test_app.test_client()
                 response = await client.get("/", scheme="https")
@@ -68,7 +68,7 @@ async def test_an_application_factory(redis_url: str, keyspace: Keyspace) -> Non
 
 
 async def test_a_mistake_in_the_configuration_is_told(redis_url: str) -> None:
-    """When the application is made."""
+    """A mistake in the configuration raises an error when the application is made."""
     for options, error in (
         ({"RSS_STORE": {"reference": ["user_id"]}}, TypeError),
         ({"RSS_COOKIE": {"samesite": "lax"}}, TypeError),
@@ -81,7 +81,7 @@ async def test_a_mistake_in_the_configuration_is_told(redis_url: str) -> None:
 
 
 async def test_without_the_extension_there_is_no_session() -> None:
-    """The error says what to do; so it does where there is no request."""
+    """Without the extension, or without a request, the error says so."""
     app = Quart(__name__)
     async with app.test_request_context("/"):
         with pytest.raises(RuntimeError, match="QuartSessions was not set up"):
@@ -94,7 +94,7 @@ async def test_without_the_extension_there_is_no_session() -> None:
 
 
 async def test_quart_session_writes_what_was_changed(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Field by field, nested changes too, and the references follow; parallel requests do not overwrite each other."""
+    """`quart.session` writes changed fields only, also nested changes, and keeps fields of parallel requests."""
 
     async def begin() -> str:
         quart.session["user_id"] = 1
@@ -130,7 +130,7 @@ async def test_quart_session_writes_what_was_changed(sessions: Sessions, keyspac
 
 
 async def test_quart_session_takes_what_quarts_own_takes(sessions: Sessions) -> None:
-    """Flashed messages, names that are the store's, and types that JSON does not have."""
+    """`quart.session` stores flashed messages, reserved names, and types that JSON does not have."""
     values: dict[str, Any] = {
         "tuple": (1, ("a",)),
         "time": dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC),
@@ -182,7 +182,7 @@ async def test_how_quart_session_describes_itself(sessions: Sessions) -> None:
 
 
 async def test_a_transaction_of_the_test_client(sessions: Sessions) -> None:
-    """It works as with Quart's own sessions."""
+    """`session_transaction` of the test client works as with Quart's own sessions."""
 
     async def look() -> dict[str, Any]:
         return dict(quart.session)
@@ -201,7 +201,7 @@ async def test_a_transaction_of_the_test_client(sessions: Sessions) -> None:
 
 
 async def test_an_emptied_session_is_ended(sessions: Sessions, keyspace: Keyspace) -> None:
-    """The cookie goes too; one that was empty makes none."""
+    """Clearing `quart.session` ends the session and removes its cookie; without a session nothing happens."""
 
     async def write() -> str:
         quart.session["user_id"] = 1
@@ -220,14 +220,14 @@ async def test_an_emptied_session_is_ended(sessions: Sessions, keyspace: Keyspac
 
 
 async def test_a_view_may_use_both(sessions: Sessions, keyspace: Keyspace) -> None:
-    """What is done with `rss.quart.session` stays done, whatever becomes of `quart.session`."""
+    """A view may use both interfaces: changes by `rss.quart.session` survive changes of `quart.session`."""
 
     async def flash() -> str:
         await quart.flash("hello")
         return ""
 
     async def form() -> str:
-        assert quart.get_flashed_messages() == ["hello"]  # That was all there was in it.
+        assert quart.get_flashed_messages() == ["hello"]  # The message was the only item.
         return await rss.quart.session.create_csrf_token()
 
     async def check() -> str:
@@ -262,7 +262,7 @@ async def test_a_view_may_use_both(sessions: Sessions, keyspace: Keyspace) -> No
 
 
 async def test_what_does_not_look_carries_no_cookie(sessions: Sessions, keyspace: Keyspace) -> None:
-    """A file that all may keep renews nothing, and stays public. The next request that looks renews the session."""
+    """A response that does not use the session renews nothing and stays public; the next use renews it."""
 
     async def write() -> str:
         quart.session["n"] = quart.session.get("n", 0) + 1
@@ -288,7 +288,7 @@ async def test_what_does_not_look_carries_no_cookie(sessions: Sessions, keyspace
 
 
 async def test_only_a_view_that_looks_varies(sessions: Sessions, keyspace: Keyspace) -> None:
-    """Whether the session is read for a request does not matter: whether the response depends on it does."""
+    """Only the response of a view that reads `quart.session` varies by Cookie."""
 
     async def untouched() -> str:
         quart.session.accessed = True  # Some versions of Quart set this in every request.
@@ -312,7 +312,7 @@ async def test_only_a_view_that_looks_varies(sessions: Sessions, keyspace: Keysp
 async def test_a_late_write_by_quart_session_is_refused(
     sessions: Sessions, keyspace: Keyspace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The request fails, once, and the session that was ended meanwhile stays so."""
+    """A late write by `quart.session` fails once, and the session that was ended stays ended."""
 
     async def write() -> str:
         if quart.session.get("user_id"):
@@ -327,12 +327,12 @@ async def test_a_late_write_by_quart_session_is_refused(
     assert response.status_code == 401
     assert "Set-Cookie" not in response.headers
     assert "Exception on request" in caplog.text
-    assert "Request finalizing errored" not in caplog.text  # It is not tried again for the error's response.
+    assert "Request finalizing errored" not in caplog.text  # The write is not repeated for the error response.
     assert [*(await keyspace.dump()).values()] == [{"_ended": "password"}]
 
 
 async def test_a_websocket_writes_at_its_end(sessions: Sessions, keyspace: Keyspace) -> None:
-    """To a session that the client has. A new one could not be told any more: that is an error, and nothing is made."""
+    """A WebSocket writes to an existing session when it closes, but cannot make a session then."""
     app = create_app(sessions)
     app.config["PROPAGATE_EXCEPTIONS"] = False
 
@@ -362,7 +362,7 @@ async def test_a_websocket_writes_at_its_end(sessions: Sessions, keyspace: Keysp
 
 
 async def test_an_unavailable_store_is_a_503_to_the_test_client(caplog: pytest.LogCaptureFixture) -> None:
-    """Also where the application propagates its exceptions, and where `quart.session` cannot be opened."""
+    """An unavailable store is a 503 to the test client, even if the application propagates exceptions."""
 
     async def explicit() -> str:
         await rss.quart.session.get()
@@ -384,7 +384,7 @@ async def test_an_unavailable_store_is_a_503_to_the_test_client(caplog: pytest.L
 
 
 async def test_another_kind_of_session_is_refused(sessions: Sessions, client: Redis) -> None:
-    """The interface keeps its own only."""
+    """The session interface refuses to save other kinds of sessions."""
     del client
     app = create_app(sessions)
     with pytest.raises(TypeError, match="keeps its own sessions only"):

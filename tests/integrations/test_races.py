@@ -17,7 +17,7 @@ from tests.test_session import id_of
 #: How often each race is run: `ROUNDS=500 make test ARGS=tests/integrations/test_races.py` runs it longer.
 ROUNDS: Final = int(os.environ.get("ROUNDS", "10"))
 
-# What the responses may be: 409 if the request came with the cookie of before the login.
+# The allowed statuses: 409 if the request came with the cookie from before the login.
 RACERS: Final = {
     "reader": ("read", {200}),
     "writer": ("write", {200, 409}),
@@ -29,7 +29,7 @@ RACERS: Final = {
 
 @pytest.fixture(name="sessions")
 def _sessions(client: Redis, keyspace: Keyspace) -> Sessions:
-    """Sessions with an identity: where a framework has them as a dict, an item of it signs in."""
+    """Sessions with an identity, so that an item of a dict session can sign in."""
     return Sessions(SessionStore(client, references={"user_id": Reference(identity=True)}, prefix=keyspace.prefix))
 
 
@@ -57,7 +57,7 @@ async def test_a_race_with_a_login(visitor: aiohttp.ClientSession, site: Site, s
         assert answer in statuses
         assert await store.get(before) == {}
         token = cookie_of(visitor)
-        if racer == "logout" and not token:  # Its response came last.
+        if racer == "logout" and not token:  # The response of the logout came last.
             assert cookie == ""
         else:
             assert (await store.get(id_of(token)))["user_id"] == 7
@@ -70,7 +70,7 @@ async def test_a_race_with_a_login(visitor: aiohttp.ClientSession, site: Site, s
 async def test_a_race_of_a_login_with_the_end_of_all_sessions(
     visitor: aiohttp.ClientSession, site: Site, sessions: Sessions
 ) -> None:
-    """By another device: the browser has the login's cookie, and each session that was there has ended."""
+    """A login that races `delete_by` keeps its cookie, and each earlier session has ended."""
     store = sessions.store
     for _ in range(ROUNDS):
         visitor.cookie_jar.clear()

@@ -27,12 +27,12 @@ URL = "redis://localhost:6379"
 async def test_an_application_does_what_it_says(
     example: Example, watched_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four browsers sign in; one ends another, then the third; at last the password is changed, which ends the rest.
+    """The application of a document signs browsers in, and ends one session, all others, and all of a user.
 
-    Only the URL of Redis is another.
+    Only the URL of Redis differs from the document.
     """
     for name in ("uvicorn.access", "aiohttp.access", "hypercorn.access"):
-        # Servers log URLs, and the id of a device stands in one. It is no token, and may be shown.
+        # Servers log URLs, and some hold the id of a device, which is no token and may be shown.
         monkeypatch.setattr(logging.getLogger(name), "disabled", True)
     assert example.source.count(URL) == 1
     (tmp_path / "app.py").write_text(example.source.replace(URL, watched_url))
@@ -93,7 +93,7 @@ async def call(visitor: aiohttp.ClientSession, method: str, path: str, **more: A
 
 
 async def test_the_line_for_aiohttp_session(sessions: Sessions) -> None:
-    """It is one that runs."""
+    """The migration line for aiohttp-session runs."""
     (line,) = [one.source for document in GUIDES for one in examples(document) if one.source.startswith("# migration")]
     app = web.Application()
     exec(line, {"rss": rss, "app": app, "sessions": sessions})
@@ -101,7 +101,7 @@ async def test_the_line_for_aiohttp_session(sessions: Sessions) -> None:
 
 
 def test_the_tests_of_the_guide_pass(tmp_path: Path) -> None:
-    """As they stand, in a folder of their own."""
+    """The tests in the guide pass unchanged, in a folder of their own."""
     for example in examples(ROOT / "rss" / "guides" / "testing.md"):
         if example.file:
             (tmp_path / f"{example.file}.py").write_text(example.source)

@@ -1,4 +1,4 @@
-"""Never run, only type-checked: an error that is not raised is an unused ignore."""
+"""Only type-checked, never run: a type error that is missing is reported as an unused ignore."""
 
 from typing import Any, TypedDict, assert_type
 
@@ -14,7 +14,7 @@ class Login(TypedDict, total=False):
 
 
 async def with_a_schema(store: SessionStore[Login]) -> None:
-    """The schema of the store is that of its sessions."""
+    """The sessions have the schema of their store."""
     sessions = Sessions(store, cookie=CookiePolicy(name="__Host-sid", same_site="strict"), secret_keys=["x" * 16])
     assert_type(sessions, Sessions[Login])
     assert_type(sessions.store, SessionStore[Login])
@@ -34,7 +34,7 @@ async def with_a_schema(store: SessionStore[Login]) -> None:
 
 
 async def without(store: SessionStore, connection: Any) -> None:
-    """Any field holds anything."""
+    """Without a schema, any field may hold any value."""
     assert_type(Sessions(store), Sessions[dict[str, Any]])
     assert_type(await Sessions(store).create_session().get(), dict[str, Any])
     assert_type(await get_session(connection), Session[Any])

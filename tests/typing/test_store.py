@@ -1,4 +1,4 @@
-"""Never run, only type-checked: an error that is not raised is an unused ignore."""
+"""Only type-checked, never run: a type error that is missing is reported as an unused ignore."""
 
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
@@ -27,7 +27,7 @@ class Login(TypedDict, total=False):
 
 
 async def with_a_schema(client: Redis) -> None:
-    """The fields and their types are checked; every read may lack any of them."""
+    """Fields and their types are checked, and a read may lack any field."""
     store = SessionStore[Login](client, references={"user_id": Reference(limit=5)}, max_age=timedelta(days=1))
     assert_type(await store.create({"user_id": 1}), str)
     assert_type(await store.get("a"), Login)
@@ -64,7 +64,7 @@ async def with_a_schema(client: Redis) -> None:
 
 
 async def without(client: Redis) -> None:
-    """Any field holds anything."""
+    """Without a schema, any field may hold any value."""
     store = SessionStore(client, references=["user_id"])
     assert_type(store, SessionStore[dict[str, Any]])
     assert_type(await store.get("a"), dict[str, Any])
@@ -78,14 +78,14 @@ async def without(client: Redis) -> None:
 
 
 def references() -> dict[str, Reference]:
-    """What may be said of a reference."""
+    """The options of a reference are checked."""
     Reference(identity=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     Reference(on_limit="ignore")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     return {"user_id": Reference(identity=True, limit=5), "ip": Reference(strict=True, on_limit="refuse")}
 
 
 async def errors(store: SessionStore) -> None:
-    """What they tell beside their text."""
+    """The attributes of errors have types."""
     try:
         await store.create({"user_id": 1})
     except Blocked as error:
@@ -100,7 +100,7 @@ async def errors(store: SessionStore) -> None:
 
 
 class Wrong(Protocol):
-    """No codec: it may return what cannot be stored."""
+    """Not a codec, since `encode` may return None."""
 
     def encode(self, field: str, value: Any, /) -> str | None: ...
 
@@ -108,6 +108,6 @@ class Wrong(Protocol):
 
 
 def codecs(client: Redis, wrong: Wrong) -> list[Codec]:
-    """What ships is what the protocol asks for."""
+    """The codecs of the package satisfy the protocol."""
     SessionStore(client, codec=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     return [JSONCodec(), TextCodec()]
