@@ -78,3 +78,23 @@ class StoreUnavailable(SessionError):
 
     It never means that the session does not exist. The operation may or may not have taken effect.
     """
+
+
+class PartlyDone(StoreUnavailable):
+    """Raised by `delete_by` and `block` when some partitions did not answer. Call again until it returns."""
+
+    #: The number of sessions that were ended.
+    ended: int
+    #: The number of partitions that did not answer.
+    unfinished: int
+    #: The number of all partitions.
+    partitions: int
+
+    def __init__(self, ended: int, unfinished: int, partitions: int) -> None:
+        super().__init__(ended, unfinished, partitions)
+        self.ended = ended
+        self.unfinished = unfinished
+        self.partitions = partitions
+
+    def __str__(self) -> str:
+        return f"{self.unfinished} of {self.partitions} partitions did not answer; {self.ended:,} sessions were ended"

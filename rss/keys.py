@@ -1,9 +1,19 @@
 """The layout of keys and ids. No other module knows their grammar."""
 
+import abc
+import binascii
+import functools
+import itertools
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
+
+#: The number of slots of a Redis Cluster.
+SLOTS: Final = 16_384
+_MOST_PARTITIONS: Final = 4096
+_URL_SAFE: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_TAG_LETTERS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def text(value: object, name: str) -> str:
@@ -39,8 +49,8 @@ def reference_value(value: object, field: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
-    """The layout of one Redis, as the Node original names keys: `<prefix>:{<id>}` and `<prefix>:<field>:{<value>}`.
+class Layout(abc.ABC):
+    """The names of the keys of a store, and its ids.
 
     Scripts also build keys, of sets and sessions that they find. They get the pieces from here.
     """
@@ -49,8 +59,8 @@ class Plain:
     id_bytes: int
 
     #: The characters between field and value in the key of a reference set, and the last characters of every key.
-    before_value: ClassVar[str] = ":{"
-    ending: ClassVar[str] = "}"
+    before_value: ClassVar[str]
+    ending: ClassVar[str]
 
     def __post_init__(self) -> None:
         text(self.prefix, "prefix")
@@ -59,29 +69,135 @@ class Plain:
         if type(self.id_bytes) is not int or not 16 <= self.id_bytes <= 256:
             raise ValueError("id_bytes must be an integer from 16 to 256")
 
+    @property
+    @abc.abstractmethod
+    def partitions(self) -> int:
+        """The number of partitions. All keys of a session are in one of them."""
+
+    @abc.abstractmethod
+    def place(self, session_id: str) -> tuple[str, int]:
+        """Return the key of a session, and its partition."""
+
+    @abc.abstractmethod
     def stems(self, partition: int) -> tuple[str, str]:
-        """Return the beginnings of the keys of sessions and of reference sets. The only *partition* is 0."""
+        """Return the beginnings of the keys of sessions and of reference sets in a partition."""
+
+    @abc.abstractmethod
+    def references(self, texts: Iterable[tuple[str, str]], partition: int) -> list[str]:
+        """Return the keys of reference sets in a partition. Each pair is a field and the text of a value."""
+
+    def reference(self, field: str, value: object, partition: int = 0) -> str:
+        """Return the key of a reference set in a partition."""
+        return self.references([(str.__str__(field), reference_value(value, field))], partition)[0]
+
+    def fence(self, field: str, value: object, partition: int = 0) -> str:
+        """Return the key of the fence of a reference set. `_fence.lua` describes fences."""
+        return self.references([(f"_fence:{str.__str__(field)}", reference_value(value, field))], partition)[0]
+
+    def mint(self, partition: int | None = None) -> str:
+        """Return a new random URL-safe id of a session in this partition. None: in any."""
+        del partition
+        return secrets.token_urlsafe(self.id_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain(Layout):
+    """The layout of one Redis, as the Node original names keys: `<prefix>:{<id>}` and `<prefix>:<field>:{<value>}`.
+
+    It has one partition, number 0.
+    """
+
+    before_value: ClassVar[str] = ":{"
+    ending: ClassVar[str] = "}"
+
+    @property
+    def partitions(self) -> int:
+        return 1
+
+    def place(self, session_id: str) -> tuple[str, int]:
+        if session_id.__class__ is str and session_id and session_id.isascii():  # The common case, without a call.
+            return f"{self.prefix}:{{{session_id}}}", 0
+        return f"{self.prefix}:{{{text(session_id, 'session_id')}}}", 0
+
+    def stems(self, partition: int) -> tuple[str, str]:
         del partition
         return f"{self.prefix}:{{", f"{self.prefix}:"
 
-    def mint(self) -> str:
-        """Return a new random URL-safe id."""
-        return secrets.token_urlsafe(self.id_bytes)
-
-    def session(self, session_id: str) -> str:
-        """Return the key of a session."""
-        if session_id.__class__ is str and session_id and session_id.isascii():  # The common case, without a call.
-            return f"{self.prefix}:{{{session_id}}}"
-        return f"{self.prefix}:{{{text(session_id, 'session_id')}}}"
-
-    def reference(self, field: str, value: object) -> str:
-        """Return the key of a reference set."""
-        return self.references([(str.__str__(field), reference_value(value, field))])[0]
-
-    def references(self, texts: Iterable[tuple[str, str]]) -> list[str]:
-        """Return the keys of reference sets. Each pair is a field and the text of a value."""
+    def references(self, texts: Iterable[tuple[str, str]], partition: int) -> list[str]:
+        del partition
         return [f"{self.prefix}:{field}:{{{value}}}" for field, value in texts]
 
-    def fence(self, field: str, value: object) -> str:
-        """Return the key of the fence of a reference set. `_fence.lua` describes fences."""
-        return f"{self.prefix}:_fence:{str.__str__(field)}:{{{reference_value(value, field)}}}"
+
+@dataclass(frozen=True, slots=True)
+class Partitioned(Layout):
+    """A layout in partitions: `<prefix>:{<tag>}:s:<id>` and `<prefix>:{<tag>}:r:<field>:<value>`.
+
+    Each partition has a tag of its own. So all keys of a partition are in one slot of a Redis Cluster. The CRC16 of an
+    id determines its partition.
+    """
+
+    partitions: int
+
+    before_value: ClassVar[str] = ":"
+    ending: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        Layout.__post_init__(self)
+        if type(self.partitions) is not int or not 1 <= self.partitions <= _MOST_PARTITIONS:
+            raise ValueError(f"partitions must be an integer from 1 to {_MOST_PARTITIONS:,}")
+
+    @property
+    def slots(self) -> list[int]:
+        """The slot of each partition on a Redis Cluster."""
+        return [slot(tag) for tag in tags(self.partitions)]
+
+    def place(self, session_id: str) -> tuple[str, int]:
+        plain = text(session_id, "session_id")
+        number = binascii.crc_hqx(plain.encode(), 0) % self.partitions
+        return f"{self.prefix}:{{{tags(self.partitions)[number]}}}:s:{plain}", number
+
+    def stems(self, partition: int) -> tuple[str, str]:
+        tag = tags(self.partitions)[partition]
+        return f"{self.prefix}:{{{tag}}}:s:", f"{self.prefix}:{{{tag}}}:r:"
+
+    def references(self, texts: Iterable[tuple[str, str]], partition: int) -> list[str]:
+        tag = tags(self.partitions)[partition]
+        return [f"{self.prefix}:{{{tag}}}:r:{field}:{value}" for field, value in texts]
+
+    def mint(self, partition: int | None = None) -> str:
+        while True:
+            session_id = secrets.token_urlsafe(self.id_bytes)
+            if partition is None:
+                return session_id
+            # Draw only the last two characters again: drawing all takes five times as long.
+            stem, drawn = session_id[:-2], secrets.randbelow(64 * 64)
+            crc = binascii.crc_hqx(stem.encode(), 0)
+            for number in range(drawn, drawn + 64 * 64):
+                pair = bytes((_URL_SAFE[number // 64 % 64], _URL_SAFE[number % 64]))
+                if binascii.crc_hqx(pair, crc) % self.partitions == partition:
+                    return stem + pair.decode()
+
+
+def slot(tag: str) -> int:
+    """Return the slot of a Redis Cluster for keys with this hash tag."""
+    return binascii.crc_hqx(tag.encode(), 0) % SLOTS
+
+
+@functools.lru_cache(maxsize=8)
+def tags(partitions: int) -> tuple[str, ...]:
+    """Return the hash tag of each partition: the first text whose slot is in the middle of the partition's range.
+
+    Each partition has an equal range of the slots. So masters with equal ranges have equally many partitions, or one
+    more. Keys contain the tags, so this function must never return others.
+    """
+    wanted = {(2 * number + 1) * SLOTS // (2 * partitions): number for number in range(partitions)}
+    found = [""] * partitions
+    for length in itertools.count(1):  # pragma: no branch - short texts reach every slot
+        for letters in itertools.product(_TAG_LETTERS, repeat=length):
+            tag = "".join(letters)
+            number = wanted.pop(slot(tag), None)
+            if number is not None:
+                found[number] = tag
+                if not wanted:
+                    return tuple(found)
+    raise AssertionError  # pragma: no cover - the loop above does not end

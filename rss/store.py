@@ -4,6 +4,7 @@ import codecs
 import re
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, Self, TypedDict, Unpack, cast
@@ -14,10 +15,11 @@ from redis.backoff import NoBackoff
 
 from rss.codec import Codec, JSONCodec, TextCodec
 from rss.durations import Duration, milliseconds
-from rss.engine.operations import MaxAge, Operations, Position, Renewal
+from rss.engine.fan_out import FanOut
+from rss.engine.operations import MaxAge, Operations, Renewal
 from rss.errors import SessionEnded, SessionError, SessionNotFound
 from rss.fields import Fields, field_name, field_names, listed
-from rss.keys import Plain, text
+from rss.keys import Layout, Partitioned, Plain, text
 from rss.references import Reference
 
 if sys.version_info >= (3, 13):
@@ -40,6 +42,7 @@ class StoreOptions(TypedDict, total=False):
     max_age: Duration
     max_lifetime: Duration | None
     id_bytes: int
+    partitions: int | None
     codec: Codec
     timeout: Duration
 
@@ -55,6 +58,9 @@ class SessionStore(Generic[S]):
     applies to later writes and renewals too.
     *max_lifetime*: the maximum lifetime from the creation of a session, regardless of renewals. None: no maximum.
     *id_bytes*: the number of random bytes in an id, 16 to 256.
+    *partitions*: the number of partitions, 1 to 4,096, for a store that may move to a Redis Cluster. All keys of a
+    session are in one partition, and a partition is in one slot of a cluster. The number can never change. None: the
+    store has no partitions, and its keys are not those of a cluster.
     *codec*: encodes and decodes values. Values of references use `JSONCodec`, or `TextCodec` if *codec* is one.
     *timeout*: the deadline of each operation. In an operation on a reference, each page has its own.
 
@@ -79,6 +85,7 @@ class SessionStore(Generic[S]):
         max_age: Duration = "28 days",
         max_lifetime: Duration | None = None,
         id_bytes: int = 24,
+        partitions: int | None = None,
         codec: Codec = JSONCodec(),  # noqa: B008 - it has no state
         timeout: Duration = 5,
     ) -> None:
@@ -93,7 +100,7 @@ class SessionStore(Generic[S]):
         self.max_lifetime = None if lifetime is None else timedelta(milliseconds=lifetime)
         #: The fields of sessions, for the web layer.
         self.fields = Fields(references, codec)
-        self._layout = Plain(prefix, id_bytes)
+        self._layout = _layout(prefix, id_bytes, partitions, self.fields)
         #: The operations with their full replies, for the web layer.
         self.operations = Operations(
             client,
@@ -104,6 +111,7 @@ class SessionStore(Generic[S]):
             timeout=milliseconds(timeout, "timeout") / 1000,
             json=not isinstance(codec, TextCodec),
         )
+        self._by_reference = FanOut(self.operations)
         self._engine = self.operations.engine
         self._owned: Redis | None = None
 
@@ -160,12 +168,22 @@ class SessionStore(Generic[S]):
 
     def get_session_key(self, session_id: str) -> str:
         """Return the key of a session's hash."""
-        return self._layout.session(session_id)
+        return self._layout.place(session_id)[0]
 
     def get_reference_key(self, field: str, value: str | int) -> str:
-        """Return the key of a reference set: a Redis set of ids, including those of some expired sessions."""
-        self.fields.number(field)
+        """Return the key of a reference set: a Redis set of ids, including those of some expired sessions.
+
+        Raises ValueError if the store has several partitions, because a value then has several sets.
+        """
+        self._check(field, value)
+        if self._layout.partitions > 1:
+            raise ValueError("a value has a set in each partition: use get_reference_keys")
         return self._layout.reference(field, value)
+
+    def get_reference_keys(self, field: str, value: str | int) -> list[str]:
+        """Return the keys of the reference sets of a value: one in each partition."""
+        self.fields.number(field)
+        return [self._layout.reference(field, value, number) for number in range(self._layout.partitions)]
 
     async def create(self, values: S | None = None, max_age: Duration | None = None) -> str:
         """Make a session with these values, and return its new id.
@@ -292,7 +310,8 @@ class SessionStore(Generic[S]):
         Raises `SessionNotFound` if there is no session. Raises `LimitExceeded` if a reference refuses the session, and
         `Blocked` if a new value is blocked.
         """
-        new, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
+        new = self._layout.mint(self._layout.place(session_id)[1])
+        encoded = self.fields.encode({} if values is None else values)
         grace_age = "none" if grace is None else str(milliseconds(grace, "grace"))
         age = "keep" if max_age is None else max_age_argument(max_age)
         await self.operations.rotate(session_id, new, encoded, age, grace_age)
@@ -315,7 +334,7 @@ class SessionStore(Generic[S]):
         ids, including those of some expired sessions.
         """
         self.fields.number(field)
-        return len(await self.ids_by(field, value)) if exact else await self.operations.count_by(field, value)
+        return len(await self.ids_by(field, value)) if exact else await self._by_reference.count(field, value)
 
     def find_by(self, field: str, value: str | int, fields: Iterable[str] | None = None) -> AsyncIterator[S]:
         """Iterate over the sessions with this value of a reference, as `get` returns them, in no particular order.
@@ -348,23 +367,23 @@ class SessionStore(Generic[S]):
         Sessions that have the value at the time of the call end. Sessions that get it later do not. About fifty
         sessions end at a time, so that other calls need not wait long.
 
-        If `StoreUnavailable` is raised, some of the sessions may have ended: call it again. If a connection broke, the
-        number may be too low, and a session that joined between two attempts may end.
+        If `StoreUnavailable` is raised, some of the sessions may have ended: call it again. If only some partitions did
+        not answer, the error is `PartlyDone`. If a connection broke, the number may be too low, and a session that
+        joined between two attempts may end. If the store has several partitions, so may a session that gets the value
+        before its partition has answered.
         """
-        token, position = self._layout.mint(), Position()
-        spared = [text(session_id, "an id to keep") for session_id in listed(keep, "keep")]
-        if len(spared) > _MOST_KEPT:
+        self._check(field, value)
+        spared: dict[int, list[str]] = {}
+        for session_id in listed(keep, "keep"):
+            spared.setdefault(self._layout.place(text(session_id, "an id to keep"))[1], []).append(session_id)
+        if sum(map(len, spared.values())) > _MOST_KEPT:
             raise ValueError(f"keep must not have more than {_MOST_KEPT:,} ids")
-        blocked_for = "open" if block is None else str(milliseconds(block, "block"))
-        ended = 0
+        blocked_for, why = "open" if block is None else str(milliseconds(block, "block")), _reason(reason)
+
         with self.operations.several():
-            while True:
-                page = await self.operations.delete_by(
-                    field, value, position, token=token, reason=_reason(reason), block=blocked_for, keep=spared
-                )
-                ended, position = ended + page.ended, page.position
-                if position.done:
-                    return ended
+            return await self._by_reference.delete(
+                field, value, token=self._layout.mint(), reason=why, block=blocked_for, keep=spared
+            )
 
     async def block(self, field: str, value: str | int, duration: Duration, *, reason: str = "blocked") -> int:
         """Block a value of a reference, end every session with it, and return their number.
@@ -380,22 +399,26 @@ class SessionStore(Generic[S]):
         If the connection breaks, the call may run twice. Then it may return False although it removed a block.
         """
         self.fields.number(field)
-        return await self.operations.unblock(field, value)
+        return await self._by_reference.unblock(field, value)
 
     async def blocked(self, field: str, value: str | int) -> timedelta | None:
         """Return how long this value of a reference stays blocked. Return None if it is not blocked."""
         self.fields.number(field)
-        left = await self.operations.blocked(field, value)
+        left = await self._by_reference.blocked(field, value)
         return timedelta(milliseconds=left) if left else None
 
+    def _check(self, field: str, value: str | int) -> None:
+        """Raise the errors of a field or a value that is not one of a reference."""
+        self.fields.number(field)
+        self._layout.reference(field, value)
+
     def _find(self, field: str, value: str | int, fields: list[str] | None, *, begun: bool = False) -> AsyncIterator[S]:
-        self.get_reference_key(field, value)  # Raise errors of the arguments here, not at the first step.
+        self._check(field, value)  # Here, not at the first step.
 
         async def sessions() -> AsyncIterator[S]:
-            position, seen, unreadable = Position(), set[str](), set[bytes]()
-            while True:
-                page = await self.operations.find_by(field, value, fields, position, begun=begun)
-                for pairs in page.sessions:
+            seen, unreadable = set[str](), set[bytes]()
+            async with aclosing(self._by_reference.find(field, value, fields, begun=begun)) as found:
+                async for pairs in found:
                     try:
                         session = self.fields.decode(pairs)
                     except SessionError:
@@ -404,15 +427,23 @@ class SessionStore(Generic[S]):
                     if session["id"] not in seen:  # After a rehash, SSCAN may return a member again.
                         seen.add(session["id"])
                         yield cast("S", session)
-                position = page.position
-                if position.done:
-                    break
             if unreadable:
                 raise SessionError(
                     f"{len(unreadable):,} sessions hold data that is not readable; the others were found"
                 )
 
         return sessions()
+
+
+def _layout(prefix: str, id_bytes: int, partitions: int | None, fields: Fields) -> Layout:
+    """Return the layout of a store. Raises ValueError if a reference needs all of its sessions in one partition."""
+    if partitions is None:
+        return Plain(prefix, id_bytes)
+    layout = Partitioned(prefix, id_bytes, partitions)
+    for field, reference in fields.references.items():
+        if partitions > 1 and (reference.limit or reference.identity):
+            raise ValueError(f"{field!r} cannot have a limit or be the identity in a store with several partitions")
+    return layout
 
 
 def max_age_argument(max_age: Duration | None) -> MaxAge:

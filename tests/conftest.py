@@ -163,10 +163,13 @@ async def _client(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterat
 
 
 @pytest.fixture(name="keyspace")
-async def _keyspace(redis_url: str) -> AsyncIterator[Keyspace]:
-    """All keys of this test, under its own prefix; they are removed at its end."""
+async def _keyspace(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Keyspace]:
+    """All keys of this test, under its own prefix; they are removed at its end.
+
+    A test may be parametrized with the number of partitions.
+    """
     async with Redis.from_url(redis_url, decode_responses=True) as client:
-        keyspace = Keyspace(client, f"test-{secrets.token_hex(8)}")
+        keyspace = Keyspace(client, f"test-{secrets.token_hex(8)}", getattr(request, "param", None))
         yield keyspace
         await keyspace.clear()
 
@@ -174,4 +177,5 @@ async def _keyspace(redis_url: str) -> AsyncIterator[Keyspace]:
 @pytest.fixture(name="store")
 def _store(client: Redis, keyspace: Keyspace) -> SessionStore:
     """A store as most tests use it."""
-    return SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
+    references = ["user_id", "ip"]
+    return SessionStore(client, references=references, prefix=keyspace.prefix, partitions=keyspace.partitions)

@@ -1,9 +1,12 @@
 """A view of all keys that a store has in Redis."""
 
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
+
+from rss.keys import Partitioned
 
 #: The content of a key: the fields of a hash, the ids in a set, or else the type.
 Content = dict[str, str] | set[str] | str
@@ -94,12 +97,36 @@ class Snapshot:
 
 
 class Keyspace:
-    """All keys that begin with a prefix."""
+    """All keys that begin with a prefix.
 
-    def __init__(self, client: Redis, prefix: str) -> None:
-        """Take a client that decodes responses."""
+    Its methods name keys as `Plain` does, without prefix and colon. If the store has partitions, a set in several of
+    them is one set here.
+    """
+
+    def __init__(self, client: Redis, prefix: str, partitions: int | None = None) -> None:
+        """Take a client that decodes responses, and the number of partitions of the store."""
         self.client = client
         self.prefix = prefix
+        self.partitions = partitions
+        self._layout = Partitioned(prefix, 24, partitions) if partitions else None
+
+    def _name(self, key: str) -> str:
+        """Return the plain name of a key."""
+        name = key.removeprefix(self.prefix + ":")
+        if not self._layout:
+            return name
+        match = re.fullmatch(r"\{\w+\}:(?:s:(.*)|r:((?:_fence:)?[^:]*):(.*))", name, re.DOTALL)
+        assert match, f"the key {name} is in no partition"
+        return f"{{{match[1]}}}" if match[1] is not None else f"{match[2]}:{{{match[3]}}}"
+
+    def _named(self, name: str) -> list[str]:
+        """Return the keys with this plain name: one, or one in each partition."""
+        if not self._layout:
+            return [f"{self.prefix}:{name}"]
+        if name.startswith("{"):
+            return [self._layout.place(name[1:-1])[0]]
+        field, value = name[:-1].split(":{", 1)
+        return [self._layout.references([(field, value)], p)[0] for p in range(self._layout.partitions)]
 
     async def keys(self) -> list[str]:
         """Return the names of all keys."""
@@ -114,7 +141,7 @@ class Keyspace:
         found: dict[str, Content] = {}
         for key in await self.keys():
             kind = await self.client.type(key)
-            name = key.removeprefix(self.prefix + ":")
+            name = self._name(key)
             if kind == "hash":
                 fields = {str(k): str(v) for k, v in (await self.client.hgetall(key)).items()}
                 if "id" in fields:
@@ -122,7 +149,9 @@ class Keyspace:
                     assert int(fields.pop("_max_age", "1")) > 0
                 found[name] = fields
             elif kind == "set":
-                found[name] = {str(member) for member in await self.client.smembers(key)}
+                before = found.get(name, set())
+                assert isinstance(before, set)
+                found[name] = before | {str(member) for member in await self.client.smembers(key)}
             else:
                 found[name] = str(kind)
             assert await self.client.pttl(key) > 0, f"the key {name} has no TTL"
@@ -133,7 +162,7 @@ class Keyspace:
         now, *keys = await self.client.eval(_LOOK, 0, f"{self.prefix}:*")
         seen = Snapshot(now)
         for key, kind, expires, content in keys:
-            name = key.removeprefix(self.prefix + ":")
+            name = self._name(key)
             seen.expires[name] = expires
             if kind == "set":
                 seen.sets[name] = set(content)
@@ -148,18 +177,19 @@ class Keyspace:
 
     async def ttl(self, name: str) -> int:
         """Return the TTL of a key, named as in a dump, in milliseconds."""
-        return int(await self.client.pttl(f"{self.prefix}:{name}"))
+        return max([int(await self.client.pttl(key)) for key in self._named(name)])
 
     async def expire(self, name: str) -> None:
         """Let a key, named as in a dump, expire, and wait until Redis has removed it."""
-        await self.client.pexpire(f"{self.prefix}:{name}", 1)
-        while await self.client.exists(f"{self.prefix}:{name}"):
-            pass
+        for key in self._named(name):
+            await self.client.pexpire(key, 1)
+            while await self.client.exists(key):
+                pass
 
     async def shorten(self, milliseconds: int) -> None:
         """Shorten the TTL of every session, as if that much time had passed since its last renewal."""
         for key in await self.keys():
-            if not key.startswith(f"{self.prefix}:{{"):
+            if not self._name(key).startswith("{"):
                 continue
             await self.client.pexpire(key, await self.client.pttl(key) - milliseconds)
 

@@ -182,6 +182,10 @@ BAD: dict[str, dict[str, Row]] = {
         ),
     },
     "get_session_key": _rows("session_id", IDS, lambda s, x: s.get_session_key(x)),
+    "get_reference_keys": {
+        **_rows("field", REFERENCE, lambda s, x: s.get_reference_keys(x, 1)),
+        **_rows("value", VALUE, lambda s, x: s.get_reference_keys("user_id", x)),
+    },
     "get_reference_key": {
         **_rows("field", REFERENCE, lambda s, x: s.get_reference_key(x, 1)),
         **_rows("value", VALUE, lambda s, x: s.get_reference_key("user_id", x)),

@@ -426,14 +426,12 @@ async def test_no_script_knows_the_grammar_of_keys(
             del partition
             return f"{self.prefix}:session<", f"{self.prefix}:sets/"
 
-        def session(self, session_id: str) -> str:
-            return f"{self.prefix}:session<{session_id}>"
+        def place(self, session_id: str) -> tuple[str, int]:
+            return f"{self.prefix}:session<{session_id}>", 0
 
-        def references(self, texts: Iterable[tuple[str, str]]) -> list[str]:
+        def references(self, texts: Iterable[tuple[str, str]], partition: int) -> list[str]:
+            del partition
             return [f"{self.prefix}:sets/{field}=<{value}>" for field, value in texts]
-
-        def fence(self, field: str, value: object) -> str:
-            return self.reference(f"_fence:{field}", value)
 
     monkeypatch.setattr("rss.store.Plain", Odd)
     references = {"user_id": Reference(limit=2), "ip": Reference(strict=True)}

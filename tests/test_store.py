@@ -13,14 +13,15 @@ from tests.conftest import send_singly
 from tests.keyspace import SLACK, Keyspace
 
 pytestmark = pytest.mark.parametrize(
-    ("client", "coalescing"),
+    ("client", "coalescing", "keyspace"),
     [
         *(
-            pytest.param({"protocol": protocol, "decode_responses": decode}, True, id=f"resp{protocol}-{kind}")
+            pytest.param({"protocol": protocol, "decode_responses": decode}, True, None, id=f"resp{protocol}-{kind}")
             for protocol in (2, 3)
             for decode, kind in ((False, "bytes"), (True, "str"))
         ),
-        pytest.param({}, False, id="not-coalesced"),
+        pytest.param({}, False, None, id="not-coalesced"),
+        pytest.param({}, True, 16, id="partitioned"),
     ],
     indirect=True,
 )
@@ -189,8 +190,8 @@ async def test_a_session_keeps_the_time_it_was_given(store: SessionStore, keyspa
 
 async def test_a_time_that_is_also_the_default_is_the_sessions_own(client: Redis, keyspace: Keyspace) -> None:
     """A `max_age` that was given stays when the default changes, even if it was the default before."""
-    given = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_age="1h")
-    later = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, max_age="1m")
+    options: dict[str, Any] = {"references": ["user_id"], "prefix": keyspace.prefix, "partitions": keyspace.partitions}
+    given, later = SessionStore(client, **options, max_age="1h"), SessionStore(client, **options, max_age="1m")
     await given.set("set", {"user_id": 1}, "1h")
     created = await given.create({"user_id": 1}, timedelta(hours=1))
     await given.set("touched", {})
@@ -696,15 +697,14 @@ async def test_a_session_on_two_pages_is_seen_once(
     for session_id in "abc":
         await store.set(session_id, {"user_id": 1, "x": session_id})
     await keyspace.client.hset(store.get_session_key("b"), "x", b"\xff")
-    find_by, pages = store.operations.find_by, 0
+    find_by, cursors = store.operations.find_by, list[bytes]()
 
     async def again(
-        field: str, value: object, fields: Sequence[str] | None, _: Position, *, begun: bool = False
+        field: str, value: object, fields: Sequence[str] | None, at: Position, *, begun: bool = False
     ) -> Found:
-        nonlocal pages
-        pages += 1
-        page = await find_by(field, value, fields, Position(), begun=begun)
-        return page if pages == 2 else Found(page.sessions, Position(b"1"))
+        cursors.append(at.cursor)
+        page = await find_by(field, value, fields, Position(at.partition), begun=begun)
+        return page if at.cursor == b"1" else Found(page.sessions, at._replace(cursor=b"1"))
 
     monkeypatch.setattr(store.operations, "find_by", again)
     found = []
@@ -712,7 +712,7 @@ async def test_a_session_on_two_pages_is_seen_once(
         async for session in store.find_by("user_id", 1):
             found.append(session["id"])  # noqa: PERF401 - the sessions before the error are checked
     assert sorted(found) == ["a", "c"]
-    assert pages == 2
+    assert cursors.count(b"0") == cursors.count(b"1") > 0
 
 
 async def test_as_much_as_a_call_may_have(store: SessionStore, keyspace: Keyspace) -> None:
@@ -731,8 +731,16 @@ async def test_as_much_as_a_call_may_have(store: SessionStore, keyspace: Keyspac
 
 
 async def test_key_names(store: SessionStore, keyspace: Keyspace) -> None:
-    """The names of keys are those of the Node original."""
+    """The names of keys are those of the Node original; in partitions, each has the tag of its partition."""
     await store.set("a", {"user_id": 1})
+    if keyspace.partitions:
+        assert store.get_session_key("a") == f"{keyspace.prefix}:{{4i4}}:s:a"
+        keys = store.get_reference_keys("user_id", 1)
+        assert len(keys) == len(set(keys)) == 16
+        assert [key for key in keys if await keyspace.client.exists(key)] == [f"{keyspace.prefix}:{{4i4}}:r:user_id:1"]
+        with pytest.raises(ValueError, match="use get_reference_keys"):
+            store.get_reference_key("user_id", 1)
+        return
     assert store.get_session_key("a") == f"{keyspace.prefix}:{{a}}"
     assert store.get_reference_key("user_id", 1) == f"{keyspace.prefix}:user_id:{{1}}"
     assert await keyspace.client.smembers(store.get_reference_key("user_id", "1")) == {"a"}

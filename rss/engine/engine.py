@@ -16,7 +16,7 @@ from rss.engine.failures import code_of
 from rss.engine.lane import Node
 from rss.engine.scripts import Scripts
 from rss.errors import StoreUnavailable
-from rss.keys import Plain
+from rss.keys import Layout
 
 #: The maximum number of waiting calls in a lane, without those in flight. With more, all of them would be late. A
 #: cancelled call counts for at most a tick of the lane.
@@ -29,7 +29,7 @@ class Engine:
     *timeout*: the maximum number of seconds that a caller waits.
     """
 
-    def __init__(self, client: Redis, scripts: Scripts, layout: Plain, timeout: float) -> None:
+    def __init__(self, client: Redis, scripts: Scripts, layout: Layout, timeout: float) -> None:
         #: Whether new calls are refused. Operations that have begun may still make calls.
         self.closed = False
         self._client = client

@@ -17,7 +17,7 @@ from rss.engine.coalesce import Batch, Kind, Waiting, backoff, expire
 from rss.engine.failures import DEMOTED, code_of, error_for, final_error_for, with_cause
 from rss.engine.scripts import Scripts
 from rss.errors import SessionError, StoreUnavailable
-from rss.keys import Plain
+from rss.keys import Layout
 
 #: The maximum number of volleys in flight in a lane. While Redis runs one, Python handles the other.
 VOLLEYS: Final = 2
@@ -44,7 +44,7 @@ class Node:
     """
 
     def __init__(
-        self, make_connection: Callable[[], AbstractConnection], scripts: Scripts, layout: Plain, timeout: float
+        self, make_connection: Callable[[], AbstractConnection], scripts: Scripts, layout: Layout, timeout: float
     ) -> None:
         self.scripts = scripts
         self.layout = layout

@@ -4,10 +4,10 @@ Each method takes encoded values, builds the keys, and converts the reply to a n
 of each script describes its arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Final, Literal, NamedTuple, cast
+from typing import Final, Literal, NamedTuple
 
 from redis.asyncio import Redis
 
@@ -15,7 +15,7 @@ from rss.engine.coalesce import Operation
 from rss.engine.engine import Engine
 from rss.engine.scripts import Scripts, schema
 from rss.fields import Encoded, Fields
-from rss.keys import Plain
+from rss.keys import Layout
 
 _READ: Final = ("sets", "session", "read")
 _MOVE: Final = ("sets", "session", "write", "renew", "end", "fence", "move")
@@ -79,11 +79,12 @@ class Taken(NamedTuple):
 
 
 class Position(NamedTuple):
-    """The position of an operation in a reference set.
+    """The position of an operation in the reference set of a value in one partition.
 
     *cursor*: the cursor of SSCAN. *left*: the ids that the last page did not handle in time.
     """
 
+    partition: int = 0
     cursor: bytes = b"0"
     left: tuple[bytes, ...] = ()
 
@@ -113,7 +114,7 @@ class Operations:
     def __init__(
         self,
         client: Redis,
-        layout: Plain,
+        layout: Layout,
         fields: Fields,
         *,
         max_age: int,
@@ -143,7 +144,8 @@ class Operations:
         operation = GET
         if renewal:
             operation, shared = GET_AND_RENEW, shared + renewal
-        reply = await self.engine.run(operation, (self.layout.session(session_id),), shared=shared)
+        key, partition = self.layout.place(session_id)
+        reply = await self.engine.run(operation, (key,), shared=shared, partition=partition)
         state = reply.pop()
         if state == b"absent":
             return Read([], state=state)
@@ -160,40 +162,50 @@ class Operations:
         expected: Sequence[str | bytes] = (),
     ) -> int:
         """Write a session and return its TTL in milliseconds. Return 0 if it has ended, because no field was left."""
-        keys = [self.layout.session(session_id), *self.layout.references(values.references)]
+        key, partition = self.layout.place(session_id)
+        keys = [key, *self.layout.references(values.references, partition)]
         args = [max_age, *expected, str(len(values.pairs)), *values.pairs, *values.gone]
         shared = (mode, str(len(expected) // 3), str(len(values.gone)), *values.counts)
-        ttl: int = await self.engine.run(SET_EXPECTING if expected else SET, keys, args, shared=shared)
+        operation = SET_EXPECTING if expected else SET
+        ttl: int = await self.engine.run(operation, keys, args, shared=shared, partition=partition)
         return ttl
 
     async def unset(self, session_id: str, fields: Sequence[str], max_age: MaxAge, *, repeatable: bool = True) -> Taken:
         """Remove fields of a session, and return them."""
         args = [max_age, str(len(fields)), *fields]
-        reply = await self.engine.run(UNSET if repeatable else POP, (self.layout.session(session_id),), args)
+        key, partition = self.layout.place(session_id)
+        reply = await self.engine.run(UNSET if repeatable else POP, (key,), args, partition=partition)
         return Taken(reply, ttl=reply.pop())
 
     async def increment(self, session_id: str, field: str, by: int) -> int:
         """Add to an integer field and return the sum."""
-        return int(await self.engine.run(INCREMENT, (self.layout.session(session_id),), (field, str(by))))
+        key, partition = self.layout.place(session_id)
+        return int(await self.engine.run(INCREMENT, (key,), (field, str(by)), partition=partition))
 
     async def touch(self, session_id: str, max_age: MaxAge) -> int:
         """Renew a session and return its TTL in milliseconds. Return 0 if there is no session."""
-        ttl: int = await self.engine.run(TOUCH, (self.layout.session(session_id),), (max_age,))
+        key, partition = self.layout.place(session_id)
+        ttl: int = await self.engine.run(TOUCH, (key,), (max_age,), partition=partition)
         return ttl
 
     async def delete(self, session_id: str, reason: str, expected: Sequence[str | bytes] = ()) -> bool:
         """End a session and return True. Return False if it was not alive, or not as expected."""
-        keys, shared = (self.layout.session(session_id),), (str(len(expected) // 3),)
-        return bool(await self.engine.run(DELETE, keys, (reason, *expected), shared=shared))
+        key, partition = self.layout.place(session_id)
+        shared = (str(len(expected) // 3),)
+        return bool(await self.engine.run(DELETE, (key,), (reason, *expected), shared=shared, partition=partition))
 
     async def rotate(self, session_id: str, new: str, values: Encoded, max_age: MaxAge, grace: str = "none") -> int:
-        """Give a session a new id and return its TTL in milliseconds.
+        """Give a session a new id in the same partition, and return its TTL in milliseconds.
 
         *grace*: milliseconds, or "none".
         """
-        keys = [self.layout.session(session_id), self.layout.session(new), *self.layout.references(values.references)]
+        (key, partition), (new_key, new_partition) = self.layout.place(session_id), self.layout.place(new)
+        if partition != new_partition:
+            raise ValueError("the new id is of another partition than the old one")
+        keys = [key, new_key, *self.layout.references(values.references, partition)]
         args = [new, grace, max_age, str(len(values.pairs)), *values.pairs, *values.gone]
-        ttl: int = await self.engine.run(ROTATE, keys, args, shared=(str(len(values.gone)), *values.counts))
+        shared = (str(len(values.gone)), *values.counts)
+        ttl: int = await self.engine.run(ROTATE, keys, args, shared=shared, partition=partition)
         return ttl
 
     async def find_by(
@@ -206,10 +218,9 @@ class Operations:
         number = self._fields.number(field)
         wanted = _ALL if fields is None else (str(len(fields)), *fields)
         args: list[str | bytes] = [*wanted, number, at.cursor, _PAGE, str(len(at.left)), *at.left]
-        cursor, left, *sessions = await self.engine.run(
-            FIND_BY, (self.layout.reference(field, value),), args, begun=begun
-        )
-        return Found(sessions, Position(cursor, tuple(left)))
+        keys = (self.layout.reference(field, value, at.partition),)
+        cursor, left, *sessions = await self.engine.run(FIND_BY, keys, args, partition=at.partition, begun=begun)
+        return Found(sessions, Position(at.partition, cursor, tuple(left)))
 
     async def delete_by(
         self, field: str, value: object, at: Position, *, token: str, reason: str, block: str, keep: Sequence[str]
@@ -219,23 +230,27 @@ class Operations:
         *token*: the same for all pages of one call. *block*: milliseconds, or "open".
         """
         number = self._fields.number(field)
-        keys = (self.layout.reference(field, value), self.layout.fence(field, value))
+        keys = (self.layout.reference(field, value, at.partition), self.layout.fence(field, value, at.partition))
         args: list[str | bytes] = [number, at.cursor, _PAGE, str(len(at.left)), *at.left]
         args += (token, reason, block, str(len(keep)), *keep)
-        cursor, left, ended = await self.engine.run(DELETE_BY, keys, args, begun=True)
-        return Deleted(ended, Position(cursor, tuple(left)))
+        cursor, left, ended = await self.engine.run(DELETE_BY, keys, args, partition=at.partition, begun=True)
+        return Deleted(ended, Position(at.partition, cursor, tuple(left)))
 
-    async def count_by(self, field: str, value: object) -> int:
-        """Return the number of ids in the set of a value."""
-        return cast("int", await self.engine.run(COUNT_BY, (self.layout.reference(field, value),)))
+    def count_by(self, field: str, value: object, partition: int, *, begun: bool = False) -> Awaitable[int]:
+        """Return the number of ids in the set of a value in one partition.
 
-    async def blocked(self, field: str, value: object) -> int:
-        """Return the milliseconds until the block of a value ends. Return 0 if it is not blocked."""
-        return cast("int", await self.engine.run(BLOCKED, (self.layout.fence(field, value),)))
+        *begun*: as in `find_by`.
+        """
+        keys = (self.layout.reference(field, value, partition),)
+        return self.engine.run(COUNT_BY, keys, partition=partition, begun=begun)
 
-    async def unblock(self, field: str, value: object) -> bool:
-        """Remove the block of a value, and return whether it was blocked."""
-        return bool(await self.engine.run(UNBLOCK, (self.layout.fence(field, value),)))
+    def blocked(self, field: str, value: object, partition: int) -> Awaitable[int]:
+        """Return the milliseconds until the block of a value ends in one partition. Return 0 if it is not blocked."""
+        return self.engine.run(BLOCKED, (self.layout.fence(field, value, partition),), partition=partition)
+
+    def unblock(self, field: str, value: object, partition: int) -> Awaitable[int]:
+        """Remove the block of a value in one partition. Return 1 if it was blocked, otherwise 0."""
+        return self.engine.run(UNBLOCK, (self.layout.fence(field, value, partition),), partition=partition)
 
     def several(self) -> AbstractContextManager[None]:
         """Return a context for an operation of several calls. A store that closes waits for the end of the context."""
