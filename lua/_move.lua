@@ -45,6 +45,7 @@ local function settled(session)
     if set then
       if wanted and (wanted[1] ~= set or wanted[2]) then return n - 1 end
       local member = strict and strict[n] and 1 or redis.pcall("SISMEMBER", set, held[1])
+      if member ~= 1 then surely(member, set) end
       if member ~= 1 then return member == 0 and n - 1 or member end
     elseif value and value ~= "null" or wanted and wanted[1] then
       return n - 1
@@ -81,6 +82,7 @@ local function make_room(plan, n, set)
     local name = session_key(id)
     local held = redis.pcall("HMGET", name, "id", "_ended", "_created", state[4 + n])
     local created = not held.err and tonumber(held[3] or 0)
+    if held.err or not held[1] and not held[2] then surely(held, name) end
     if held.err then wrong_type(held) end
     if held.err or held[2] or not held[1] or not names(n, held[4], set) then
       if id ~= plan.id then dead[#dead + 1] = id end
@@ -174,6 +176,7 @@ local function plan_move(session, id, from)
       else
         local known = n <= from or strict and strict[n]
         local member = known and 1 or redis.pcall("SISMEMBER", set, own)
+        if member ~= 1 then surely(member, set) end
         if member == 1 then
           keeps[#keeps + 1] = set
         elseif member == 0 then
@@ -198,7 +201,13 @@ local function plan_move(session, id, from)
   end
   local joined = #fences
   for i = 1, #leaves do fences[joined + i] = fence_of(leaves[i]) end
-  if fences[1] and redis.call("EXISTS", unpack(fences)) > 0 then
+  local fenced = fences[1] and redis.pcall("EXISTS", unpack(fences)) or 0
+  if type(fenced) == "table" then
+    surely(fenced)
+    error(fenced.err, 0)
+  end
+  for i = 1, asked and #fences or 0 do surely(nil, fences[i]) end
+  if fenced > 0 then
     local failed = pass_fences(plan, session, joined)
     if failed then return failed end
     if plan.doomed then

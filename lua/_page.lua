@@ -11,6 +11,7 @@
 -- `ended` for this store, but alive for a store with other options. Falsy: the set need not hold the id.
 local function member(id, n, set, every, fields)
   local session = look(session_key(id), every, fields)
+  if not session then surely(nil, session_key(id)) end
   return session and session.ttl and has(sets_in(session, n), set) and session
 end
 

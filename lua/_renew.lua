@@ -43,7 +43,10 @@ local function prune(samples)
     n = n + #ids
   end
   spent = spent + n * 0.5
-  if n == 0 or redis.call("EXISTS", unpack(names)) == n then return end
+  if n == 0 or asked then return end
+  local found = redis.pcall("EXISTS", unpack(names))
+  if found == n or elsewhere(found) then return end
+  if type(found) == "table" then error(found.err, 0) end
   for i = 1, #samples, 2 do
     local set, ids, dead = samples[i], samples[i + 1], {}
     for round = 1, 2 do
@@ -84,7 +87,12 @@ local function renew(session, given)
     for n = 1, references do
       for _, set in ipairs(sets_in(session, n)) do
         spent = spent + 3
-        outlive(set, ttl, redis.call("PTTL", set))
+        local before = redis.pcall("PTTL", set)
+        if before == -2 or type(before) == "table" then
+          surely(before, set)
+          if type(before) == "table" then error(before.err, 0) end
+        end
+        outlive(set, ttl, before)
         local members = #samples < 100 and redis.pcall("SRANDMEMBER", set, SAMPLE)
         if members and not members.err then
           samples[#samples + 1] = set

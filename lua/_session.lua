@@ -29,8 +29,11 @@ local judge = (strict or max_lifetime > 0) and function(session)
     spent = spent + #sets
     for i = 1, #sets do
       local member = redis.pcall("SISMEMBER", sets[i], session.held[1])
-      if type(member) == "table" then wrong_type(member) end
-      if member ~= 1 then session.ended = "revoked" end
+      if member ~= 1 then
+        surely(member, sets[i])
+        if type(member) == "table" then wrong_type(member) end
+        session.ended = "revoked"
+      end
     end
   end
 end
@@ -54,7 +57,10 @@ local function look(name, all, more)
     id, ended = reply[1], reply[2]
     spent = spent + 2.5
   end
-  if reply.err then return wrong_type(reply) end
+  if reply.err then
+    surely(reply)
+    return wrong_type(reply)
+  end
   if ended then return { key = name, ended = ended } end
   local ttl = id and redis.call("PTTL", name)
   if not ttl or ttl <= 0 then return nil end
@@ -68,8 +74,12 @@ local function find(name, all, more)
   local session, hops = look(name, all, more), 0
   while session and session.ended == "rotated" and hops < 8 do
     local to = redis.call("HMGET", session.key, "_next", "_until")
-    local successor = to[1] and tonumber(to[2]) > clock() and look(session_key(to[1]), all, more)
-    if not successor then break end
+    if not to[1] or tonumber(to[2]) <= clock() then break end
+    local successor = look(session_key(to[1]), all, more)
+    if not successor then
+      surely(nil, session_key(to[1]))
+      break
+    end
     session, hops = successor, hops + 1
   end
   return session

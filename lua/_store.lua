@@ -12,6 +12,8 @@
     strict, limits, refuses
                       lists with an item for each reference: whether it is strict; its limit, 0 for none; whether it
                       refuses a session beyond the limit. False instead of a list without a true or positive item
+    partitioned       true if the keys are in partitions, whose slots may move between the masters of a Redis Cluster
+    asked             true if this script runs on the master to which a slot moves, after ASKING
 
   KEYS        key: how many of them have been read
   ARGV        session_stem, the beginning of the key of a session, "rss:{"; set_stem, the beginning of the key of a
@@ -38,6 +40,19 @@ local function clock()
   local time = redis.call("TIME")
   now = time[1] * 1000 + math.floor(time[2] / 1000)
   return now
+end
+
+-- Whether a reply is the error for a key that is on another master, because the slot moves at the moment.
+local function elsewhere(reply)
+  return partitioned and type(reply) == "table" and reply.err and string.find(reply.err, "non local key")
+end
+
+-- Call this before the script concludes anything from a reply that says that a key is absent. While the slot moves, the
+-- key may be on the other master. Then the script stops, before it writes, and the engine runs it again later.
+local function surely(reply, name)
+  if elsewhere(reply) or asked and redis.call("EXISTS", name) == 0 then
+    error("RSSLATER perhaps a non local key", 0)
+  end
 end
 
 -- A function that undoes the writes of the current session, or false. `each` calls it if a later write fails.

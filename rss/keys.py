@@ -70,6 +70,11 @@ class Layout(abc.ABC):
             raise ValueError("id_bytes must be an integer from 16 to 256")
 
     @property
+    def meta(self) -> str:
+        """The key of the hash that describes the store. It has no TTL."""
+        return f"{self.prefix}:_meta"
+
+    @property
     @abc.abstractmethod
     def partitions(self) -> int:
         """The number of partitions. All keys of a session are in one of them."""

@@ -9,7 +9,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, Self, TypedDict, Unpack, cast
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -32,6 +32,8 @@ S = TypeVar("S", bound=Mapping[str, Any], default=dict[str, Any])
 
 _REASON: Final = re.compile(r"[\w-]{1,32}", re.ASCII)
 _MOST_KEPT: Final = 1000
+# The number of partitions on a Redis Cluster: for up to eight masters.
+_PARTITIONS: Final = 64
 
 
 class StoreOptions(TypedDict, total=False):
@@ -78,7 +80,7 @@ class SessionStore(Generic[S]):
 
     def __init__(
         self,
-        client: Redis,
+        client: Redis | RedisCluster,
         *,
         references: Iterable[str] | Mapping[str, Reference] = (),
         prefix: str = "rss",
@@ -89,10 +91,12 @@ class SessionStore(Generic[S]):
         codec: Codec = JSONCodec(),  # noqa: B008 - it has no state
         timeout: Duration = 5,
     ) -> None:
-        if not isinstance(client, Redis):
+        if not isinstance(client, Redis | RedisCluster):
             hint = ": SessionStore.from_url(url)" if isinstance(client, str) else ""
-            raise TypeError(f"client must be a redis.asyncio.Redis, not {type(client).__name__}{hint}")
-        encoder = client.get_encoder()  # type: ignore[no-untyped-call]
+            raise TypeError(f"client must be a redis.asyncio.Redis or RedisCluster, not {type(client).__name__}{hint}")
+        if isinstance(client, RedisCluster) and partitions is None:
+            partitions = _PARTITIONS
+        encoder = client.get_encoder()
         if codecs.lookup(encoder.encoding).name != "utf-8":
             raise ValueError("client must have the encoding utf-8, because keys and values are compared as utf-8")
         lifetime = None if max_lifetime is None else milliseconds(max_lifetime, "max_lifetime")
@@ -113,7 +117,7 @@ class SessionStore(Generic[S]):
         )
         self._by_reference = FanOut(self.operations)
         self._engine = self.operations.engine
-        self._owned: Redis | None = None
+        self._owned: Redis | RedisCluster | None = None
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:

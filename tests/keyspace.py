@@ -109,6 +109,7 @@ class Keyspace:
         self.prefix = prefix
         self.partitions = partitions
         self._layout = Partitioned(prefix, 24, partitions) if partitions else None
+        self._meta = f"{prefix}:_meta"
 
     def _name(self, key: str) -> str:
         """Return the plain name of a key."""
@@ -129,8 +130,9 @@ class Keyspace:
         return [self._layout.references([(field, value)], p)[0] for p in range(self._layout.partitions)]
 
     async def keys(self) -> list[str]:
-        """Return the names of all keys."""
-        return sorted([key async for key in self.client.scan_iter(match=f"{self.prefix}:*", count=1000)])
+        """Return the names of all keys, except the meta key of a store with partitions, which has no TTL."""
+        found = {str(key) async for key in self.client.scan_iter(match=f"{self.prefix}:*", count=1000)}
+        return sorted(found - {self._meta})
 
     async def dump(self) -> dict[str, Content]:
         """Return the content of all keys, by their names without prefix and colon.
@@ -162,6 +164,8 @@ class Keyspace:
         now, *keys = await self.client.eval(_LOOK, 0, f"{self.prefix}:*")
         seen = Snapshot(now)
         for key, kind, expires, content in keys:
+            if key == self._meta:
+                continue
             name = self._name(key)
             seen.expires[name] = expires
             if kind == "set":
@@ -195,5 +199,4 @@ class Keyspace:
 
     async def clear(self) -> None:
         """Remove all keys."""
-        if keys := await self.keys():
-            await self.client.unlink(*keys)
+        await self.client.unlink(self._meta, *await self.keys())

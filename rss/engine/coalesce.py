@@ -5,15 +5,16 @@ loop has run all ready callbacks. Then all calls of one kind, such as reads of t
 batch. One write sends the batches of several kinds: a volley.
 """
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from redis.backoff import EqualJitterBackoff
 
 from rss.engine.call import Call
-from rss.engine.scripts import pack
+from rss.engine.scripts import asked_name, pack
 
 # The approximate maximum of a volley, in bytes. A single call may be larger.
 _MAX_BYTES: Final = 131_072
@@ -52,6 +53,15 @@ class Operation:
     batched: bool = True
     #: Whether the arguments may be large. If so, their bytes count towards the size of a volley.
     sized: bool = False
+    #: None for an operation on the owner of a partition. Otherwise it is for the server to which the partition moves,
+    #: and this is the one for the owner. Its script knows that keys may be absent, and ASKING precedes the EVALSHA.
+    on_owner: "Operation | None" = None
+
+
+@functools.cache
+def asking(operation: Operation) -> Operation:
+    """Return an operation for the server to which a partition moves."""
+    return replace(operation, script=asked_name(operation.script), on_owner=operation)
 
 
 #: The common part of the calls of one EVALSHA: the operation, the partition, and the shared arguments.
@@ -104,7 +114,7 @@ class Batch:
     last: bool = False
 
     def pack(self, sha: str, stems: Sequence[str]) -> bytes:
-        """Return the EVALSHA in the wire format."""
+        """Return the EVALSHA in the wire format. Without ASKING, which `Lane` sends."""
         keys: list[str] = []
         args: list[str | bytes] = [*stems, *self.queue.kind[2]]
         for call in self.calls:
@@ -145,10 +155,11 @@ class Waiting:
         self.count += len(calls)
         return queue
 
-    def take(self, room: int, now: float) -> list[Batch]:
+    def take(self, room: int, now: float, split: Mapping[int, float]) -> list[Batch]:
         """Take the calls of a volley from the queues in turn, and return them as batches.
 
-        *room*: the maximum number of calls.
+        *room*: the maximum number of calls. *split*: partitions, and the loop's time until which a call of them is a
+        batch of its own.
 
         A page is alone in its volley. So is a call that was in flight on two channels that broke: this call may be the
         reason.
@@ -177,10 +188,22 @@ class Waiting:
             self.count -= before - len(waiting)
             if waiting or queue.refusals:  # An empty queue must remember its refusals.
                 self._queues[kind] = queue
-            if calls:
+            if calls and split and split.get(kind[1], 0) > now:
+                batches += [Batch(queue, [call]) for call in calls]
+            elif calls:
                 batches.append(Batch(queue, calls))
             if room <= 0 or size >= _MAX_BYTES:
                 break
+        return batches
+
+    def release(self, partitions: Container[int]) -> list[Batch]:
+        """Take all calls of these partitions, except those that ask another server, and return them as batches."""
+        batches: list[Batch] = []
+        for kind, queue in list(self._queues.items()):
+            if kind[1] in partitions and kind[0].on_owner is None:
+                del self._queues[kind]
+                batches.append(Batch(queue, [call for call in queue.calls if not call.done()]))
+        self.count = sum(len(queue.calls) for queue in self._queues.values())
         return batches
 
     def expire(self, now: float, error: Exception | None) -> None:

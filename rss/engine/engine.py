@@ -8,13 +8,14 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import redis.exceptions
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from rss.engine.call import Call
+from rss.engine.cluster import Cluster
 from rss.engine.coalesce import Operation
 from rss.engine.failures import code_of
-from rss.engine.lane import Node
 from rss.engine.scripts import Scripts
+from rss.engine.servers import OneServer
 from rss.errors import StoreUnavailable
 from rss.keys import Layout
 
@@ -29,15 +30,15 @@ class Engine:
     *timeout*: the maximum number of seconds that a caller waits.
     """
 
-    def __init__(self, client: Redis, scripts: Scripts, layout: Layout, timeout: float) -> None:
+    def __init__(self, client: Redis | RedisCluster, scripts: Scripts, layout: Layout, timeout: float) -> None:
         #: Whether new calls are refused. Operations that have begun may still make calls.
         self.closed = False
         self._client = client
         self._scripts = scripts
         self._layout = layout
         self._timeout = timeout
-        self._node: Node | None = None
-        self._finalizer: weakref.finalize[[asyncio.AbstractEventLoop, Node], Engine] | None = None
+        self._servers: OneServer | Cluster | None = None
+        self._finalizer: weakref.finalize[[asyncio.AbstractEventLoop, OneServer | Cluster], Engine] | None = None
         self._operations: set[asyncio.Future[None]] = set()
         _ENGINES.add(self)
 
@@ -61,9 +62,10 @@ class Engine:
         """
         if self.closed and not begun:
             raise RuntimeError("the store is closed")
-        node, loop = self._node, asyncio.get_running_loop()
-        if node is None or node.loop is not loop:
-            node = self._begin(loop)
+        servers, loop = self._servers, asyncio.get_running_loop()
+        if servers is None or servers.loop is not loop:
+            servers = self._begin(loop)
+        node = servers.owners[partition]
         lane = node.main if operation.batched else node.pages
         size = sum(map(len, args)) if operation.sized else 0
         call = Call.make(loop, keys, args, size, loop.time() + self._timeout)
@@ -97,9 +99,10 @@ class Engine:
 
         Raises `StoreUnavailable` immediately if no server answers.
         """
-        node, loop = self._node, asyncio.get_running_loop()
-        if node is None or node.loop is not loop:
-            node = self._begin(loop)
+        servers, loop = self._servers, asyncio.get_running_loop()
+        if servers is None or servers.loop is not loop:
+            servers = self._begin(loop)
+        node = servers.owners[0]
         try:
             async with asyncio.timeout(self._timeout):
                 channel = await node.open(node.main)
@@ -114,7 +117,8 @@ class Engine:
         """Wait until every call is done and every operation has ended."""
         loop = asyncio.get_running_loop()
         while True:
-            lanes = self._node.lanes if self._node and self._node.loop is loop else ()
+            nodes = self._servers.nodes if self._servers and self._servers.loop is loop else ()
+            lanes = [lane for node in nodes for lane in node.lanes]
             pending: set[asyncio.Future[Any]] = {call for lane in lanes for call in lane if not call.done()}
             pending |= {done for done in self._operations if done.get_loop() is loop}
             if not pending:
@@ -125,26 +129,31 @@ class Engine:
         """Refuse new calls, wait for the others, and close the connections."""
         self.closed = True
         await self.drain()
-        node = self._node
-        if node and node.loop is asyncio.get_running_loop():
+        servers = self._servers
+        if servers and servers.loop is asyncio.get_running_loop():
             self._forget()
-            await node.aclose()
+            for node in servers.nodes:
+                await node.aclose()
 
-    def _begin(self, loop: asyncio.AbstractEventLoop) -> Node:
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> "OneServer | Cluster":
         """Begin to serve another event loop, such as the loop of a test client or of a second `asyncio.run`."""
-        if self._node and self._node.loop.is_running():
+        if self._servers and self._servers.loop.is_running():
             raise RuntimeError("another event loop that is still running uses this store: make one store for each loop")
         self._forget()
-        make_connection = self._client.connection_pool.make_connection
-        self._node = node = Node(make_connection, self._scripts, self._layout, self._timeout)
-        self._finalizer = weakref.finalize(self, _abandon, loop, node)
+        if isinstance(self._client, RedisCluster):
+            servers: OneServer | Cluster = Cluster(self._client, self._scripts, self._layout, self._timeout)
+        else:
+            make_connection = self._client.connection_pool.make_connection
+            servers = OneServer(make_connection, self._scripts, self._layout, self._timeout)
+        self._servers = servers
+        self._finalizer = weakref.finalize(self, _abandon, loop, servers)
         self._finalizer.atexit = False
-        return node
+        return servers
 
     def _forget(self) -> None:
         if self._finalizer:
             self._finalizer.detach()
-        self._node = self._finalizer = None
+        self._servers = self._finalizer = None
 
     def after_fork(self) -> None:  # pragma: no cover - it runs in a child process, which a test ends at once
         """Forget the connections in a child process, without closing them. They belong to the parent.
@@ -155,8 +164,10 @@ class Engine:
         self._operations.clear()
 
 
-def _address(client: Redis) -> str:
+def _address(client: Redis | RedisCluster) -> str:
     """Return the address of a client for an error message: without user, password and database."""
+    if isinstance(client, RedisCluster):
+        return ", ".join(f"{node.host}:{node.port}" for node in client.nodes_manager.startup_nodes.values())
     pool = client.connection_pool
     known = pool.connection_kwargs
     if service := getattr(pool, "service_name", None):
@@ -164,10 +175,11 @@ def _address(client: Redis) -> str:
     return str(known.get("path") or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}")
 
 
-def _abandon(loop: asyncio.AbstractEventLoop, node: Node) -> None:
+def _abandon(loop: asyncio.AbstractEventLoop, servers: OneServer | Cluster) -> None:
     """Close the connections of a store that was garbage-collected. This may run in any thread."""
     with suppress(RuntimeError):  # The event loop is closed, and so are its connections.
-        loop.call_soon_threadsafe(node.close)
+        for node in servers.nodes:
+            loop.call_soon_threadsafe(node.close)
 
 
 _ENGINES: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()

@@ -21,8 +21,15 @@ from rss.errors import (
 _E = TypeVar("_E", bound=BaseException)
 
 # The script did not run. _PASSING: retry until the deadline. _LASTING: an operator must act, so retrying cannot help.
-_PASSING: Final = {"NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN", "MAXCLIENTS"}
+_PASSING: Final = {
+    "NOSCRIPT", "BUSY", "LOADING", "READONLY", "NOREPLICAS", "MASTERDOWN", "MAXCLIENTS", "CLUSTERDOWN", "TRYAGAIN",
+    "RSSLATER",
+}  # fmt: skip
 _LASTING: Final = {"OOM", "MISCONF", "AUTH"}
+#: The slot of a partition is on another master of a cluster, or moves to it.
+_REDIRECTED: Final = {"MOVED", "ASK"}
+#: The code of a script that needs a key which a moving slot may have on the other master.
+LATER: Final = "RSSLATER"
 #: The server is not the master. A new connection may reach the master.
 DEMOTED: Final = {"READONLY", "MASTERDOWN"}
 
@@ -36,7 +43,9 @@ _CLASSES: Final[dict[type[Exception], str]] = {
 }
 _ALIASES: Final = {"NOAUTH": "AUTH", "WRONGPASS": "AUTH"}
 # Redis 6.2 and 7.0 put other words before the code if a command inside a script fails.
-_CODE: Final = re.compile(rf"(?:^|[ :]-|ERR )({'|'.join([*_PASSING, *_LASTING, *_ALIASES])})\b")
+_CODE: Final = re.compile(rf"(?:^|[ :]-|ERR )({'|'.join([*_PASSING, *_LASTING, *_ALIASES, *_REDIRECTED])})\b")
+# Errors without a code. Redis replies the first one instead of NOAUTH to a large command.
+_WORDS: Final = {"unauthenticated": "AUTH", "max number of clients": "MAXCLIENTS", "non local key": LATER}
 _FORBIDDEN: Final = re.compile(r"^NOPERM|ACL failure|has no permissions|can't run this command")
 _COMMAND: Final = re.compile(r"'([\w|]+)' command")
 
@@ -67,10 +76,9 @@ def code_of(error: BaseException) -> str:
             return code
     if not isinstance(error, redis.exceptions.ResponseError):
         return ""
-    if "unauthenticated" in str(error):  # Redis replies this instead of NOAUTH to a large command.
-        return "AUTH"
-    if "max number of clients" in str(error):
-        return "MAXCLIENTS"
+    for words, code in _WORDS.items():
+        if words in str(error):
+            return code
     match = _CODE.search(str(error))
     return _ALIASES.get(match[1], match[1]) if match else ""
 
@@ -78,9 +86,11 @@ def code_of(error: BaseException) -> str:
 def error_for(error: BaseException) -> Exception | None:
     """Return a new exception for the caller, given an error of Redis. Return None if a retry may help."""
     code, text = code_of(error), str(error)
+    if isinstance(error, SessionError):
+        return type(error)(*error.args)
     if code in _PASSING or (not code and not isinstance(error, redis.exceptions.ResponseError)):
         return None
-    if code:
+    if code and code not in _REDIRECTED:
         return with_cause(StoreUnavailable(f"Redis refuses: {code}"), error)
     if refusal := _REFUSALS.get(_first_word(error)):
         return refusal(text.removeprefix("ERR ").partition(" ")[2])
@@ -88,6 +98,8 @@ def error_for(error: BaseException) -> Exception | None:
         return SessionError("Redis does not know the command EVALSHA: it has no Lua")
     if "WRONGTYPE" in text:
         words = "a key of ours holds another type of data; nothing was written. Is the prefix shared?"
+    elif code:
+        words = "this is a node of a Redis Cluster: give the store a RedisCluster"
     elif _FORBIDDEN.search(text):
         command = _COMMAND.search(text)
         what = f"the command {command[1]}" if command else "a command or a key of the scripts"

@@ -5,17 +5,17 @@ import contextlib
 import contextvars
 import functools
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping
+from typing import Any, Final, Protocol
 
 import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
 
 from rss.engine.call import Call
-from rss.engine.channel import Channel, open_channel
+from rss.engine.channel import Answer, Channel, open_channel
 from rss.engine.coalesce import Batch, Kind, Waiting, backoff, expire
 from rss.engine.failures import DEMOTED, code_of, error_for, final_error_for, with_cause
-from rss.engine.scripts import Scripts
+from rss.engine.scripts import Scripts, pack
 from rss.errors import SessionError, StoreUnavailable
 from rss.keys import Layout
 
@@ -31,6 +31,29 @@ _CONNECTING: Final = 10.0
 _TICK: Final = 0.05
 _BROKEN: Final = "the connection broke: it is not known what was done"
 _PROTOCOL: Final = "Protocol error"
+_ASKING: Final = pack("ASKING")
+#: Seconds of silence after which the servers of a cluster are asked whether the partitions have moved.
+QUIET: Final = 0.5
+
+
+class Servers(Protocol):
+    """What a lane needs to know of the servers of its store. `OneServer` and `Cluster` implement it."""
+
+    @property
+    def split(self) -> Mapping[int, float]:
+        """Partitions whose slots move, and the loop's time until which each call of them is a batch of its own."""
+
+    async def ready(self) -> None:
+        """Wait until it is known that the store may use the servers, and which of them has each partition.
+
+        Raises `SessionError` if the store must not use them.
+        """
+
+    def redirect(self, lane: "Lane", batch: Batch, error: Exception) -> bool:
+        """Put the calls of a batch that a server refused into another lane. Return False if they stay in this one."""
+
+    def doubt(self, node: "Node") -> None:
+        """Note that a server does not answer, or does not work."""
 
 
 class Node:
@@ -44,8 +67,14 @@ class Node:
     """
 
     def __init__(
-        self, make_connection: Callable[[], AbstractConnection], scripts: Scripts, layout: Layout, timeout: float
+        self,
+        make_connection: Callable[[], AbstractConnection],
+        scripts: Scripts,
+        layout: Layout,
+        timeout: float,
+        servers: Servers,
     ) -> None:
+        self.servers = servers
         self.scripts = scripts
         self.layout = layout
         #: Seconds of silence after which a channel is in doubt.
@@ -55,10 +84,10 @@ class Node:
         self.loop = asyncio.get_running_loop()
         #: An empty context for timers and callbacks. Otherwise they would keep the context of a request alive.
         self.context = contextvars.Context()
-        self.main = Lane(self, VOLLEYS)
-        self.pages = Lane(self, VOLLEYS)
-        self.repair = Lane(self, 1)
-        self._make_connection = make_connection
+        self.main = Lane(self, 0, VOLLEYS)
+        self.pages = Lane(self, 1, VOLLEYS)
+        self.repair = Lane(self, 2, 1)
+        self.make_connection = make_connection
         self._timeout = timeout
         self._guard: AsyncGenerator[None] | None = None
 
@@ -72,7 +101,8 @@ class Node:
         if self._guard is None:
             self._guard = self._until_the_loop_ends()
             await anext(self._guard)
-        return await open_channel(self._make_connection, lane.heard, lane.lost, self._timeout)
+        await self.servers.ready()
+        return await open_channel(self.make_connection, lane.heard, lane.lost, self._timeout)
 
     async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
         """Close the connections even if the store is never closed: `asyncio.run` closes generators before the loop."""
@@ -107,10 +137,12 @@ class Lane:
     stops for a few seconds causes no failure. A connection that was lost without notice costs one wait.
     """
 
-    def __init__(self, node: Node, volleys: int) -> None:
+    def __init__(self, node: Node, number: int, volleys: int) -> None:
         #: The calls that are not in flight.
         self.waiting = Waiting()
-        self._node = node
+        self.node = node
+        #: The number of this lane among those of its server.
+        self.number = number
         self._volleys = volleys
         self._channel: Channel | None = None
         self._in_flight: deque[Batch] = deque()  # The batches without a reply, oldest first.
@@ -153,21 +185,21 @@ class Lane:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._node.loop.call_soon(self._flush, context=self._node.context)
+            self.node.loop.call_soon(self._flush, context=self.node.context)
 
     def _flush(self) -> None:
         """Send the waiting calls that may be sent now."""
         self._scheduled = False
         if not self.waiting.count:
             return
-        channel, now = self._channel, self._node.loop.time()
+        channel, now = self._channel, self.node.loop.time()
         try:
             self._watch_later()
             if channel is None:
                 self._dial()
                 return
             while self.waiting.count and (room := self._free(channel)):
-                batches = self.waiting.take(room, now)
+                batches = self.waiting.take(room, now, self.node.servers.split)
                 if not batches:  # Redis has just refused these kinds. `_watch` retries later.
                     return
                 self._in_flight.extend(batches)
@@ -191,12 +223,20 @@ class Lane:
 
     def _send(self, channel: Channel, batches: list[Batch]) -> None:
         batches[-1].last = True
-        scripts, stems = self._node.scripts, self._node.layout.stems
+        scripts, stems = self.node.scripts, self.node.layout.stems
         if self._must_load:
             self._must_load, self._load_error = False, None
             channel.send(scripts.load, [functools.partial(self._loaded, sha) for sha in scripts.shas.values()])
-        packed = [batch.pack(scripts.shas[batch.queue.kind[0].script], stems(batch.queue.kind[1])) for batch in batches]
-        channel.send(b"".join(packed), [functools.partial(self._answered, batch) for batch in batches])
+        packed: list[bytes] = []
+        answers: list[Answer] = []
+        for batch in batches:
+            operation, partition, _ = batch.queue.kind
+            if operation.on_owner:
+                packed.append(_ASKING)
+                answers.append(_ignore)
+            packed.append(batch.pack(scripts.shas[operation.script], stems(partition)))
+            answers.append(functools.partial(self._answered, batch))
+        channel.send(b"".join(packed), answers)
 
     # Receive replies.
 
@@ -237,6 +277,8 @@ class Lane:
         """
         if (code := code_of(error)) == "NOSCRIPT" and self._load_error:
             error, code, self._load_error = self._load_error, "not loaded", None
+        if self.node.servers.redirect(self, batch, error):
+            return
         if error_for(error):
             failed = batch.calls if code else batch.calls[:1]  # A code concerns the server, not one session.
             for call in failed:
@@ -244,7 +286,7 @@ class Lane:
             self.waiting.put_back(batch, len(failed))
             return
         queue = self.waiting.put_back(batch)
-        queue.hold(error, self._node.loop.time(), at_once=code == "NOSCRIPT")
+        queue.hold(error, self.node.loop.time(), at_once=code == "NOSCRIPT")
         self._must_load = self._must_load or code == "NOSCRIPT"
         self._demoted = self._demoted or code in DEMOTED
 
@@ -259,7 +301,7 @@ class Lane:
         if channel is self._channel:
             if self._dialling:
                 self._dialling.cancel()
-            if self._demoted or (self is self._node.repair and not self.waiting.count):
+            if self._demoted or (self is self.node.repair and not self.waiting.count):
                 self.hang_up()
         self._flush()
 
@@ -269,8 +311,8 @@ class Lane:
         if self._dialling is None:
             # Do not use `create_task`: an eager task could end before it is assigned, and uvloop 0.23 on Python 3.13.0
             # fails. The task needs its own context, because the context of the node may be entered already.
-            self._dialling = asyncio.Task(self._connect(), loop=self._node.loop, context=contextvars.Context())
-            self._dialling.add_done_callback(self._dialled, context=self._node.context)
+            self._dialling = asyncio.Task(self._connect(), loop=self.node.loop, context=contextvars.Context())
+            self._dialling.add_done_callback(self._dialled, context=self.node.context)
 
     def _dialled(self, task: asyncio.Task[None]) -> None:
         self._dialling = None
@@ -284,10 +326,11 @@ class Lane:
             if self._failures > 1:
                 await asyncio.sleep(backoff(self._failures))
             try:
-                async with asyncio.timeout(min(self._node.patience * 2 ** min(self._failures, 5), _CONNECTING)):
-                    channel = await self._node.open(self)
+                async with asyncio.timeout(min(self.node.patience * 2 ** min(self._failures, 5), _CONNECTING)):
+                    channel = await self.node.open(self)
             except Exception as error:  # noqa: BLE001 - a retry may help after any error, even of a hook of the user
                 self._failures += 1
+                self.node.servers.doubt(self.node)
                 self._error = error.with_traceback(None)
                 if error_for(error):  # A retry cannot help: the password is wrong, for example.
                     self.waiting.fail(functools.partial(final_error_for, error))
@@ -295,7 +338,7 @@ class Lane:
                 if self._channel:
                     self._channel.abort(redis.exceptions.TimeoutError("the connection is silent"))
                     self._channel = None
-                    for lane in self._node.lanes:  # The idle channels may be lost too.
+                    for lane in self.node.lanes:  # The idle channels may be lost too.
                         lane.hang_up()
                 self._channel = channel
                 return
@@ -318,14 +361,41 @@ class Lane:
         for batch in in_flight:
             try:
                 if batch.queue.kind[0].repeatable:
-                    self._node.repair.retry(batch, self._error)
+                    self.node.repair.retry(batch, self._error)
                     continue
             except Exception as mistake:  # noqa: BLE001 - every caller must get an answer
                 self._error = mistake
             for call in batch.calls:
                 call.fail(with_cause(StoreUnavailable(_BROKEN), self._error))
+        self.node.servers.doubt(self.node)
         self._scheduled = False  # True would block `_schedule`, and `heard` may not flush again.
         self._schedule()
+
+    def accept(self, batch: Batch, error: Exception | None = None) -> None:
+        """Take over the calls of a batch from a lane of another server.
+
+        *error*: why that server did not run them; None if it did not see them. After a second such error in a row, the
+        calls wait before they are sent.
+        """
+        queue = self.waiting.put_back(batch)
+        if error:
+            queue.hold(error, self.node.loop.time(), at_once=True)
+        self._schedule()
+
+    def hold(self, batch: Batch, error: Exception) -> None:
+        """Put the calls of a refused batch back, and let them wait."""
+        self.waiting.put_back(batch).hold(error, self.node.loop.time())
+
+    def release(self, partitions: Container[int]) -> list[Batch]:
+        """Return the waiting calls of partitions that this server does not have any more.
+
+        If the server is silent, and only such calls are in flight, drop the channel: they need not wait for it.
+        """
+        channel = self._channel
+        moved = self._in_flight and all(batch.queue.kind[1] in partitions for batch in self._in_flight)
+        if channel and moved and channel.heard_at + QUIET <= self.node.loop.time():
+            channel.abort(redis.exceptions.TimeoutError("the server is silent, and its partitions have moved"))
+        return self.waiting.release(partitions)
 
     def retry(self, batch: Batch, error: Exception) -> None:
         """Retry the calls of a batch that was in flight on a broken channel. One of them may be the reason."""
@@ -335,7 +405,7 @@ class Lane:
         # A call that keeps breaking channels waits behind the others, and is retried at growing intervals.
         queue = self.waiting.put_back(batch, behind=losses > 1)
         if losses > 2:
-            queue.hold(error, self._node.loop.time())
+            queue.hold(error, self.node.loop.time())
         self._error = error
         self._schedule()
 
@@ -343,20 +413,23 @@ class Lane:
 
     def _watch_later(self) -> None:
         if self._timer is None:
-            self._timer = self._node.loop.call_later(self._node.tick, self._watch, context=self._node.context)
+            self._timer = self.node.loop.call_later(self.node.tick, self._watch, context=self.node.context)
 
     def _watch(self) -> None:
         """Expire late calls, dial if the channel is silent, and retry refused calls: every tick while calls wait."""
         self._timer = None
-        now = self._node.loop.time()
+        now = self.node.loop.time()
         try:
             if self._channel and not self._channel.usable:  # `lost` was not called yet, or it failed.
                 self.lost(self._channel, None)
             for batch in self._in_flight:
                 expire(batch.calls, now, batch.queue.error or self._error)
             self.waiting.expire(now, self._error)
-            if self._in_flight and self._channel and self._channel.heard_at + self._node.patience <= now:
-                self._dial()
+            if self._in_flight and self._channel:
+                if self._channel.heard_at + self.node.patience <= now:
+                    self._dial()
+                if self._channel.heard_at + QUIET <= now:
+                    self.node.servers.doubt(self.node)
             if self.waiting.count or self._in_flight:
                 self._schedule()
                 self._watch_later()
@@ -388,3 +461,7 @@ class Lane:
         while self._in_flight:
             for call in self._in_flight.popleft().calls:
                 call.fail(error())
+
+
+def _ignore(_: object) -> None:
+    """Ignore the reply to ASKING."""

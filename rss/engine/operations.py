@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from rss.engine.coalesce import Operation
 from rss.engine.engine import Engine
 from rss.engine.scripts import Scripts, schema
 from rss.fields import Encoded, Fields
-from rss.keys import Layout
+from rss.keys import Layout, Partitioned
 
 _READ: Final = ("sets", "session", "read")
 _MOVE: Final = ("sets", "session", "write", "renew", "end", "fence", "move")
@@ -113,7 +113,7 @@ class Operations:
 
     def __init__(
         self,
-        client: Redis,
+        client: Redis | RedisCluster,
         layout: Layout,
         fields: Fields,
         *,
@@ -134,7 +134,8 @@ class Operations:
             ending=layout.ending,
         )
         #: The assembled scripts.
-        self.scripts = Scripts(lua, {operation.script: operation.parts for operation in ALL})
+        parts = {operation.script: operation.parts for operation in ALL}
+        self.scripts = Scripts(lua, parts, partitioned=isinstance(layout, Partitioned))
         #: The engine that runs the scripts.
         self.engine = Engine(client, self.scripts, layout, timeout)
 

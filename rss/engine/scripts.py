@@ -64,18 +64,30 @@ def _table(values: list[str] | list[int] | list[bool]) -> str:
 
 
 class Scripts:
-    """The assembled scripts of a store, by name."""
+    """The assembled scripts of a store, by name.
 
-    def __init__(self, schema: str, parts: Mapping[str, Iterable[str]]) -> None:
+    *partitioned*: whether a partition may move between the masters of a cluster. If so, each script has a second
+    version, whose name is that of `asked_name`. It runs on the master to which the slot moves.
+    """
+
+    def __init__(self, schema: str, parts: Mapping[str, Iterable[str]], *, partitioned: bool = False) -> None:
         #: The texts of the scripts.
-        self.sources = {
-            name: "".join([schema, read("_store"), *(read(f"_{part}") for part in PARTS if part in wanted), read(name)])
-            for name, wanted in parts.items()
-        }
+        self.sources = dict[str, str]()
+        for name, wanted in parts.items():
+            shared = [read(f"_{part}") for part in PARTS if part in wanted]
+            text = "".join([read("_store"), *shared, read(name)])
+            self.sources[name] = f"{schema}local partitioned, asked = {_lua(partitioned)}, false\n{text}"
+            if partitioned:
+                self.sources[asked_name(name)] = f"{schema}local partitioned, asked = true, true\n{text}"
         #: The SHA-1 digests of the scripts, in hexadecimal.
         self.shas = {name: sha(source) for name, source in self.sources.items()}
         #: The commands that load all scripts. Each reply is a digest.
         self.load = b"".join(pack("SCRIPT", "LOAD", source) for source in self.sources.values())
+
+
+def asked_name(name: str) -> str:
+    """Return the name of the version of a script for the master to which a slot moves."""
+    return f"{name}, asked"
 
 
 def sha(source: str) -> str:

@@ -43,7 +43,7 @@ async def test_refusals_are_remembered_while_a_batch_is_in_flight() -> None:
     waiting.put(_KIND, call)
     now = 0.0
     for refusals in range(1, 6):
-        (batch,) = waiting.take(1, now)
+        (batch,) = waiting.take(1, now, {})
         waiting.expire(now, None)
         queue = waiting.put_back(batch)
         queue.hold(redis.exceptions.ResponseError("BUSY"), now)

@@ -1,0 +1,240 @@
+"""A Redis Cluster: which master has each partition, and where calls go that a master refuses.
+
+A call goes to the master that has its partition according to the last topology. A master that does not have the slot
+refuses the call, and names another one. So only the first calls wait for the topology.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
+
+import redis.exceptions
+from redis.asyncio import RedisCluster
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+
+from rss.engine.coalesce import Batch, Queue, asking
+from rss.engine.failures import DEMOTED, LATER, code_of, with_cause
+from rss.engine.lane import Lane, Node
+from rss.engine.scripts import Scripts
+from rss.engine.servers import ask, check_partitions, connected
+from rss.errors import StoreUnavailable
+from rss.keys import Layout, Partitioned, slot
+
+_Address = tuple[str, int]
+
+# Seconds for one server to report the topology. Other servers can report it too.
+_PATIENCE: Final = 0.5
+# Seconds between two looks at the topology: at least, and at most while nothing changes.
+_PAUSE: Final = 0.1
+_LONG_PAUSE: Final = 1.0
+# Seconds for which the calls of a moving partition are sent one by one.
+_SPLIT: Final = 1.0
+# The codes of a server that may not be the master of the slot for long.
+_TROUBLE: Final = DEMOTED | {"CLUSTERDOWN", "LOADING"}
+# The options of a client that its connections do not take, or that are the business of its own pool.
+_NOT_OURS: Final = (
+    "connection_class",
+    "response_callbacks",
+    "max_connections",
+    "oss_cluster_maint_notifications_handler",
+)
+
+
+class Cluster:
+    """The masters of a Redis Cluster, for one event loop.
+
+    Only the configuration of the client is used. So the client may drop its connections without effect on the store.
+    """
+
+    def __init__(self, client: RedisCluster, scripts: Scripts, layout: Layout, timeout: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        #: Partitions whose slots move, and the loop's time until which each call of them is a batch of its own.
+        self.split: dict[int, float] = {}
+        self._client = client
+        self._scripts = scripts
+        self._layout = cast("Partitioned", layout)
+        self._timeout = timeout
+        self._slots = self._layout.slots
+        self._nodes: dict[_Address, Node] = {}
+        self._seeds = [(seed.host, int(seed.port)) for seed in client.nodes_manager.startup_nodes.values()]
+        self._known: list[_Address] = []  # The masters and replicas of the last topology. Empty: none was seen yet.
+        self._lock = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
+        self._doubts = set[Node]()
+        self._pause = _PAUSE
+        #: The master of each partition. Before the first look at the topology: the first seed.
+        self.owners = [self._node(self._seeds[0])] * layout.partitions
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """All servers that were used and may still have calls."""
+        return list(self._nodes.values())
+
+    # The topology.
+
+    async def ready(self) -> None:
+        """Wait until the topology is known, and the number of partitions is checked.
+
+        Raises `SessionError` if the keys have another number of partitions, and the errors of redis-py.
+        """
+        if not self._known:
+            async with self._lock:
+                if not self._known:
+                    await self._look()
+
+    def doubt(self, node: Node) -> None:
+        """Look at the topology soon: a server does not answer, does not work, or does not have a partition."""
+        self._doubts.add(node)
+        if self._looking is None and self._known:
+            self._looking = asyncio.Task(self._look_soon(), loop=self.loop, context=contextvars.Context())
+            self._looking.add_done_callback(self._looked, context=contextvars.Context())
+
+    async def _look_soon(self) -> None:
+        await asyncio.sleep(self._pause)
+        before = list(self.owners)
+        with contextlib.suppress(redis.exceptions.RedisError, OSError):
+            await self._look()
+        self._pause = _PAUSE if self.owners != before else min(self._pause * 2, _LONG_PAUSE)
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        self._looking = None
+        if not task.cancelled():
+            task.exception()
+
+    async def _look(self) -> None:
+        """Ask a server for the topology, and move the waiting calls to the masters of their partitions."""
+        doubts, self._doubts = self._doubts, set()
+        error: Exception = redis.exceptions.ConnectionError("no server of the cluster is known")
+        for address in self._candidates(doubts):
+            node = self._node(address)
+            try:
+                async with asyncio.timeout(_PATIENCE), connected(node.make_connection) as connection:
+                    ranges = await ask(connection, "CLUSTER", "SLOTS")
+            except (redis.exceptions.RedisError, OSError) as failure:
+                error = failure
+                continue
+            if ranges:
+                await self._adopt(address[0], ranges)
+                return
+        raise error
+
+    def _candidates(self, doubts: set[Node]) -> Iterator[_Address]:
+        """Iterate over the addresses of the servers that may report the topology, the most promising first."""
+        addresses = dict.fromkeys([*random.sample(self._known, len(self._known)), *self._seeds])
+        doubtful = {address for address, node in self._nodes.items() if node in doubts}
+        yield from sorted(addresses, key=doubtful.__contains__)
+
+    async def _adopt(self, host: str, ranges: list[Any]) -> None:
+        """Note a topology that the server at *host* reports. A partition without a master in it keeps its last one."""
+        masters: dict[range, _Address] = {}
+        known: list[_Address] = []
+        for first, last, *servers in ranges:
+            addresses = [self._remap(name.decode() or host if name else host, port) for name, port, *_ in servers]
+            masters[range(first, last + 1)] = addresses[0]
+            known += addresses
+        if not self._known:
+            await self._check(masters)
+        self._known = list(dict.fromkeys(known))
+        for partition, number in enumerate(self._slots):
+            for slots, address in masters.items():
+                if number in slots:
+                    self.owners[partition] = self._node(address)
+        self._move_calls()
+        self._forget()
+
+    async def _check(self, masters: dict[range, _Address]) -> None:
+        """Check the number of partitions, on the master that has the meta key."""
+        number = slot(self._layout.meta)
+        for slots, address in masters.items():
+            if number in slots:
+                async with connected(self._node(address).make_connection) as connection:
+                    await check_partitions(connection, self._layout)
+                return
+        raise redis.exceptions.ClusterDownError("CLUSTERDOWN a slot has no master")
+
+    def _move_calls(self) -> None:
+        """Move the waiting calls to the masters of their partitions."""
+        for node in self.nodes:
+            gone = {partition for partition, owner in enumerate(self.owners) if owner is not node}
+            for number, lane in enumerate(node.lanes):
+                for batch in lane.release(gone):
+                    self.owners[batch.queue.kind[1]].lanes[number].accept(batch)
+
+    def _forget(self) -> None:
+        """Close the connections to servers that have left the cluster, and have no call."""
+        for address, node in list(self._nodes.items()):
+            if address not in self._known and node not in self.owners and not any(any(lane) for lane in node.lanes):
+                del self._nodes[address]
+                node.close()
+
+    def _remap(self, host: str, port: int) -> _Address:
+        return self._client.nodes_manager.remap_host_port(host, int(port))
+
+    def _node(self, address: _Address) -> Node:
+        node = self._nodes.get(address)
+        if node is None:
+            options = dict(self._client.get_connection_kwargs())
+            kind = cast("type[AbstractConnection]", options["connection_class"])
+            for name in _NOT_OURS:
+                options.pop(name, None)
+            options.update(host=address[0], port=address[1], socket_timeout=None)
+            pool = ConnectionPool(connection_class=kind, **options)
+            node = Node(pool.make_connection, self._scripts, self._layout, self._timeout, self)
+            self._nodes[address] = node
+        return node
+
+    # Refused calls.
+
+    def redirect(self, lane: Lane, batch: Batch, error: Exception) -> bool:
+        """Put the calls of a batch that a server refused where they belong. Return False if they stay in their lane."""
+        code, (operation, partition, shared) = code_of(error), batch.queue.kind
+        if code == "MOVED":
+            self.owners[partition] = self._named(error, lane.node)
+            self.doubt(lane.node)
+            self._return(lane, batch, error)
+        elif code == "ASK" and len(batch.calls) == 1 and not operation.on_owner:
+            asked = Batch(Queue((asking(operation), partition, shared)), batch.calls)
+            self._named(error, lane.node).lanes[lane.number].accept(asked)
+        elif code == "ASK" or code in ("TRYAGAIN", LATER):
+            self._wait(lane, batch, error)
+        else:
+            if code not in _TROUBLE:
+                return False
+            self.doubt(lane.node)
+            if not operation.on_owner:
+                return False
+            self._return(lane, batch, error)
+        return True
+
+    def _wait(self, lane: Lane, batch: Batch, error: Exception) -> None:
+        """Send the calls of a moving partition again, one by one. A call that was alone waits for the move.
+
+        A batch needs keys of both masters, where one session may need only those of one. A batch never follows ASK,
+        because Redis 6.2 also answers ASK if it still has some of the keys. Under ASKING, these would seem absent.
+        """
+        operation, partition, _ = batch.queue.kind
+        # Only this error may come after a write. The scripts raise LATER themselves, before they write.
+        if code_of(error) == LATER and not str(error).startswith(LATER) and not operation.repeatable:
+            for call in batch.calls:
+                call.fail(with_cause(StoreUnavailable("the slot moved: it is not known what was done"), error))
+            return
+        self.split[partition] = self.loop.time() + _SPLIT
+        if len(batch.calls) > 1:
+            lane.accept(batch)
+        else:
+            self._return(lane, batch, error)
+
+    def _return(self, lane: Lane, batch: Batch, error: Exception) -> None:
+        """Put the calls of a batch into the lane of their master."""
+        operation, partition, shared = batch.queue.kind
+        plain = Batch(Queue((operation.on_owner or operation, partition, shared)), batch.calls)
+        self.owners[partition].lanes[lane.number].accept(plain, error)
+
+    def _named(self, error: Exception, node: Node) -> Node:
+        """Return the server that an error of *node* names: "MOVED 42 127.0.0.1:7001". No host means the same host."""
+        host, _, port = str(error).split()[2].rpartition(":")
+        own = next(address for address, other in self._nodes.items() if other is node)
+        return self._node(self._remap(host or own[0], int(port)))
