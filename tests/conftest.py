@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import settings
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from rss import SessionStore
 from rss.engine import lane, scripts
+from tests.clusters import cluster
 from tests.keyspace import Keyspace
 from tests.secrecy import Secrecy
 from tests.servers import own_server
@@ -155,21 +156,37 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(SECRECY_REPORT.format(**config.stash[SECRECY]))
 
 
+@pytest.fixture(scope="session", name="cluster_url")
+def _cluster_url() -> Iterator[str]:
+    """A cluster of three masters, for tests that leave it as it is."""
+    with cluster(3) as made:
+        yield made.url
+
+
 @pytest.fixture(name="client")
-async def _client(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Redis]:
-    """The client that the store gets; a test may be parametrized with options for it."""
-    async with Redis.from_url(redis_url, **getattr(request, "param", {})) as client:
-        yield client
+async def _client(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Redis | RedisCluster]:
+    """The client that the store gets; a test may be parametrized with options for it, or with "cluster"."""
+    options = getattr(request, "param", {})
+    if options == "cluster":
+        async with RedisCluster.from_url(request.getfixturevalue("cluster_url")) as client:
+            yield client
+    else:
+        async with Redis.from_url(redis_url, **options) as client:
+            yield client
 
 
 @pytest.fixture(name="keyspace")
 async def _keyspace(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Keyspace]:
     """All keys of this test, under its own prefix; they are removed at its end.
 
-    A test may be parametrized with the number of partitions.
+    A test may be parametrized with the number of partitions, or with "cluster".
     """
-    async with Redis.from_url(redis_url, decode_responses=True) as client:
-        keyspace = Keyspace(client, f"test-{secrets.token_hex(8)}", getattr(request, "param", None))
+    partitions, url = getattr(request, "param", None), redis_url
+    client: Any = Redis
+    if partitions == "cluster":
+        partitions, url, client = 64, request.getfixturevalue("cluster_url"), RedisCluster
+    async with client.from_url(url, decode_responses=True) as connected:
+        keyspace = Keyspace(connected, f"test-{secrets.token_hex(8)}", partitions)
         yield keyspace
         await keyspace.clear()
 

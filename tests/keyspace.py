@@ -199,4 +199,5 @@ class Keyspace:
 
     async def clear(self) -> None:
         """Remove all keys."""
-        await self.client.unlink(self._meta, *await self.keys())
+        for key in [self._meta, *await self.keys()]:  # One by one: in a cluster they are in several slots.
+            await self.client.unlink(key)

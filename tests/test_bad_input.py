@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import redis
 from redis.asyncio import Redis
-from redis.asyncio.cluster import RedisCluster
 
 from rss import Reference, SessionStore, TextCodec
 from tests.keyspace import Keyspace
@@ -394,11 +393,9 @@ def test_a_bad_option_is_refused(client: Redis, case: str) -> None:
 
 
 def test_a_client_of_another_kind_is_refused() -> None:
-    """A blocking client is refused, and so is a client for a cluster, whose slots no script can span."""
+    """A blocking client is refused."""
     with redis.Redis() as blocking, pytest.raises(TypeError, match="must be a redis.asyncio.Redis"):
         SessionStore(blocking)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="not RedisCluster"):
-        SessionStore(RedisCluster(host="127.0.0.1"))  # type: ignore[arg-type]
 
 
 def test_a_client_of_another_encoding_is_refused() -> None:

@@ -49,7 +49,7 @@ async def test_refusals_are_remembered_while_a_batch_is_in_flight() -> None:
         queue.hold(redis.exceptions.ResponseError("BUSY"), now)
         assert queue.refusals == refusals
         now = queue.held_until
-    (batch,) = waiting.take(1, now)
+    (batch,) = waiting.take(1, now, {})
     batch.calls[0].cancel()
     waiting.expire(now + 10, None)
     assert not [*waiting]
