@@ -50,10 +50,10 @@ class StoreOptions(TypedDict, total=False):
 
 
 class SessionStore(Generic[S]):
-    """Sessions in one Redis, or in one Redis behind Sentinels.
+    """Sessions in one Redis, in one Redis behind Sentinels, or in a Redis Cluster.
 
-    *client*: a `redis.asyncio.Redis`. The store makes its own connections with the settings of the client. It takes
-    none from the pool of the client, and does not close the client.
+    *client*: a `redis.asyncio.Redis` or `RedisCluster`. The store makes its own connections with the settings of the
+    client. It takes none from the pool of the client, and does not close the client.
     *references*: the indexed fields. A mapping gives each of them a `Reference` with options.
     *prefix*: the beginning of every key, without braces. No other data may have keys that begin with it.
     *max_age*: the lifetime of a session without a write. A call can give a session its own *max_age*, which then
@@ -61,8 +61,8 @@ class SessionStore(Generic[S]):
     *max_lifetime*: the maximum lifetime from the creation of a session, regardless of renewals. None: no maximum.
     *id_bytes*: the number of random bytes in an id, 16 to 256.
     *partitions*: the number of partitions, 1 to 4,096, for a store that may move to a Redis Cluster. All keys of a
-    session are in one partition, and a partition is in one slot of a cluster. The number can never change. None: the
-    store has no partitions, and its keys are not those of a cluster.
+    session are in one partition, and a partition is in one slot of a cluster. The number can never change. None: 64 on
+    a Redis Cluster. Elsewhere, the store has no partitions, and its keys are not those of a cluster.
     *codec*: encodes and decodes values. Values of references use `JSONCodec`, or `TextCodec` if *codec* is one.
     *timeout*: the deadline of each operation. In an operation on a reference, each page has its own.
 
@@ -121,9 +121,18 @@ class SessionStore(Generic[S]):
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:
-        """Return a store with its own client, which `aclose` closes. The URL is redis://, rediss:// or unix://."""
+        """Return a store with its own client, which `aclose` closes.
+
+        The URL is redis://, rediss:// or unix://. For a Redis Cluster it is redis+cluster:// or rediss+cluster://, with
+        the address of any of its servers.
+        """
         # Every call has a deadline, so the client needs no socket timeout and no retries.
-        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
+        scheme, cluster, rest = url.partition("+cluster://")
+        client: Redis | RedisCluster
+        if cluster:
+            client = RedisCluster.from_url(f"{scheme}://{rest}")
+        else:
+            client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
         store = cls(client, **options)
         store._owned = client
         return store

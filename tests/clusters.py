@@ -184,6 +184,9 @@ class Cluster:
         for server in (target, source, *(one for one in self.servers if one.alive and one not in (source, target))):
             with suppress(redis.exceptions.RedisError):  # A replica hears of it from its master.
                 server("CLUSTER", "SETSLOT", slot, "NODE", target.id)
+        # The target has a new epoch. If another server took the same one, they would disagree on who has the slot.
+        epoch = int(target.info("cluster")["cluster_current_epoch"])
+        self.wait(lambda server: int(server.info("cluster")["cluster_current_epoch"]) >= epoch)
 
     def migrate(self, slot: int, target: Server) -> None:
         """Move a slot key by key, as redis-cli does."""

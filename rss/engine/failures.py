@@ -26,8 +26,8 @@ _PASSING: Final = {
     "RSSLATER",
 }  # fmt: skip
 _LASTING: Final = {"OOM", "MISCONF", "AUTH"}
-#: The slot of a partition is on another master of a cluster, or moves to it.
-_REDIRECTED: Final = {"MOVED", "ASK"}
+#: The server is a node of a cluster, and the slot is on another one, or moves to it. CROSSSLOT: there are several slots.
+_REDIRECTED: Final = {"MOVED", "ASK", "CROSSSLOT"}
 #: The code of a script that needs a key which a moving slot may have on the other master.
 LATER: Final = "RSSLATER"
 #: The server is not the master. A new connection may reach the master.

@@ -1,0 +1,269 @@
+"""The store on a Redis Cluster whose slots move, and whose servers stop."""
+
+import asyncio
+import random
+import secrets
+import signal
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis, RedisCluster
+
+from rss import PartlyDone, Reference, SessionEnded, SessionError, SessionStore, StoreUnavailable
+from rss.keys import Partitioned
+from tests.clusters import Cluster, cluster
+from tests.keyspace import Keyspace
+from tests.servers import free_port, own_server
+
+PARTITIONS = 16
+
+
+@pytest.fixture(scope="module", name="servers")
+def _servers() -> Iterator[Cluster]:
+    """A cluster of three masters, whose slots may move. Without one of them, the others go on."""
+    with cluster(3) as made:
+        for server in made.servers:
+            server("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        yield made
+
+
+@pytest.fixture(name="keyspace")
+async def _keyspace(servers: Cluster) -> AsyncIterator[Keyspace]:
+    """All keys of this test, in all servers."""
+    client: Any = RedisCluster.from_url(servers.url, decode_responses=True)
+    async with client:
+        keyspace = Keyspace(client, f"test-{secrets.token_hex(8)}", PARTITIONS)
+        yield keyspace
+        await keyspace.clear()
+
+
+@pytest.fixture(name="layout")
+def _layout(keyspace: Keyspace) -> Partitioned:
+    return Partitioned(keyspace.prefix, 24, PARTITIONS)
+
+
+@pytest.fixture(name="store", params=["lax", "strict"])
+async def _store(servers: Cluster, keyspace: Keyspace, request: pytest.FixtureRequest) -> AsyncIterator[SessionStore]:
+    """A store with a client of its own."""
+    references = {"user_id": Reference(), "ip": Reference(strict=request.param == "strict")}
+    url = servers.url.replace("redis", "redis+cluster", 1)
+    options: dict[str, Any] = {"prefix": keyspace.prefix, "partitions": PARTITIONS, "timeout": 20}
+    async with SessionStore.from_url(url, references=references, **options) as store:
+        yield store
+
+
+async def move_some(servers: Cluster, slot: int, count: int) -> Any:
+    """Let a slot begin to move and move some of its keys. Return the server to which it moves."""
+    target = next(server for server in servers.servers if server is not servers.owner(slot))
+    await asyncio.to_thread(servers.begin_migration, slot, target)
+    await asyncio.to_thread(servers.move_keys, slot, target, count)
+    return target
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+async def test_a_slot_that_is_half_moved(
+    store: SessionStore, servers: Cluster, keyspace: Keyspace, layout: Partitioned, part: int
+) -> None:
+    """Each operation is right or waits until the slot has moved. Afterwards, the keyspace is as it would be without."""
+    slot, rnd = layout.slots[3], random.Random(part)
+    ids = [layout.mint(3) for _ in range(40)]
+    for n, session_id in enumerate(ids):
+        await store.set(session_id, {"user_id": n % 4, "ip": f"{n % 3}", "n": 0})
+    before = await keyspace.dump()
+    keys = len(before)
+    target = await move_some(servers, slot, keys * (part + 1) // 4)
+
+    ended, moved, rotated = ids[:6], ids[6:12], ids[12:18]
+
+    async def use_one_key() -> None:
+        for session_id in ids[18:]:
+            assert (await store.get(session_id))["id"] == session_id
+            assert await store.increment(session_id, "n", 7) == 7
+        for session_id in ended:
+            assert await store.delete(session_id, reason="test")
+            assert await store.get(session_id) == {}
+            with pytest.raises(SessionEnded):
+                await store.set(session_id, {"x": 1})
+
+    # These wait for nothing, unless a strict reference makes them look at a set.
+    first = asyncio.ensure_future(use_one_key())
+    if not store.fields.references["ip"].strict:
+        await first
+    new = [layout.mint(3) for _ in range(6)]
+    changes: list[Coroutine[Any, Any, Any]] = [
+        *(store.set(session_id, {"ip": "other", "user_id": [1, 9]}) for session_id in moved),
+        *(store.rotate(session_id, {"n": 1}) for session_id in rotated),
+        *(store.touch(session_id, "60 days") for session_id in ids[18:24]),
+        *(store.unset(session_id, ["ip"]) for session_id in ids[24:30]),
+        *(store.set(session_id, {"user_id": 2, "ip": "0"}) for session_id in new),
+        store.ids_by("user_id", 3),
+        store.count_by("user_id", 3),
+    ]
+    rnd.shuffle(changes)
+    waiting = [asyncio.ensure_future(change) for change in changes]
+    await asyncio.wait(waiting, timeout=0.3)
+    await asyncio.to_thread(servers.end_migration, slot, target)
+    await asyncio.gather(first, *waiting)
+
+    live = [*ids[6:12], *ids[18:], *new]
+    users: dict[str, set[str]] = {}
+    for session_id in live:
+        session = await store.get(session_id)
+        assert session["id"] == session_id
+        value = session["user_id"]
+        for user in value if isinstance(value, list) else [value]:
+            users.setdefault(str(user), set()).add(session_id)
+    found = {user: set(await store.ids_by("user_id", user)) for user in ("0", "1", "2", "3", "9")}
+    late = {user: ids - users.get(user, set()) for user, ids in found.items()}
+    assert all(users[user] <= found[user] for user in users)
+    assert len(set().union(*late.values())) == len(rotated)
+    dump = await keyspace.dump()
+    for user, there in found.items():
+        assert dump.get(f"user_id:{{{user}}}", set()) == there
+    assert await store.delete_by("user_id", 1) == len(found["1"])
+    for session_id in found["1"]:
+        assert await store.get(session_id) == {}
+
+
+class Visitor:
+    """A task that works on its own sessions, and knows what they hold."""
+
+    def __init__(self, store: SessionStore, number: int) -> None:
+        """Begin without a session."""
+        self.held: dict[str, dict[str, Any]] = {}
+        self._store = store
+        self._number = number
+        self._random = random.Random(number)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until the event."""
+        while not stop.is_set():
+            if len(self.held) < 6:
+                values = {"user_id": self._number, "ip": f"{self._random.randrange(3)}", "n": 0}
+                self.held[await self._store.create(values)] = values
+            steps = [self.get, self.get, self.set, self.rotate, self.find, self.increment]
+            await self._random.choice(steps)(self._random.choice([*self.held]))
+
+    async def get(self, session_id: str) -> None:
+        """Read a session."""
+        assert await self._store.get(session_id) == {"id": session_id, **self.held[session_id]}
+
+    async def set(self, session_id: str) -> None:
+        """Write a session, and move it to another set."""
+        values = {"ip": f"{self._random.randrange(3)}", "x": self._random.random()}
+        await self._store.set(session_id, values, create=False)
+        self.held[session_id].update(values)
+
+    async def rotate(self, session_id: str) -> None:
+        """Give a session a new id."""
+        self.held[await self._store.rotate(session_id)] = self.held.pop(session_id)
+
+    async def find(self, _: str) -> None:
+        """Find the own sessions."""
+        assert sorted(await self._store.ids_by("user_id", self._number)) == sorted(self.held)
+
+    async def increment(self, session_id: str) -> None:
+        """Add to a field."""
+        self.held[session_id]["n"] += 1
+        assert await self._store.increment(session_id, "n") == self.held[session_id]["n"]
+
+
+async def test_slots_move_under_load(store: SessionStore, servers: Cluster, keyspace: Keyspace) -> None:
+    """No error reaches the application, and no acknowledged write is lost, while all slots move and scripts vanish."""
+    stop, visitors = asyncio.Event(), [Visitor(store, number) for number in range(12)]
+    tasks = [asyncio.create_task(visitor.run(stop)) for visitor in visitors]
+    for number, slot in enumerate(Partitioned(keyspace.prefix, 24, PARTITIONS).slots):
+        await asyncio.to_thread(servers.migrate, slot, servers.servers[number % 3])
+        if number % 5 == 0:
+            for server in servers.servers:
+                await asyncio.to_thread(server, "SCRIPT", "FLUSH")
+    stop.set()
+    await asyncio.gather(*tasks)
+    named: dict[str, set[str]] = {}
+    for visitor in visitors:
+        for session_id, values in visitor.held.items():
+            await visitor.get(session_id)
+            for field in ("user_id", "ip"):
+                named.setdefault(f"{field}:{{{values[field]}}}", set()).add(session_id)
+    dump = await keyspace.dump()
+    assert {name: ids for name, ids in dump.items() if isinstance(ids, set)} == named
+
+
+async def test_one_master_does_not_answer(servers: Cluster, keyspace: Keyspace, layout: Partitioned) -> None:
+    """Sessions on the others are served; `delete_by` ends what it reaches, says so, and can be completed later."""
+    client = RedisCluster.from_url(servers.url)
+    store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, partitions=PARTITIONS, timeout=1.5)
+    ids = [layout.mint(partition) for partition in range(PARTITIONS)]
+    async with client, store:
+        for session_id in ids:
+            await store.set(session_id, {"user_id": 1})
+        dead = servers.servers[2]
+        lost = [session_id for session_id, slot in zip(ids, layout.slots, strict=True) if servers.owner(slot) is dead]
+        assert lost
+        dead.signal(signal.SIGSTOP)
+        try:
+            for session_id in ids:
+                if session_id not in lost:
+                    assert await store.get(session_id)
+            with pytest.raises(PartlyDone) as raised:
+                await store.delete_by("user_id", 1)
+            assert (raised.value.ended, raised.value.unfinished) == (len(ids) - len(lost), len(lost))
+            assert str(raised.value) == (
+                f"{len(lost)} of {PARTITIONS} partitions did not answer; {len(ids) - len(lost)} sessions were ended"
+            )
+            with pytest.raises(StoreUnavailable):
+                await store.ids_by("user_id", 1)
+        finally:
+            dead.signal(signal.SIGCONT)
+        while True:
+            try:
+                assert await store.delete_by("user_id", 1) == len(lost)
+            except PartlyDone:
+                continue
+            break
+        assert [await store.get(session_id) for session_id in ids] == [{}] * len(ids)
+
+
+async def test_the_number_of_partitions_is_kept(servers: Cluster, keyspace: Keyspace) -> None:
+    """A store with another number of partitions is refused, and sees no session."""
+    url = servers.url.replace("redis", "redis+cluster", 1)
+    async with SessionStore.from_url(url, prefix=keyspace.prefix, partitions=16) as store:
+        await store.create()
+    other = SessionStore.from_url(url, prefix=keyspace.prefix)
+    with pytest.raises(SessionError, match="in 16 partitions, not in 64"):
+        await other.create()
+    with pytest.raises(SessionError, match="in 16 partitions, not in 64"):
+        async with other:
+            pass
+    assert len(await keyspace.keys()) == 1
+
+
+async def test_a_client_of_one_server_is_not_enough(servers: Cluster, keyspace: Keyspace) -> None:
+    """The error says which client to give to the store."""
+    async with Redis.from_url(servers.url) as client:
+        store = SessionStore(client, prefix=keyspace.prefix)
+        outcomes = await asyncio.gather(*(store.get(f"{n}") for n in range(30)), return_exceptions=True)
+        await store.aclose()
+    errors = {str(outcome) for outcome in outcomes if isinstance(outcome, SessionError)}
+    assert errors == {"this is a node of a Redis Cluster: give the store a RedisCluster"}
+
+
+async def test_a_server_that_is_no_cluster() -> None:
+    """The error comes at once, and its cause is the answer of Redis."""
+    port = free_port()
+    with own_server("--port", str(port)):
+        store = SessionStore.from_url(f"redis+cluster://127.0.0.1:{port}")
+        with pytest.raises(SessionError) as raised:
+            await store.get("a")
+        assert "cluster support disabled" in str(raised.value.__cause__)
+        await store.aclose()
+
+
+@pytest.mark.parametrize("options", [{"limit": 2}, {"identity": True}])
+def test_a_limit_needs_all_sessions_in_one_partition(options: dict[str, Any]) -> None:
+    """So several partitions refuse it; one does not."""
+    client = Redis()
+    SessionStore(client, references={"user_id": Reference(**options)}, partitions=1)
+    with pytest.raises(ValueError, match="cannot have a limit or be the identity in a store with several partitions"):
+        SessionStore(client, references={"user_id": Reference(**options)}, partitions=2)
