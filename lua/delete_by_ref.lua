@@ -11,10 +11,13 @@
     token             the name of this call, the same for all of its pages
     reason            the reason in the tombstones, "deleted"
     block             milliseconds for which to block the value, from the first page on; or "open" for no block
+    required          "required" to end nothing if a session to keep is not alive; otherwise "optional"
     keep              number of ids to keep, then the ids
 
   Returns the cursor of the next page, "0" after the last; the ids that this page left, because its time was spent; and
-  the number of sessions that it ended.
+  the number of sessions that it ended; or, on the first page
+    RSSNOTFOUND       if there is no session with a required id
+    RSSENDED reason   if it was ended
 
   A call that needs several pages gets a round in the fence: the number of such calls so far. A session that joins the
   set is marked with the latest round. A call spares sessions that joined in its round or later, and those to keep. When
@@ -24,8 +27,9 @@ local set, fence, n, cursor = KEYS[1], KEYS[2], tonumber(ARGV[3]), ARGV[4]
 local page, left = tonumber(ARGV[5]), tonumber(ARGV[6])
 arg = 6
 local ids = args(left)
-local token, reason, block, kept = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3]), tonumber(ARGV[arg + 4])
-arg = arg + 4
+local token, reason, block = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3])
+local required, kept = ARGV[arg + 4] == "required", tonumber(ARGV[arg + 5])
+arg = arg + 5
 
 -- Block the value. A longer block stays as it is.
 local function close()
@@ -36,11 +40,14 @@ local function close()
   keep_fence(fence)
 end
 
--- Return the ids to keep. On the first page, include the ids that they lead to. Later pages find marks of both.
+-- Return the ids to keep. On the first page, include the ids that they lead to. Later pages find marks of both. Returns
+-- an error if a required session is not alive.
 local function read_keep(first_page)
   local keep = args(kept)
   for i = 1, first_page and #keep or 0 do
     local session = find(session_key(keep[i]))
+    local refused = required and refusal(session)
+    if refused then return refused end
     if session and session.ttl and session.held[1] ~= keep[i] then keep[#keep + 1] = session.held[1] end
   end
   return keep
@@ -57,6 +64,7 @@ local function delete_by()
   local round, ended, spared = redis.call("HGET", fence, "call:" .. token), 0, {}
   if round == "done" then return { "0", {}, 0 } end
   local keep = read_keep(not round)
+  if keep.err then return keep end
   for _, id in ipairs(keep) do spared[id] = true end
   if round then keep_fence(fence) elseif block then close() end
   round = tonumber(round or nil) or size > page and begin(fence, token, reason, keep)

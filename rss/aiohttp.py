@@ -18,6 +18,9 @@ SESSIONS: Final = web.AppKey("rss_sessions", Sessions[Any])
 SESSION: Final = web.RequestKey("rss_session", Session[Any])
 # All sessions of a request. There are several if a sub-application has sessions of its own.
 _ALL: Final = web.RequestKey("rss_sessions", list[Session[Any]])
+# The same, of a response. A middleware may pass a clone of the request on, while aiohttp prepares the response with the
+# original. So the response needs the sessions, unless the handler itself prepares it.
+_SESSIONS: Final = web.ResponseKey("rss_sessions", list[Session[Any]])
 
 _ERRORS: Final = {
     503: web.HTTPServiceUnavailable,
@@ -85,22 +88,35 @@ async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
     session = request[SESSION] = sessions.create_session(cookies, scheme=request.scheme)
     request[_ALL] = [*outer, session]
     try:
-        return await handler(request)
+        response = await handler(request)
+    except web.HTTPException as error:
+        _add_sessions(error, request)
+        raise
     except Exception as error:
         status = session.status_for(error)
         if session.sent or status is None:
             raise
         _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
         # Raise an error, not return a response: middlewares of the application may render a page for it.
-        raise _ERRORS[status] from error
+        refused = _ERRORS[status]()
+        _add_sessions(refused, request)
+        raise refused from error
+    else:
+        _add_sessions(response, request)
+        return response
     finally:
         if around is not None:
             request[SESSION] = around
 
 
+def _add_sessions(response: web.StreamResponse, request: web.Request) -> None:
+    """Note the sessions of a request for `_add_headers`."""
+    response[_SESSIONS] = [*dict.fromkeys([*response.get(_SESSIONS, ()), *request[_ALL]])]
+
+
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     headers = response.headers
-    for session in request.get(_ALL, ()):
+    for session in response.get(_SESSIONS) or request.get(_ALL, ()):
         vary = ", ".join(headers.getall("Vary", ())) or None
         for name, value in session.take_headers(headers.get("Cache-Control"), vary):
             if name == "Cache-Control":

@@ -57,6 +57,8 @@ class Layout(abc.ABC):
 
     prefix: str
     id_bytes: int
+    #: The number of partitions. All keys of a session are in one of them.
+    partitions: int = 1
 
     #: The characters between field and value in the key of a reference set, and the last characters of every key.
     before_value: ClassVar[str]
@@ -73,11 +75,6 @@ class Layout(abc.ABC):
     def meta(self) -> str:
         """The key of the hash that describes the store. It has no TTL."""
         return f"{self.prefix}:_meta"
-
-    @property
-    @abc.abstractmethod
-    def partitions(self) -> int:
-        """The number of partitions. All keys of a session are in one of them."""
 
     @abc.abstractmethod
     def place(self, session_id: str) -> tuple[str, int]:
@@ -115,10 +112,6 @@ class Plain(Layout):
     before_value: ClassVar[str] = ":{"
     ending: ClassVar[str] = "}"
 
-    @property
-    def partitions(self) -> int:
-        return 1
-
     def place(self, session_id: str) -> tuple[str, int]:
         if session_id.__class__ is str and session_id and session_id.isascii():  # The common case, without a call.
             return f"{self.prefix}:{{{session_id}}}", 0
@@ -140,8 +133,6 @@ class Partitioned(Layout):
     Each partition has a tag of its own. So all keys of a partition are in one slot of a Redis Cluster. The CRC16 of an
     id determines its partition.
     """
-
-    partitions: int
 
     before_value: ClassVar[str] = ":"
     ending: ClassVar[str] = ""

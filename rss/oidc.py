@@ -101,14 +101,6 @@ class BackChannelLogout:
         if self._longest < _LEEWAY:
             raise ValueError("the max_lifetime of the store must be at least three minutes: it remembers used tokens")
         self._keys = _Keys(keys if callable(keys) else lambda: _fetch_keys(issuer, keys))
-        self._rules = jwt.JWTClaimsRegistry(
-            leeway=_LEEWAY,
-            iss={"essential": True, "value": issuer},
-            aud={"essential": True, "value": client_id},
-            iat={"essential": True},
-            exp={"essential": True},
-            jti={"essential": True},
-        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(issuer={self.issuer!r})"
@@ -173,17 +165,30 @@ class BackChannelLogout:
     def _value(self, claim: str) -> str:
         return f"{self.issuer} {claim}"
 
+    def _rules(self) -> jwt.JWTClaimsRegistry:
+        """Return new rules for one token: in joserfc 1.2, they compare with the time at which they were made."""
+        return jwt.JWTClaimsRegistry(
+            leeway=_LEEWAY,
+            iss={"essential": True, "value": self.issuer},
+            aud={"essential": True, "value": self.client_id},
+            iat={"essential": True},
+            exp={"essential": True},
+            jti={"essential": True},
+        )
+
     async def _verified(self, logout_token: str) -> dict[str, Any]:
         """Return the claims of a logout token that keeps all rules of section 2.6 of the standard."""
         try:
             token = await self._decoded(logout_token)
-            self._rules.validate(token.claims)
-        except (JoseError, ValueError, TypeError) as error:
+            self._rules().validate(token.claims)
+        # JSON that is nested too deeply raises RecursionError, which joserfc does not catch.
+        except (JoseError, ValueError, TypeError, RecursionError) as error:
             raise InvalidLogoutToken(_rule_of(error)) from None
         claims = token.claims
         if token.header.get("typ", "JWT").lower().removeprefix("application/") not in ("logout+jwt", "jwt"):
             raise InvalidLogoutToken("its type is another one")
-        if claims["exp"] - time.time() > self._longest:
+        # A subtraction would overflow for a huge int. NaN, which joserfc 1.2 accepts, fails this check too.
+        if not claims["exp"] <= time.time() + self._longest:
             raise InvalidLogoutToken("its exp is too far in the future")
         events = claims.get("events")
         if not isinstance(events, dict) or not isinstance(events.get(_EVENT), dict):
@@ -194,7 +199,7 @@ class BackChannelLogout:
         if not names:
             raise InvalidLogoutToken("it has neither sid nor sub")
         for name in (*names, claims["jti"]):
-            if not isinstance(name, str) or not name or not _MOST >= len(name.encode(errors="replace")) == len(name):
+            if not isinstance(name, str) or not name.isascii() or not 1 <= len(name) <= _MOST:
                 raise InvalidLogoutToken(f"sid, sub and jti must be texts of at most {_MOST} ASCII characters")
         return claims
 

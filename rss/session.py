@@ -451,7 +451,7 @@ class Session(Generic[S]):
 
     async def _rotate(self, values: Mapping[str, Any], gone: tuple[str, ...], age: str) -> None:
         encoded = self._store.fields.encode(values, gone)
-        token = self._mint(encoded, age)
+        token = self._mint(encoded, age, beside=self._id)
         new = self.sessions.id_of(token)
         ttl = await self._write(
             lambda: self._store.operations.rotate(self._id, new, encoded, age), values, rotates=True
@@ -588,15 +588,20 @@ class Session(Generic[S]):
                 self._values.pop(field, None)
             self._values.update(self._store.fields.as_stored(values))
 
-    def _mint(self, encoded: Encoded, age: str) -> str:
+    def _mint(self, encoded: Encoded, age: str, beside: str = "") -> str:
         """Return a new token. A call that repeats one whose outcome is unknown gets the same token.
 
         The scripts recognise its id, and do not write twice.
+
+        *beside*: an id in the partition of the new one. "": any partition.
         """
         self._cookie.check()
-        work = encoded, age
+        work = encoded, age, beside
         if self._next is None or self._next[1] != work:
-            self._next = self._store.create_session_id(), work
+            token = self._store.create_session_id()
+            while beside and not self._store.same_partition(self.sessions.id_of(token), beside):
+                token = self._store.create_session_id()
+            self._next = token, work
         return self._next[0]
 
     # The other sessions of the same identity.
@@ -630,13 +635,21 @@ class Session(Generic[S]):
     async def delete_others(self, *, reason: str = "deleted") -> int:
         """End all other sessions of the same identity, and return how many that were.
 
+        If this session has ended meanwhile, or was rotated, nothing ends: this raises `SessionEnded` or
+        `SessionNotFound`.
+
         Raises RuntimeError if the store has no identity.
         """
         field, value = await self._identity()
         if value is None or self.id is None:
             return 0
-        keep = [self.id]
-        return cast("int", await self._answer(self._store.delete_by(field, value, keep=keep, reason=reason)))
+        ending = self._store.delete_by(field, value, keep=[self.id], keep_required=True, reason=reason)
+        try:
+            return cast("int", await self._answer(ending))
+        except SessionNotFound as error:
+            self._lose(error.reason if isinstance(error, SessionEnded) else None)
+            self.failure = error
+            raise
 
     async def delete_all(self, *, reason: str = "deleted", block: Duration | None = None) -> int:
         """End all sessions of the same identity, this one too, remove the cookie, and return how many that were.

@@ -127,10 +127,9 @@ class SessionStore(Generic[S]):
         the address of any of its servers.
         """
         # Every call has a deadline, so the client needs no socket timeout and no retries.
-        scheme, cluster, rest = url.partition("+cluster://")
         client: Redis | RedisCluster
-        if cluster:
-            client = RedisCluster.from_url(f"{scheme}://{rest}")
+        if isinstance(url, str) and "+cluster://" in url:
+            client = RedisCluster.from_url(url.replace("+cluster", "", 1))
         else:
             client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
         store = cls(client, **options)
@@ -178,6 +177,10 @@ class SessionStore(Generic[S]):
     def create_session_id(self) -> str:
         """Return a new random URL-safe id for `set`. `create` makes its own id."""
         return self._layout.mint()
+
+    def same_partition(self, session_id: str, other_id: str) -> bool:
+        """Return whether two ids are in the same partition. A session keeps its partition when its id is rotated."""
+        return self._layout.place(session_id)[1] == self._layout.place(other_id)[1]
 
     def get_session_key(self, session_id: str) -> str:
         """Return the key of a session's hash."""
@@ -366,6 +369,7 @@ class SessionStore(Generic[S]):
         value: str | int,
         *,
         keep: Iterable[str] = (),
+        keep_required: bool = False,
         reason: str = "deleted",
         block: Duration | None = None,
     ) -> int:
@@ -373,6 +377,9 @@ class SessionStore(Generic[S]):
 
         *keep*: the ids of sessions to keep, at most 1,000. The old id of a session that was rotated with grace counts
         too.
+        *keep_required*: if a session to keep is not alive, end nothing and raise `SessionEnded` or `SessionNotFound`.
+        So "sign out everywhere else" does not end a session that has just got a new id. In a store with several
+        partitions, this holds for the partition of that session only.
         *reason*: a short word that `ended` returns for five minutes.
         *block*: block the value for this time: a session that would join it raises `Blocked`. So a login that checked
         the old password just before a password reset cannot succeed after it. A longer existing block stays.
@@ -395,7 +402,13 @@ class SessionStore(Generic[S]):
 
         with self.operations.several():
             return await self._by_reference.delete(
-                field, value, token=self._layout.mint(), reason=why, block=blocked_for, keep=spared
+                field,
+                value,
+                token=self._layout.mint(),
+                reason=why,
+                block=blocked_for,
+                keep=spared,
+                required=keep_required,
             )
 
     async def block(self, field: str, value: str | int, duration: Duration, *, reason: str = "blocked") -> int:

@@ -57,6 +57,7 @@ def places(schema: str, operation: Operation) -> list[Place]:
     """Return where each line of an assembled script comes from."""
     names = ["_store", *(f"_{part}" for part in scripts.PARTS if part in operation.parts), operation.script]
     lines = [("schema", n) for n, _ in enumerate(schema.splitlines(), 1)]
+    lines.append(("schema", len(lines) + 1))  # `Scripts` appends a line for partitions.
     for name in names:
         lines += [(f"lua/{name}.lua", n) for n, _ in enumerate(scripts.read(name).splitlines(), 1)]
     return lines

@@ -180,6 +180,10 @@ BAD: dict[str, dict[str, Row]] = {
             "max_age must be a number and a unit",
         ),
     },
+    "same_partition": {
+        **_rows("session_id", IDS, lambda s, x: s.same_partition(x, "a")),
+        **_rows("other_id", IDS, lambda s, x: s.same_partition("a", x)),
+    },
     "get_session_key": _rows("session_id", IDS, lambda s, x: s.get_session_key(x)),
     "get_reference_keys": {
         **_rows("field", REFERENCE, lambda s, x: s.get_reference_keys(x, 1)),
@@ -343,7 +347,7 @@ def test_every_argument_has_rows() -> None:
             continue
         arguments = set(inspect.signature(getattr(SessionStore, method)).parameters) - {"self"}
         told = {name.partition(":")[0].partition(",")[0] for name in BAD.get(method, ())}
-        assert told == arguments - {"create", "exact"}, method
+        assert told == arguments - {"create", "exact", "keep_required"}, method
 
 
 @pytest.mark.parametrize("values", [range(1000), range(1, 1001)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
-from rss import PartlyDone, Reference, SessionEnded, SessionError, SessionStore, StoreUnavailable
+from rss import PartlyDone, Reference, SessionEnded, SessionError, Sessions, SessionStore, StoreUnavailable
 from rss.keys import Partitioned
 from tests.clusters import Cluster, cluster
 from tests.keyspace import Keyspace
@@ -223,6 +223,23 @@ async def test_one_master_does_not_answer(servers: Cluster, keyspace: Keyspace, 
                 continue
             break
         assert [await store.get(session_id) for session_id in ids] == [{}] * len(ids)
+
+
+async def test_the_sessions_of_a_web_application(store: SessionStore) -> None:
+    """A session keeps its partition when a login gives it a new id, with ids that are hashes and with others."""
+    for hash_ids in (True, False):
+        sessions = Sessions(store, hash_ids=hash_ids)
+        session = sessions.create_session()
+        await session.set({"cart": [1]})
+        for number in range(5):
+            before = str(session.id)
+            await session.rotate({"user_id": number})
+            assert store.same_partition(before, str(session.id))
+            assert await store.ids_by("user_id", number) == [session.id]
+            assert await store.ended(before) == "rotated"
+        assert (await session.get())["cart"] == [1]
+        assert await session.delete()
+        assert await store.count_by("user_id", 4) == 0
 
 
 async def test_the_number_of_partitions_is_kept(servers: Cluster, keyspace: Keyspace) -> None:

@@ -213,7 +213,7 @@ async def test_a_fence_stays_small_after_a_caller_died(store: SessionStore, keys
     fence = f"{keyspace.prefix}:_fence:user_id:{{1}}"
     await _crowd(store, 300)
     page = await store.operations.delete_by(
-        "user_id", 1, operations.Position(), token="died", reason="deleted", block="3600000", keep=()
+        "user_id", 1, operations.Position(), token="died", reason="deleted", block="3600000", keep=(), required=False
     )
     assert page.position != operations.Position()
     assert await keyspace.client.hget(fence, "open") == " 1"

@@ -18,25 +18,34 @@ from tests.keyspace import Keyspace
 README = (ROOT / "README.md").read_text()
 STORE = (ROOT / "rss" / "guides" / "store.md").read_text()
 FRAMEWORKS = (ROOT / "rss" / "guides" / "frameworks.md").read_text()
+CLUSTER = "redis+cluster://127.0.0.1:7000"
 OTHERS = (".github/SECURITY.md", ".github/CONTRIBUTING.md", "lua/README.md", "rss/demo/README.md", "tests/README.md")
 ALL = [*DOCUMENTS, *(ROOT / name for name in OTHERS)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 async def test_the_examples_run(
-    document: Path, client: Redis, redis_url: str, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+    document: Path, client: Redis, keyspace: Keyspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The examples of a document run unchanged, in order, under another prefix. Files have tests of their own."""
+    """The examples of a document run in order. Only the prefix, and the URL of a cluster, are replaced.
+
+    Files have tests of their own.
+    """
     defaults = SessionStore.__init__.__kwdefaults__
     assert defaults
     monkeypatch.setitem(defaults, "prefix", keyspace.prefix)
     store = SessionStore(client, references=["user_id", "ip"])
+    redis_url = request.getfixturevalue("redis_url")
     names: dict[str, Any] = {"url": redis_url, "client": client, "SessionEnded": SessionEnded}
     for example in examples(document):
         if example.file or example.source.startswith("# migration"):
             continue
         names["store"] = store
-        code = compile(example.source, str(example), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        source = example.source
+        if CLUSTER in source:
+            url = request.getfixturevalue("cluster_url")
+            source = source.replace(CLUSTER, url.replace("redis", "redis+cluster", 1))
+        code = compile(source, str(example), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         result = eval(code, names)
         if inspect.iscoroutine(result):
             await result
@@ -46,7 +55,7 @@ async def test_the_examples_run(
 
 def test_there_are_examples() -> None:
     """Each document has the expected number of examples, so the test above is not empty."""
-    assert [len(examples(document)) for document in DOCUMENTS] == [2, 7, 1, 1, 2, 5, 5, 0]
+    assert [len(examples(document)) for document in DOCUMENTS] == [2, 1, 7, 1, 1, 2, 5, 5, 0]
 
 
 async def test_the_keys_are_as_the_table_says(store: SessionStore, keyspace: Keyspace) -> None:

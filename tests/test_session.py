@@ -4,9 +4,11 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import pickle
 import re
 from collections.abc import Awaitable, Callable
 from http.cookies import SimpleCookie
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +123,40 @@ async def test_what_is_read_may_be_changed(sessions: Sessions) -> None:
     assert (await session.get())["cart"] == ["book", "towel"]
 
 
+class _Pickled:
+    """A codec that stores every value of Python."""
+
+    def encode(self, field: str, value: Any, /) -> bytes:
+        del field
+        return pickle.dumps(value)
+
+    def decode(self, field: str, data: bytes, /) -> Any:
+        del field
+        return pickle.loads(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        ({1}, lambda held: held.add(2)),
+        (bytearray(b"a"), lambda held: held.extend(b"b")),
+        (SimpleNamespace(n=1), lambda held: setattr(held, "n", 2)),
+    ],
+    ids=["set", "bytearray", "class"],
+)
+async def test_what_a_codec_decodes_may_be_changed(
+    client: Redis, keyspace: Keyspace, value: Any, change: Callable[[Any], object]
+) -> None:
+    """A later change to a value that was read is not read, whatever type the codec decodes."""
+    sessions = Sessions(SessionStore(client, prefix=keyspace.prefix, codec=_Pickled()))
+    session = request(sessions, await signed_in(sessions, {"held": value}))
+    for read in (session.get, session.peek, session.get):
+        held = (await read())["held"]
+        assert held == value
+        assert type(held) is type(value)
+        change(held)
+
+
 async def test_reading_renews_when_it_is_due(sessions: Sessions, keyspace: Keyspace) -> None:
     """A read renews a session whose last renewal was over a minute ago, and sets no cookie."""
     token = await signed_in(sessions)
@@ -143,6 +179,18 @@ async def test_reading_does_not_renew_without_rolling(store: SessionStore, keysp
     await session.get()
     assert session.take_cookies() == []
     assert await keyspace.ttl(f"{{{id_of(token)}}}") <= 27 * DAY
+
+
+@pytest.mark.parametrize("rolling", [0.001, None])
+async def test_peek_does_not_renew(store: SessionStore, keyspace: Keyspace, rolling: float | None) -> None:
+    """`peek` does not renew the session. The next `get` does, unless `rolling` is None."""
+    sessions = Sessions(store, rolling=rolling)
+    token = await signed_in(sessions)
+    await keyspace.shorten(60_000)
+    session = request(sessions, token)
+    for read, renews in ((session.peek, False), (session.peek, False), (session.get, rolling is not None)):
+        assert (await read())["user_id"] == 1
+        assert (await keyspace.ttl(f"{{{id_of(token)}}}") > 28 * DAY - 60_000) == renews
 
 
 async def test_a_short_session_is_not_made_longer_by_reading(sessions: Sessions, keyspace: Keyspace) -> None:
@@ -772,6 +820,21 @@ async def test_replace_is_one_script(watched_url: str) -> None:
         assert await sessions.store.get(id_of(token)) == {"id": id_of(token), "user_id": 2, "n": 2}
         assert await sessions.store.ids_by("role", "admin") == []
         assert await sessions.store.ids_by("user_id", 2) == [id_of(token)]
+        await client.flushdb()
+
+
+@pytest.mark.parametrize("identity", [True, False])
+async def test_taking_out_the_last_field_is_one_script(watched_url: str, *, identity: bool) -> None:
+    """`replace` takes out the last field of an anonymous session, and so ends the session, in one script."""
+    async with Redis.from_url(watched_url) as client:
+        sessions = Sessions(SessionStore(client, references={"user_id": Reference(identity=identity)}))
+        token = await signed_in(sessions, {"n": 1})
+        session = request(sessions, token)
+        await session.get()
+        before = await scripts_run(client)
+        assert await session.replace({"n": 1}, {})
+        assert await scripts_run(client) == before + 1
+        assert await sessions.store.ended(id_of(token)) == "deleted"
         await client.flushdb()
 
 

@@ -162,6 +162,19 @@ async def test_a_login_makes_a_session_if_the_old_one_is_gone(
     assert len(await sessions.store.ids_by("user_id", 7)) == (2 if reason == "rotated" else 1)
 
 
+async def test_a_login_that_is_sent_twice_makes_two_sessions(sessions: Sessions) -> None:
+    """A login that is sent twice succeeds twice, also if the user was signed in before and both were read."""
+    token = await begin(sessions, user_id=7)
+    one, other = request(sessions, token), request(sessions, token)
+    await other.get()
+    found = set()
+    for session in (one, other):
+        await session.rotate({"user_id": 7})
+        found.add(id_of(token_in(session.take_cookies())))
+    assert len(found) == 2
+    assert set(await sessions.store.ids_by("user_id", 7)) == found
+
+
 WRITES: dict[str, Callable[[Session], Awaitable[object]]] = {
     "set": lambda session: session.set({"n": 2}),
     "unset": lambda session: session.unset(["n"]),
@@ -203,6 +216,20 @@ async def test_a_request_that_races_a_login_neither_mints_nor_clears(
     assert await session.get() == {}
     assert not await session.touch()
     assert not await session.delete()
+    assert session.take_cookies() == []
+    assert await keyspace.dump() == before
+
+
+@pytest.mark.parametrize("read", [True, False])
+async def test_taking_out_the_last_item_beside_a_login(sessions: Sessions, keyspace: Keyspace, *, read: bool) -> None:
+    """`replace` that takes out the last item beside a login writes nothing and sets no cookie."""
+    token = await begin(sessions, n=1)
+    session = request(sessions, token)
+    if read:
+        await session.get()
+    await request(sessions, token).rotate({"user_id": 7})
+    before = await keyspace.dump()
+    await session.replace({"n": 1}, {})
     assert session.take_cookies() == []
     assert await keyspace.dump() == before
 
@@ -435,6 +462,22 @@ async def test_a_store_without_an_identity_says_so(store: SessionStore) -> None:
             await call()
 
 
+async def test_a_dict_that_begins_anew_without_an_identity(store: SessionStore, keyspace: Keyspace) -> None:
+    """A dict that is cleared and filled again gets a new id, also on a store without an identity."""
+    sessions = Sessions(store)
+    planted = await begin(sessions, n=1)
+    items = await dict_session(sessions, planted)
+    _begin_anew(items)
+    await items.save()
+    session_id = id_of(token_in(items.handle.take_cookies()))
+    assert session_id != id_of(planted)
+    assert await keyspace.dump() == {
+        f"{{{id_of(planted)}}}": {"_ended": "rotated"},
+        f"{{{session_id}}}": {"id": session_id, "user_id": "7"},
+        "user_id:{7}": {session_id},
+    }
+
+
 async def test_signing_out_beside_a_tossed_cookie_ends_every_candidate(sessions: Sessions, keyspace: Keyspace) -> None:
     """A logout with several session cookies ends the session of each, since any could be the right one."""
     mine, tossed = await begin(sessions, user_id=7), await begin(sessions, user_id=8)
@@ -490,3 +533,22 @@ async def test_a_secure_cookie_on_http_is_told_once(
     await session.set({"n": 1})
     assert session.take_cookies()
     assert not caplog.records
+
+
+async def test_ending_the_others_beside_a_rotation(sessions: Sessions, keyspace: Keyspace) -> None:
+    """A request whose session was rotated meanwhile ends nothing: the new id is its own session too."""
+    login = sessions.create_session()
+    await login.set({"user_id": 7})
+    other = await sessions.store.create({"user_id": 7})
+    cookie = login.take_cookies()[0].partition(";")[0]
+    slow, quick = sessions.create_session(cookie), sessions.create_session(cookie)
+    assert await slow.get()
+    await quick.rotate()
+    before = await keyspace.dump()
+    with pytest.raises(SessionEnded, match="rotated") as raised:
+        await slow.delete_others()
+    assert slow.status_for(raised.value) == 409
+    assert await keyspace.dump() == before
+    assert await quick.delete_others() == 1
+    assert await sessions.store.ids_by("user_id", 7) == [quick.id]
+    assert await sessions.store.get(other) == {}

@@ -26,7 +26,7 @@ _PASSING: Final = {
     "RSSLATER",
 }  # fmt: skip
 _LASTING: Final = {"OOM", "MISCONF", "AUTH"}
-#: The server is a node of a cluster, and the slot is on another one, or moves to it. CROSSSLOT: there are several slots.
+#: The server is a node of a cluster. It does not have the slot, or will lose it, or there are several slots.
 _REDIRECTED: Final = {"MOVED", "ASK", "CROSSSLOT"}
 #: The code of a script that needs a key which a moving slot may have on the other master.
 LATER: Final = "RSSLATER"

@@ -36,11 +36,20 @@ class FanOut:
             positions = [page.position for page in pages if not page.position.done]
 
     async def delete(
-        self, field: str, value: object, *, token: str, reason: str, block: str, keep: Mapping[int, Sequence[str]]
+        self,
+        field: str,
+        value: object,
+        *,
+        token: str,
+        reason: str,
+        block: str,
+        keep: Mapping[int, Sequence[str]],
+        required: bool,
     ) -> int:
         """End the sessions with a value, and return their number. Call this in the context `Operations.several`.
 
-        *token*, *block*: as in `Operations.delete_by`. *keep*: the ids to keep, by their partitions.
+        *token*, *block*, *required*: as in `Operations.delete_by`, in each partition. *keep*: the ids to keep, by their
+        partitions.
 
         Raises `PartlyDone` if some of several partitions did not answer.
         """
@@ -51,7 +60,7 @@ class FanOut:
             position, kept = Position(partition), keep.get(partition, ())
             while True:
                 page = await self._operations.delete_by(
-                    field, value, position, token=token, reason=reason, block=block, keep=kept
+                    field, value, position, token=token, reason=reason, block=block, keep=kept, required=required
                 )
                 ended, position = ended + page.ended, page.position
                 if position.done:

@@ -42,18 +42,22 @@ class Servers(Protocol):
     @property
     def split(self) -> Mapping[int, float]:
         """Partitions whose slots move, and the loop's time until which each call of them is a batch of its own."""
+        ...
 
     async def ready(self) -> None:
         """Wait until it is known that the store may use the servers, and which of them has each partition.
 
         Raises `SessionError` if the store must not use them.
         """
+        ...
 
     def redirect(self, lane: "Lane", batch: Batch, error: Exception) -> bool:
         """Put the calls of a batch that a server refused into another lane. Return False if they stay in this one."""
+        ...
 
     def doubt(self, node: "Node") -> None:
         """Note that a server does not answer, or does not work."""
+        ...
 
 
 class Node:

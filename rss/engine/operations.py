@@ -224,16 +224,26 @@ class Operations:
         return Found(sessions, Position(at.partition, cursor, tuple(left)))
 
     async def delete_by(
-        self, field: str, value: object, at: Position, *, token: str, reason: str, block: str, keep: Sequence[str]
+        self,
+        field: str,
+        value: object,
+        at: Position,
+        *,
+        token: str,
+        reason: str,
+        block: str,
+        keep: Sequence[str],
+        required: bool,
     ) -> Deleted:
         """End a page of the sessions with a value.
 
-        *token*: the same for all pages of one call. *block*: milliseconds, or "open".
+        *token*: the same for all pages of one call. *block*: milliseconds, or "open". *required*: end nothing if a
+        session to keep is not alive.
         """
         number = self._fields.number(field)
         keys = (self.layout.reference(field, value, at.partition), self.layout.fence(field, value, at.partition))
         args: list[str | bytes] = [number, at.cursor, _PAGE, str(len(at.left)), *at.left]
-        args += (token, reason, block, str(len(keep)), *keep)
+        args += (token, reason, block, "required" if required else "optional", str(len(keep)), *keep)
         cursor, left, ended = await self.engine.run(DELETE_BY, keys, args, partition=at.partition, begun=True)
         return Deleted(ended, Position(at.partition, cursor, tuple(left)))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,14 +15,14 @@ from aiohttp import web
 
 
 @asynccontextmanager
-async def serve_aiohttp(app: web.Application) -> AsyncIterator[str]:
+async def serve_aiohttp(app: web.Application, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """Serve by aiohttp's own runner."""
     runner = web.AppRunner(app, shutdown_timeout=1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
@@ -56,6 +57,19 @@ async def serve_hypercorn(app: Any) -> AsyncIterator[str]:
     finally:
         stop.set()
         await serving
+
+
+def tls(protocol: int) -> ssl.SSLContext:
+    """Return TLS without a certificate, which is of use only on the loopback.
+
+    *protocol*: `ssl.PROTOCOL_TLS_SERVER` or `ssl.PROTOCOL_TLS_CLIENT`.
+    """
+    context = ssl.SSLContext(protocol)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # TLS 1.3 always has a certificate.
+    context.set_ciphers("AECDH-AES256-SHA:@SECLEVEL=0")
+    return context
 
 
 @asynccontextmanager

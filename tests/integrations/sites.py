@@ -34,6 +34,7 @@ from tests.integrations.serving import serve_aiohttp, serve_hypercorn, serve_uvi
 
 FILE = Path(__file__)
 CSRF = "X-CSRF-Token"
+PUBLIC = {"Cache-Control": "public, max-age=60"}
 
 Builder = Callable[[Sessions], Any]
 Server = Callable[[Any], AbstractAsyncContextManager[str]]
@@ -48,7 +49,7 @@ async def act(session: Session, action: str, token: str = "") -> dict[str, Any]:
     match action:
         case "read" | "not-modified":
             return await session.get()
-        case "write" | "crash" | "stream" | "websocket" | "missing" | "file":
+        case "write" | "crash" | "stream" | "websocket" | "missing" | "file" | "public":
             await session.set({"visits": 1})
         case "read-write":
             visits = (await session.get()).get("visits", 0)
@@ -79,8 +80,11 @@ async def act_on_dict(session: MutableMapping[str, Any], handle: Session, action
     match action:
         case "read" | "not-modified":
             return dict(session)
-        case "write" | "crash" | "stream" | "websocket" | "missing" | "file":
+        case "write" | "crash" | "stream" | "websocket" | "missing" | "file" | "public":
             session["visits"] = 1
+        case "pop":
+            session.pop("visits", None)
+            await handle.sessions.store.count_by("user_id", 7)  # A login is two scripts: give it time to come first.
         case "read-write":
             session["visits"] = session.get("visits", 0) + 1
             return dict(session)
@@ -135,7 +139,7 @@ def _aiohttp(
                 await socket.send_json(await (await rss.aiohttp.get_session(request)).get())
                 await socket.close()
                 return socket
-        return web.json_response(held)
+        return web.json_response(held, headers=PUBLIC if action == "public" else None)
 
     return [web.get("/{action}", handle)]
 
@@ -197,7 +201,7 @@ async def _starlette_response(action: str, session: Session, held: dict[str, Any
             return starlette.responses.FileResponse(FILE)
         case "stream":
             return starlette.responses.StreamingResponse(chunks(session))
-    return starlette.responses.JSONResponse(held)
+    return starlette.responses.JSONResponse(held, headers=PUBLIC if action == "public" else None)
 
 
 async def _starlette_socket(socket: starlette.websockets.WebSocket, session: Session) -> None:
@@ -297,7 +301,7 @@ def litestar_app(sessions: Sessions) -> litestar.Litestar:
                 return litestar.response.File(FILE)
             case "stream":
                 return litestar.response.Stream(chunks(session))
-        return litestar.response.Response(held)
+        return litestar.response.Response(held, headers=PUBLIC if action == "public" else None)
 
     @litestar.websocket("/websocket")
     async def socket(socket: litestar.WebSocket[Any, Any, Any]) -> None:
@@ -333,6 +337,8 @@ def _quart(app: quart.Quart, do: Callable[[str], Awaitable[dict[str, Any]]]) -> 
                 return await quart.send_file(FILE)
             case "stream":
                 return chunks(rss.quart.session._get_current_object())  # type: ignore[attr-defined]
+            case "public":
+                return held, PUBLIC
         return held
 
     @app.websocket("/websocket")

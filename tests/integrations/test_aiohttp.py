@@ -13,11 +13,11 @@ from aiohttp.test_utils import make_mocked_request
 
 import rss.aiohttp
 import rss.aiohttp_session
-from rss import CookiePolicy, Sessions, SessionStore
+from rss import CookiePolicy, Session, Sessions, SessionStore
 from tests.integrations.serving import browser, cookie_of, serve_aiohttp
 from tests.keyspace import Keyspace
 from tests.servers import own_server
-from tests.test_session import id_of, signed_in
+from tests.test_session import id_of, signed_in, token_in
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -165,6 +165,34 @@ async def test_a_part_with_sessions_of_its_own(sessions: Sessions) -> None:
     assert seen == [True]
 
 
+async def test_a_part_with_the_same_sessions(sessions: Sessions, keyspace: Keyspace) -> None:
+    """A sub-application that is set up with the same sessions has the session of the whole; one cookie is set."""
+    seen: list[Session] = []
+
+    @web.middleware
+    async def write(request: web.Request, handler: Handler) -> web.StreamResponse:
+        seen.append(await rss.aiohttp.get_session(request))
+        await seen[-1].set({"n": 1})
+        return await handler(request)
+
+    async def login(request: web.Request) -> web.Response:
+        seen.append(await rss.aiohttp.get_session(request))
+        await seen[-1].rotate({"user_id": 7})
+        return web.Response()
+
+    app = web.Application(middlewares=[write])
+    rss.aiohttp.setup(app, sessions)
+    app.add_subapp("/part", application(sessions, login))
+    async with serve_aiohttp(app) as url, browser(url) as visitor:
+        for _ in range(2):
+            async with visitor.get("/part/") as response:
+                session_id = id_of(token_in(response.headers.getall("Set-Cookie")))
+            one, other = seen
+            assert one is other
+            seen.clear()
+            assert (await keyspace.dump())["user_id:{7}"] == {session_id}
+
+
 # ---------------------------------------------------------------- aiohttp-session
 
 
@@ -235,6 +263,40 @@ async def test_a_new_session_at_a_login_has_another_id(sessions: Sessions, keysp
     assert dump["user_id:{2}"] == {id_of(token)}
     assert set(dump) == {f"{{{id_of(planted)}}}", f"{{{id_of(token)}}}", "user_id:{2}"}
     assert dump[f"{{{id_of(token)}}}"]["aiohttp_session.created"] == str(created[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("end", ["invalidate", "clear"])
+@pytest.mark.parametrize("anew", [True, False])
+async def test_a_session_that_is_invalidated(sessions: Sessions, keyspace: Keyspace, end: str, *, anew: bool) -> None:
+    """`invalidate` and `clear` end the session, also beside another write; items that are set then get a new id."""
+
+    async def handler(request: web.Request) -> web.Response:
+        session = await aiohttp_session.get_session(request)
+        if session.new:
+            session["user_id"] = 1
+        else:
+            getattr(session, end)()
+            if anew:
+                session["user_id"] = 2
+            else:
+                await sessions.store.set(str(session.identity), {"other": 1})  # A parallel request.
+        return web.Response()
+
+    async with serve_aiohttp(on_aiohttp_session(sessions, handler)) as url, browser(url) as visitor:
+        async with visitor.get("/"):
+            before = f"{{{id_of(cookie_of(visitor))}}}"
+        async with visitor.get("/") as response:
+            assert response.status == 200
+        token = cookie_of(visitor)
+    dump = await keyspace.dump()
+    if anew:
+        after = f"{{{id_of(token)}}}"
+        assert dump.pop(before) == {"_ended": "rotated"}
+        assert set(dump[after]) == {"id", "user_id", "aiohttp_session.created"}
+        assert set(dump) == {after, "user_id:{2}"}
+    else:
+        assert not token
+        assert dump == {before: {"_ended": "deleted"}}
 
 
 async def test_a_new_session_for_a_request_without_one(sessions: Sessions, keyspace: Keyspace) -> None:
@@ -333,3 +395,29 @@ async def test_a_login_by_the_handle_after_invalidate_stays(sessions: Sessions, 
     dump = await keyspace.dump()
     assert dump["user_id:{7}"] == {session_id}
     assert dump[f"{{{session_id}}}"] == {"id": session_id, "user_id": "7"}
+
+
+@pytest.mark.parametrize("outermost", [True, False])
+@pytest.mark.parametrize("raises", [True, False])
+async def test_a_middleware_that_clones_the_request(sessions: Sessions, *, outermost: bool, raises: bool) -> None:
+    """The response has the cookie: a clone with another scheme or address is usual behind a proxy."""
+
+    @web.middleware
+    async def clone(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await handler(request.clone(remote="203.0.113.7"))
+
+    async def sign_in(request: web.Request) -> web.Response:
+        await (await rss.aiohttp.get_session(request)).rotate({"user_id": 7})
+        if raises:
+            raise web.HTTPSeeOther("/")
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", sign_in)
+    rss.aiohttp.setup(app, sessions)
+    app.middlewares.insert(0 if outermost else 1, clone)
+    async with serve_aiohttp(app) as url, browser(url) as visitor:
+        async with visitor.get(url, allow_redirects=False) as response:
+            assert len(response.headers.getall("Set-Cookie")) == 1
+            assert response.headers["Vary"] == "Cookie"
+        assert await sessions.store.ids_by("user_id", 7) == [id_of(cookie_of(visitor))]

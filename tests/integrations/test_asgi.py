@@ -216,6 +216,47 @@ async def test_an_error_in_a_stream_stays_one(sessions: Sessions) -> None:
     assert [message["status"] for message in connection.sent] == [200]
 
 
+@pytest.mark.parametrize("late", [True, False])
+async def test_a_stream_that_reads_late_does_not_vary(sessions: Sessions, *, late: bool) -> None:
+    """A stream that first reads the session after its headers lacks `Vary: Cookie`."""
+    token = await signed_in(sessions)
+
+    async def app(scope: Any, _receive: object, send: Any) -> None:
+        if not late:
+            await scope[KEY].get()
+        await send({"type": "http.response.start", "status": 200})
+        assert (await scope[KEY].get())["user_id"] == 1
+
+    (start,) = await Connection(cookies=f"session-id={token}").run(SessionMiddleware(app, sessions))
+    assert start["headers"] == ([] if late else [(b"vary", b"Cookie")])
+
+
+async def test_a_middleware_between_nested_ones(sessions: Sessions) -> None:
+    """A middleware between two of the same sessions has the session of the handler; one cookie is set, the login's."""
+    seen: list[Session] = []
+
+    async def login(scope: Any, _receive: object, send: Any) -> None:
+        seen.append(await get_session(Request(scope)))
+        await seen[-1].rotate({"user_id": 7})
+        await send({"type": "http.response.start", "status": 200})
+
+    inner = SessionMiddleware(login, sessions)
+
+    async def between(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(await get_session(Request(scope)))
+        await seen[-1].set({"n": 1})
+        await inner(scope, receive, send)
+
+    for cookies in ("", f"session-id={await signed_in(sessions)}"):
+        (start,) = await Connection(cookies=cookies).run(SessionMiddleware(between, sessions))
+        token = token_in([value.decode() for name, value in start["headers"] if name == b"set-cookie"])
+        one, other = seen
+        assert one is other
+        seen.clear()
+        held = await request(sessions, token).get()
+        assert (held["user_id"], held["n"]) == (7, 1)
+
+
 async def test_it_lives_beside_starlettes_own(sessions: Sessions) -> None:
     """The middleware works beside Starlette's own, whose `request.session` stays."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from rss import Sessions, SessionStore
-from tests.integrations.serving import browser, cookie_of
+from tests.integrations.serving import browser, cookie_of, serve_aiohttp, serve_hypercorn, tls
 from tests.integrations.sites import CSRF, SITES, Site
 from tests.keyspace import Keyspace
 from tests.servers import own_server
@@ -166,6 +167,39 @@ async def test_headers_say_what_may_be_stored(visitor: aiohttp.ClientSession, si
             assert response.headers.get("Vary") == vary
 
 
+async def test_a_response_with_the_cookie_is_not_public(
+    served: str, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A response that sets the cookie is not stored, even if the handler makes it public; one warning says so."""
+    for _ in range(2):
+        async with browser(served) as visitor, visitor.get(f"{site.root}/public") as response:
+            assert cookie_of(visitor)
+            assert response.headers.getall("Cache-Control") == ["no-store"]
+    assert caplog.text.count("had a Cache-Control without private or no-store") == 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "site",
+    [site for site in SITES if site.name in ("aiohttp", "Starlette", "Quart") and site.serve is not serve_hypercorn],
+    ids=str,
+)
+async def test_a_secure_cookie_on_http_is_told_once(
+    sessions: Sessions, site: Site, caplog: pytest.LogCaptureFixture, scheme: str
+) -> None:
+    """A Secure cookie on plain http is warned of once, and one on https not at all."""
+    app, context, headers = site.build(sessions), tls(ssl.PROTOCOL_TLS_CLIENT), {"X-Forwarded-Proto": scheme}
+    ends_tls = site.serve is serve_aiohttp and scheme == "https"  # uvicorn takes the scheme from the header.
+    async with serve_aiohttp(app, tls(ssl.PROTOCOL_TLS_SERVER)) if ends_tls else site.serve(app) as url:
+        for _ in range(2):
+            async with browser(url) as visitor:
+                async with visitor.get(f"{site.root}/write", ssl=context, headers=headers) as response:
+                    assert "; Secure;" in response.headers["Set-Cookie"]
+                async with visitor.get(f"{site.root}/read", ssl=context, headers=headers) as response:
+                    assert response.status == 200
+    assert caplog.text.count("CookiePolicy(secure=False)") == (scheme == "http")
+
+
 async def test_a_websocket_has_the_session(visitor: aiohttp.ClientSession, site: Site) -> None:
     """A WebSocket has the session of the browser, and a session made before the accept comes with its cookie."""
     if not site.keeps_a_dict:
@@ -188,6 +222,20 @@ async def test_an_unavailable_store_is_a_503(site: Site) -> None:
             server.close()
             assert await visit(another, site, "read") == {}
             await asyncio.gather(*(visit(visitor, site, action, 503) for action in ("read", "write", "sign-out")))
+            assert cookie_of(visitor) == token
+
+
+async def test_a_client_that_is_taken_for_anonymous_cannot_write(site: Site) -> None:
+    """With `on_unavailable="anonymous"`, a read without Redis returns nothing, and a later write is a 503."""
+    with contextlib.ExitStack() as server:
+        store = SessionStore.from_url(server.enter_context(own_server()), timeout=0.4)
+        app = site.build(Sessions(store, on_unavailable="anonymous"))
+        async with site.serve(app) as url, browser(url) as visitor:
+            await visit(visitor, site, "write")
+            token = cookie_of(visitor)
+            server.close()
+            seen, _ = await asyncio.gather(visit(visitor, site, "read"), visit(visitor, site, "read-write", 503))
+            assert seen == {}
             assert cookie_of(visitor) == token
 
 

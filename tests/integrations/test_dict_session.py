@@ -221,6 +221,9 @@ async def test_what_is_no_sessions_is_refused_by_each_adapter(sessions: Sessions
         rss.aiohttp.setup(web.Application(), store)
     with pytest.raises(TypeError, match=r"QuartSessions\(app, Sessions\(store\)\)"):
         rss.quart.QuartSessions(None, store)
+    only: Any = sessions
+    with pytest.raises(TypeError, match=r"app must be a Quart, not Sessions: QuartSessions\(app, Sessions\(store\)\)"):
+        rss.quart.QuartSessions(only)
 
 
 async def test_a_cleared_session_leaves_what_the_handle_did(sessions: Sessions) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime as dt
+import re
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,7 +14,8 @@ from quart.sessions import SecureCookieSession
 from redis.asyncio import Redis
 
 import rss.quart
-from rss import Sessions, SessionStore
+from rss import Reference, Sessions, SessionStore
+from rss.demo.app import create_app as create_demo
 from tests.integrations.serving import browser, cookie_of, serve_hypercorn
 from tests.keyspace import Keyspace
 from tests.servers import own_server
@@ -383,9 +385,70 @@ async def test_an_unavailable_store_is_a_503_to_the_test_client(caplog: pytest.L
     assert "503" in caplog.text
 
 
+async def test_the_interface_without_the_extension() -> None:
+    """The session interface without the extension raises an error that names the extension."""
+    app = Quart(__name__)
+    app.session_interface = rss.quart.SessionInterface()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(RuntimeError, match="QuartSessions was not set up .*: SessionInterface needs it"):
+        await app.test_client().get("/")
+
+
 async def test_another_kind_of_session_is_refused(sessions: Sessions, client: Redis) -> None:
     """The session interface refuses to save other kinds of sessions."""
     del client
     app = create_app(sessions)
     with pytest.raises(TypeError, match="keeps its own sessions only"):
         await app.session_interface.save_session(app, SecureCookieSession(), None)
+
+
+# ---------------------------------------------------------------- the demo
+
+
+@pytest.fixture(name="demo")
+def _demo(client: Redis, keyspace: Keyspace) -> Quart:
+    """The demo."""
+    store = SessionStore(client, references={"user": Reference(identity=True)}, prefix=keyspace.prefix)
+    return create_demo(Sessions(store))
+
+
+def error_page(page: str, title: str) -> str:
+    """Return the text of an error page of the demo, which has the layout and the title of its pages."""
+    assert f"<title>{title} · redis-session-sets</title>" in page
+    assert "style.css" in page
+    found = re.search(rf"<header>.*</header>\s*<main>\s*<h1>{title}</h1>\s*<p>(.*)</p>", page)
+    assert found
+    return found[1]
+
+
+def csrf_token_in(page: str) -> str:
+    """Return the CSRF token of the forms of a page."""
+    found = re.search(r'name="csrf_token" value="([^"]+)"', page)
+    assert found
+    return found[1]
+
+
+async def test_a_form_of_before_the_login_is_refused_by_a_page(demo: Quart) -> None:
+    """A form of the demo from before the login is a 403, whose page says that the form is out of date."""
+    client = demo.test_client()
+    token = csrf_token_in(await (await client.get("/", scheme="https")).get_data(as_text=True))
+    for path, status in (("/sign-in", 303), ("/sign-out-others", 403)):
+        response = await client.post(path, scheme="https", form={"user": "Alice", "csrf_token": token})
+        assert response.status_code == status
+    assert error_page(await response.get_data(as_text=True), "Forbidden").startswith("This form is out of date")
+
+
+async def test_a_request_that_races_a_login_is_refused_by_a_page(demo: Quart) -> None:
+    """A request to the demo that races a login is a 409, whose page says so."""
+    client = demo.test_client()
+    token = csrf_token_in(await (await client.get("/", scheme="https")).get_data(as_text=True))
+    await client.post("/sign-in", scheme="https", form={"user": "Alice", "csrf_token": token})
+
+    @demo.before_request
+    async def race() -> None:
+        await rss.quart.session.get()
+        other = rss.quart.session.sessions.create_session(quart.request.headers["Cookie"])
+        await other.rotate({"user": "Bob"})
+
+    response = await client.get("/", scheme="https")
+    assert response.status_code == 409
+    assert error_page(await response.get_data(as_text=True), "Conflict").startswith("You have just signed in")
