@@ -127,7 +127,7 @@ class Cluster:
                 server = self.servers[self._masters + number * self._replicas + replica]
                 server("CLUSTER", "REPLICATE", self.servers[number].id)
         self.wait(lambda server: server.is_master or server.info("replication")["master_link_status"] == "up")
-        self.wait(lambda server: len(server("CLUSTER", "SHARDS")) == self._masters if self._replicas else True)
+        self.wait(lambda server: len(server("CLUSTER", "SLOTS")[0]) == 3 + self._replicas)
 
     def wait(self, ready: Callable[[Server], bool], seconds: float = 30) -> None:
         """Wait until all living servers are ready."""
