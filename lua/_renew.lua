@@ -43,7 +43,7 @@ local function prune(samples)
     n = n + #ids
   end
   spent = spent + n * 0.5
-  if n == 0 or asked then return end
+  if n == 0 then return end
   local found = redis.pcall("EXISTS", unpack(names))
   if found == n or elsewhere(found) then return end
   if type(found) == "table" then error(found.err, 0) end

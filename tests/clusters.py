@@ -176,6 +176,11 @@ class Cluster:
             source("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
         return len(keys)
 
+    def move(self, slot: int, target: Server, *keys: str) -> None:
+        """Move these keys of a moving slot."""
+        if keys:
+            self.owner(slot)("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+
     def end_migration(self, slot: int, target: Server) -> None:
         """Move the other keys of a moving slot, and let the target be its master."""
         source = self.owner(slot)

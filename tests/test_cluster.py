@@ -4,7 +4,7 @@ import asyncio
 import random
 import secrets
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -48,7 +48,7 @@ async def _store(servers: Cluster, keyspace: Keyspace, request: pytest.FixtureRe
     """A store with a client of its own."""
     references = {"user_id": Reference(), "ip": Reference(strict=request.param == "strict")}
     url = servers.url.replace("redis", "redis+cluster", 1)
-    options: dict[str, Any] = {"prefix": keyspace.prefix, "partitions": PARTITIONS, "timeout": 20}
+    options: dict[str, Any] = {"prefix": keyspace.prefix, "partitions": PARTITIONS, "timeout": 8}
     async with SessionStore.from_url(url, references=references, **options) as store:
         yield store
 
@@ -124,6 +124,83 @@ async def test_a_slot_that_is_half_moved(
     assert await store.delete_by("user_id", 1) == len(found["1"])
     for session_id in found["1"]:
         assert await store.get(session_id) == {}
+
+
+def _steps() -> Iterator[tuple[str, str, bool, Callable[[SessionStore, dict[str, str]], Awaitable[Any]], Any]]:
+    """Yield a name, the keys that have moved, whether the call waits for the others, the call, and its result."""
+    yield "read of a moved one", "a", False, lambda s, i: s.get(i["a"], ["n"]), {"id": "a", "n": 0}
+    yield "read of one that stays", "b", False, lambda s, i: s.get(i["a"], ["n"]), {"id": "a", "n": 0}
+    yield "increment of a moved one", "a", False, lambda s, i: s.increment(i["a"], "n", 3), 3
+    yield "renewal beside a moved one", "b", False, lambda s, i: s.touch(i["a"], "60d"), True
+    yield "renewal of a moved one", "aUI", False, lambda s, i: s.touch(i["a"], "60d"), True
+    yield "renewal without its set", "U", True, lambda s, i: s.touch(i["a"], "60d"), True
+    yield "renewal before its set", "a", True, lambda s, i: s.touch(i["a"], "60d"), True
+    yield "write beside a moved one", "b", False, lambda s, i: s.set(i["a"], {"n": 1}, "60d", expect={"n": 0}), {"n": 1}
+    yield "write without its set", "U", True, lambda s, i: s.set(i["a"], {"n": 1}, expect={"n": 0}), {"n": 1}
+    yield "write before its set", "a", True, lambda s, i: s.set(i["a"], {"n": 1}, expect={"n": 0}), {"n": 1}
+    yield "another value", "b", True, lambda s, i: s.set(i["a"], {"user_id": 2}), {"user_id": 2}
+    yield "another value of a moved one", "a", True, lambda s, i: s.set(i["a"], {"user_id": 2}), {"user_id": 2}
+    yield "no value", "U", True, lambda s, i: s.pop(i["a"], ["user_id"]), {"user_id": 1}
+    yield "no value of a moved one", "a", True, lambda s, i: s.pop(i["a"], ["user_id"]), {"user_id": 1}
+    yield "rotation", "b", True, lambda s, i: s.rotate(i["a"]), None
+    yield "end", "b", False, lambda s, i: s.delete(i["a"]), True
+    yield "end of a moved one", "a", False, lambda s, i: s.delete(i["a"]), True
+    yield "end without its set", "U", False, lambda s, i: s.delete(i["a"]), True
+    yield "old id of a moved one", "c", True, lambda s, i: s.increment(i["old"], "n"), 1
+    yield "old id that has moved", "o", True, lambda s, i: s.increment(i["old"], "n"), 1
+    yield "set with a moved one", "b", True, lambda s, _: s.count_by("user_id", 1), 3
+    yield "moved set", "U", True, lambda s, _: s.count_by("user_id", 1), 3
+    yield "end of all", "b", True, lambda s, _: s.delete_by("user_id", 1), 3
+    yield "end of all in a moved set", "U", True, lambda s, _: s.delete_by("user_id", 1), 3
+
+
+STEPS = {step[0]: step[1:] for step in _steps()}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("store", ["lax", "strict"], indirect=True)
+async def test_keys_of_a_session_on_two_masters(
+    store: SessionStore, servers: Cluster, keyspace: Keyspace, layout: Partitioned, step: str
+) -> None:
+    """Each operation has the result that it would have on one master, at once or when the slot has moved."""
+    moved, waits, call, result = STEPS[step]
+    slot, user = layout.slots[3], {"user_id": 1, "ip": "x", "n": 0}
+    ids = {name: layout.mint(3) for name in ("a", "b", "old")}
+    for session_id in ids.values():
+        await store.set(session_id, user)
+    ids["c"] = await store.rotate(ids["old"], grace="1m")
+    keys = {name[0]: store.get_session_key(session_id) for name, session_id in ids.items()}
+    keys |= {"U": store.get_reference_keys("user_id", 1)[3], "I": store.get_reference_keys("ip", "x")[3]}
+    target = next(server for server in servers.servers if server is not servers.owner(slot))
+    await asyncio.to_thread(servers.begin_migration, slot, target)
+    await asyncio.to_thread(servers.move, slot, target, *(keys[name] for name in moved))
+
+    calling = asyncio.ensure_future(call(store, ids))
+    # A strict reference needs its set.
+    waits = waits or (store.fields.references["ip"].strict and "a" in moved and "I" not in moved)
+    try:
+        await asyncio.wait([calling], timeout=0.2 if waits else 5)
+        assert calling.done() != waits
+    finally:
+        await asyncio.to_thread(servers.end_migration, slot, target)
+    reply = await calling
+    if result is not None:
+        assert reply == ({**result, "id": ids["a"]} if isinstance(result, dict) and "id" in result else result)
+
+    named: dict[str, set[str]] = {}
+    for session_id in (ids["a"], ids["b"], ids["c"], reply if step == "rotation" else ""):
+        session = await store.get(session_id) if session_id else {}
+        for field in ("user_id", "ip"):
+            if field in session:
+                named.setdefault(f"{field}:{{{session[field]}}}", set()).add(session_id)
+                assert (
+                    await keyspace.ttl(f"{{{session_id}}}") <= await keyspace.ttl(f"{field}:{{{session[field]}}}") + 50
+                )
+    for value in (1, 2):  # A read removes the ids of ended sessions.
+        assert set(await store.ids_by("user_id", value)) == named.get(f"user_id:{{{value}}}", set())
+    await store.ids_by("ip", "x")
+    dump = await keyspace.dump()
+    assert {name: held for name, held in dump.items() if isinstance(held, set)} == named
 
 
 class Visitor:

@@ -216,8 +216,8 @@ class Cluster:
         because Redis 6.2 also answers ASK if it still has some of the keys. Under ASKING, these would seem absent.
         """
         operation, partition, _ = batch.queue.kind
-        # Only this error may come after a write. The scripts raise LATER themselves, before they write.
-        if code_of(error) == LATER and not str(error).startswith(LATER) and not operation.repeatable:
+        # The scripts raise LATER before they write. Another error for such a key may come after a write.
+        if code_of(error) == LATER and LATER not in str(error) and not operation.repeatable:
             for call in batch.calls:
                 call.fail(with_cause(StoreUnavailable("the slot moved: it is not known what was done"), error))
             return
