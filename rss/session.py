@@ -478,10 +478,17 @@ class Session(Generic[S]):
             return False
 
     async def _create(self, encoded: Encoded, values: Mapping[str, Any], age: str) -> None:
-        token = self._mint(encoded, age)
-        session_id, max_age = self.sessions.id_of(token), "renew" if age == "keep" else age
-        new = encoded._replace(gone=())
-        await self._answer(self._store.operations.set(session_id, new, max_age, "create"))
+        token = ""
+
+        def mint() -> str:
+            nonlocal token
+            if token:  # The first one was of a partition that moves.
+                self._next = None
+            token = self._mint(encoded, age)
+            return self.sessions.id_of(token)
+
+        new, max_age = encoded._replace(gone=()), "renew" if age == "keep" else age
+        session_id = await self._answer(self._store.operations.create(mint, new, max_age))
         await self._adopt(token, session_id)
         self.is_new, self._values = True, {"id": session_id}
         self._note(values, ())

@@ -206,9 +206,8 @@ class SessionStore(Generic[S]):
 
         Raises `LimitExceeded` if a reference refuses the session, and `Blocked` if a value is blocked.
         """
-        session_id, encoded = self._layout.mint(), self.fields.encode({} if values is None else values)
-        await self.operations.set(session_id, encoded, max_age_argument(max_age), "create")
-        return session_id
+        encoded = self.fields.encode({} if values is None else values)
+        return await self.operations.create(self._layout.mint, encoded, max_age_argument(max_age))
 
     async def get(self, session_id: str, fields: Iterable[str] | None = None, *, touch: bool | Duration = False) -> S:
         """Return the fields of a session with its `id`: all, or only *fields*. Return {} if there is no session.

@@ -203,6 +203,33 @@ async def test_keys_of_a_session_on_two_masters(
     assert {name: held for name, held in dump.items() if isinstance(held, set)} == named
 
 
+@pytest.mark.parametrize("store", ["lax"], indirect=True)
+async def test_a_new_session_goes_elsewhere(
+    store: SessionStore, servers: Cluster, layout: Partitioned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the slot of its partition moves, a new session gets an id of another partition, and does not wait."""
+    slot, minted = layout.slots[3], list[int]()
+    original = Partitioned.mint
+
+    def mint(self: Partitioned, partition: int | None = None) -> str:
+        minted.append(3 if len(minted) % 2 == 0 else 4)
+        return original(self, minted[-1] if partition is None else partition)
+
+    monkeypatch.setattr(Partitioned, "mint", mint)
+    target = next(server for server in servers.servers if server is not servers.owner(slot))
+    await asyncio.to_thread(servers.begin_migration, slot, target)
+    try:
+        session_id = await store.create({"user_id": 1})
+        assert layout.place(session_id)[1] == 4
+        session = Sessions(store, hash_ids=False).create_session()
+        await session.set({"user_id": 1})
+        assert layout.place(str(session.id))[1] == 4
+        assert minted == [3, 4, 3, 4]
+        assert set(await store.ids_by("user_id", 1)) == {session_id, session.id}
+    finally:
+        await asyncio.to_thread(servers.end_migration, slot, target)
+
+
 class Visitor:
     """A task that works on its own sessions, and knows what they hold."""
 

@@ -37,6 +37,7 @@ LOST_REPLIES: Final[dict[str, Callable[..., Any]]] = {
     "POP": test_faults.test_what_must_not_be_repeated_is_not,
     "INCREMENT": test_faults.test_what_must_not_be_repeated_is_not,
     "DELETE": test_faults.test_delete_is_done_when_it_says_so,
+    "CREATE": test_faults.test_create_and_rotate_recognise_their_own_work,
     "ROTATE": test_faults.test_create_and_rotate_recognise_their_own_work,
     "DELETE_BY": test_faults.test_large_delete_by_goes_on_where_it_was,
 }

@@ -15,7 +15,7 @@ import redis.exceptions
 from redis.asyncio import RedisCluster
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 
-from rss.engine.coalesce import Batch, Queue, asking
+from rss.engine.coalesce import Batch, Elsewhere, Queue, asking
 from rss.engine.failures import DEMOTED, LATER, code_of, with_cause
 from rss.engine.lane import Lane, Node
 from rss.engine.scripts import Scripts
@@ -217,13 +217,16 @@ class Cluster:
         """
         operation, partition, _ = batch.queue.kind
         # The scripts raise LATER before they write. Another error for such a key may come after a write.
-        if code_of(error) == LATER and LATER not in str(error) and not operation.repeatable:
+        wrote = code_of(error) == LATER and LATER not in str(error)
+        if wrote and not operation.repeatable:
             for call in batch.calls:
                 call.fail(with_cause(StoreUnavailable("the slot moved: it is not known what was done"), error))
             return
         self.split[partition] = self.loop.time() + _SPLIT
         if len(batch.calls) > 1:
             lane.accept(batch)
+        elif operation.anywhere and not wrote and not batch.calls[0].losses:
+            batch.calls[0].fail(Elsewhere())
         else:
             self._return(lane, batch, error)
 

@@ -53,6 +53,8 @@ class Operation:
     batched: bool = True
     #: Whether the arguments may be large. If so, their bytes count towards the size of a volley.
     sized: bool = False
+    #: Whether the caller would rather take another partition than wait for a slot that moves. It gets `Elsewhere`.
+    anywhere: bool = False
     #: None for an operation on the owner of a partition. Otherwise it is for the server to which the partition moves,
     #: and this is the one for the owner. Its script knows that keys may be absent, and ASKING precedes the EVALSHA.
     on_owner: "Operation | None" = None
@@ -62,6 +64,10 @@ class Operation:
 def asking(operation: Operation) -> Operation:
     """Return an operation for the server to which a partition moves."""
     return replace(operation, script=asked_name(operation.script), on_owner=operation)
+
+
+class Elsewhere(Exception):
+    """Raised by an operation that may be in any partition, if the slot of this one moves. Nothing was written."""
 
 
 #: The common part of the calls of one EVALSHA: the operation, the partition, and the shared arguments.

@@ -4,14 +4,14 @@ Each method takes encoded values, builds the keys, and converts the reply to a n
 of each script describes its arguments.
 """
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
 from redis.asyncio import Redis, RedisCluster
 
-from rss.engine.coalesce import Operation
+from rss.engine.coalesce import Elsewhere, Operation
 from rss.engine.engine import Engine
 from rss.engine.scripts import Scripts, schema
 from rss.fields import Encoded, Fields
@@ -25,6 +25,8 @@ GET_AND_RENEW: Final = Operation("get_and_renew", (*_READ, "renew"))
 SET: Final = Operation("set_with_refs", (*_MOVE, "expect"), sized=True)
 #: Not repeatable: a second run would take the write of the first for a conflict.
 SET_EXPECTING: Final = replace(SET, repeatable=False)
+#: A new session may be in any partition.
+CREATE: Final = replace(SET, anywhere=True)
 UNSET: Final = Operation("unset_with_refs", _MOVE)
 #: Not repeatable: a second run would return nothing, because the first has removed the fields.
 POP: Final = replace(UNSET, repeatable=False)
@@ -49,6 +51,8 @@ TOMBSTONE: Final = 300_000
 #: The approximate number of sessions in a page. They keep Redis busy for one or two milliseconds.
 _PAGE: Final = "50"
 
+# How many ids to try for a new session before waiting for a slot that moves.
+_TRIES: Final = 4
 # The argument to read all fields.
 _ALL: Final = ("all",)
 
@@ -161,15 +165,33 @@ class Operations:
         max_age: MaxAge,
         mode: Literal["set", "update", "create"],
         expected: Sequence[str | bytes] = (),
+        *,
+        anywhere: bool = False,
     ) -> int:
-        """Write a session and return its TTL in milliseconds. Return 0 if it has ended, because no field was left."""
+        """Write a session and return its TTL in milliseconds. Return 0 if it has ended, because no field was left.
+
+        *anywhere*: raise `Elsewhere` instead of waiting, if the slot of the partition moves.
+        """
         key, partition = self.layout.place(session_id)
         keys = [key, *self.layout.references(values.references, partition)]
         args = [max_age, *expected, str(len(values.pairs)), *values.pairs, *values.gone]
         shared = (mode, str(len(expected) // 3), str(len(values.gone)), *values.counts)
-        operation = SET_EXPECTING if expected else SET
+        operation = CREATE if anywhere else SET_EXPECTING if expected else SET
         ttl: int = await self.engine.run(operation, keys, args, shared=shared, partition=partition)
         return ttl
+
+    async def create(self, mint: Callable[[], str], values: Encoded, max_age: MaxAge) -> str:
+        """Make a session under a new id, and return the id. If the slot of its partition moves, take another id."""
+        for _ in range(_TRIES):
+            session_id = mint()
+            try:
+                await self.set(session_id, values, max_age, "create", anywhere=True)
+            except Elsewhere:
+                continue
+            return session_id
+        session_id = mint()
+        await self.set(session_id, values, max_age, "create")
+        return session_id
 
     async def unset(self, session_id: str, fields: Sequence[str], max_age: MaxAge, *, repeatable: bool = True) -> Taken:
         """Remove fields of a session, and return them."""
