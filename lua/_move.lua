@@ -201,11 +201,7 @@ local function plan_move(session, id, from)
   end
   local joined = #fences
   for i = 1, #leaves do fences[joined + i] = fence_of(leaves[i]) end
-  local fenced = fences[1] and redis.pcall("EXISTS", unpack(fences)) or 0
-  if type(fenced) == "table" then
-    surely(fenced)
-    error(fenced.err, 0)
-  end
+  local fenced = fences[1] and inquire("EXISTS", unpack(fences)) or 0
   for i = 1, asked and #fences or 0 do surely(nil, fences[i]) end
   if fenced > 0 then
     local failed = pass_fences(plan, session, joined)

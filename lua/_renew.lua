@@ -87,11 +87,8 @@ local function renew(session, given)
     for n = 1, references do
       for _, set in ipairs(sets_in(session, n)) do
         spent = spent + 3
-        local before = redis.pcall("PTTL", set)
-        if before == -2 or type(before) == "table" then
-          surely(before, set)
-          if type(before) == "table" then error(before.err, 0) end
-        end
+        local before = inquire("PTTL", set)
+        if before == -2 then surely(before, set) end
         outlive(set, ttl, before)
         local members = #samples < 100 and redis.pcall("SRANDMEMBER", set, SAMPLE)
         if members and not members.err then

@@ -58,7 +58,7 @@ local function look(name, all, more)
     spent = spent + 2.5
   end
   if reply.err then
-    surely(reply)
+    surely(reply, name)
     return wrong_type(reply)
   end
   if ended then return { key = name, ended = ended } end

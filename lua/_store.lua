@@ -49,10 +49,16 @@ end
 
 -- Call this before the script concludes anything from a reply that says that a key is absent. While the slot moves, the
 -- key may be on the other master. Then the script stops, before it writes, and the engine runs it again later.
+local LATER = "RSSLATER perhaps a non local key"
 local function surely(reply, name)
-  if elsewhere(reply) or asked and redis.call("EXISTS", name) == 0 then
-    error("RSSLATER perhaps a non local key", 0)
-  end
+  if elsewhere(reply) or asked and redis.call("EXISTS", name) == 0 then error(LATER, 0) end
+end
+
+-- Run a command and return its reply, as redis.call does. If a key is on the other master, stop as `surely` does.
+local function inquire(...)
+  local reply = redis.pcall(...)
+  if type(reply) == "table" and reply.err then error(elsewhere(reply) and LATER or reply.err, 0) end
+  return reply
 end
 
 -- A function that undoes the writes of the current session, or false. `each` calls it if a later write fails.

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -13,10 +14,12 @@ from redis.asyncio import Redis, RedisCluster
 from rss import PartlyDone, Reference, SessionEnded, SessionError, Sessions, SessionStore, StoreUnavailable
 from rss.keys import Partitioned
 from tests.clusters import Cluster, cluster
+from tests.documents import ROOT
 from tests.keyspace import Keyspace
 from tests.servers import free_port, own_server
 
 PARTITIONS = 16
+GUIDE = (ROOT / "rss" / "guides" / "store.md").read_text()
 
 
 @pytest.fixture(scope="module", name="servers")
@@ -360,8 +363,34 @@ async def test_the_number_of_partitions_is_kept(servers: Cluster, keyspace: Keys
     assert len(await keyspace.keys()) == 1
 
 
+async def test_the_rights_that_the_guide_names_are_enough(
+    servers: Cluster, keyspace: Keyspace, layout: Partitioned
+) -> None:
+    """A user with only these rights can do everything, also while a slot moves."""
+    rule, *more = re.findall(r"```\n(resetkeys .*?)\n```|`(\+hsetnx .*?)`|`(\+cluster.*?)`", GUIDE, re.DOTALL)
+    rights = f"{rule[0]} {more[0][1]} {more[1][2]}".replace("~rss:*", f"~{keyspace.prefix}:*").split()
+    for server in servers.servers:
+        server("ACL", "SETUSER", "app", "on", ">secret", *rights)
+    url = servers.url.replace("redis://", "redis+cluster://app:secret@")
+    options: dict[str, Any] = {"references": ["user_id"], "prefix": keyspace.prefix, "partitions": PARTITIONS}
+    async with SessionStore.from_url(url, **options) as store:
+        one, other = layout.mint(3), layout.mint(3)
+        await store.set(one, {"user_id": 1})
+        await store.set(other, {"user_id": 1})
+        target = await move_some(servers, layout.slots[3], 1)
+        try:
+            assert await store.increment(one, "n") == await store.increment(other, "n") == 1
+            assert await store.delete(one)
+        finally:
+            await asyncio.to_thread(servers.end_migration, layout.slots[3], target)
+        assert await store.touch(await store.rotate(other))
+        assert await store.block("user_id", 1, "1m") == 1
+    for server in servers.servers:
+        server("ACL", "DELUSER", "app")
+
+
 async def test_a_client_of_one_server_is_not_enough(servers: Cluster, keyspace: Keyspace) -> None:
-    """The error says which client to give to the store."""
+    """A plain client on a server of a cluster raises an error that names the right client."""
     async with Redis.from_url(servers.url) as client:
         store = SessionStore(client, prefix=keyspace.prefix)
         outcomes = await asyncio.gather(*(store.get(f"{n}") for n in range(30)), return_exceptions=True)
@@ -371,7 +400,7 @@ async def test_a_client_of_one_server_is_not_enough(servers: Cluster, keyspace: 
 
 
 async def test_a_server_that_is_no_cluster() -> None:
-    """The error comes at once, and its cause is the answer of Redis."""
+    """A cluster client on a server without cluster mode raises an error whose cause is the reply of Redis."""
     port = free_port()
     with own_server("--port", str(port)):
         store = SessionStore.from_url(f"redis+cluster://127.0.0.1:{port}")
@@ -383,7 +412,7 @@ async def test_a_server_that_is_no_cluster() -> None:
 
 @pytest.mark.parametrize("options", [{"limit": 2}, {"identity": True}])
 def test_a_limit_needs_all_sessions_in_one_partition(options: dict[str, Any]) -> None:
-    """So several partitions refuse it; one does not."""
+    """A limit or an identity is refused in a store with several partitions, but not with one."""
     client = Redis()
     SessionStore(client, references={"user_id": Reference(**options)}, partitions=1)
     with pytest.raises(ValueError, match="cannot have a limit or be the identity in a store with several partitions"):

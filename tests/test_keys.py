@@ -91,14 +91,14 @@ PARTITIONS = {"a": 7, "abc": 22, "x" * 32: 40, "ü": 16, "j2kSzNfTqf2mXxfVwS9sYw
 
 @pytest.mark.parametrize("place", TAGS, ids=str)
 def test_tags_never_change(place: tuple[int, int]) -> None:
-    """The keys of a partition begin with the tag that its first keys had."""
+    """The keys of a partition begin with a tag that is the same in every version."""
     layout = Partitioned("rss", 24, place[0])
     assert layout.stems(place[1]) == (f"rss:{{{TAGS[place]}}}:s:", f"rss:{{{TAGS[place]}}}:r:")
 
 
 @pytest.mark.parametrize("session_id", PARTITIONS)
 def test_the_partition_of_an_id_never_changes(session_id: str) -> None:
-    """A session stays where it was made."""
+    """An id is in the same partition in every version."""
     layout = Partitioned("rss", 24, 64)
     key, partition = layout.place(session_id)
     assert partition == PARTITIONS[session_id]
@@ -119,7 +119,7 @@ def test_names_in_a_partition() -> None:
 @pytest.mark.parametrize("partitions", [1, 3, 16, 64, 256, 1024, 4096])
 @pytest.mark.parametrize("masters", [1, 3, 7, 30])
 def test_masters_with_equal_ranges_have_equally_many_partitions(partitions: int, masters: int) -> None:
-    """Or one more."""
+    """Of several masters with equal ranges of slots, each has as many partitions as the others, or one more."""
     slots = Partitioned("rss", 24, partitions).slots
     assert len(set(slots)) == partitions
     owned = [0] * masters
@@ -131,7 +131,7 @@ def test_masters_with_equal_ranges_have_equally_many_partitions(partitions: int,
 @pytest.mark.parametrize("partitions", [1, 7, 64, 4096])
 @pytest.mark.parametrize("id_bytes", [16, 24, 256])
 def test_an_id_is_minted_into_a_partition(partitions: int, id_bytes: int) -> None:
-    """It is random, and as long as any other."""
+    """An id for a given partition is random, and as long as any other id."""
     layout = Partitioned("rss", id_bytes, partitions)
     for partition in {0, partitions // 2, partitions - 1}:
         ids = {layout.mint(partition) for _ in range(20)}
@@ -143,6 +143,6 @@ def test_an_id_is_minted_into_a_partition(partitions: int, id_bytes: int) -> Non
 
 @pytest.mark.parametrize("partitions", [0, -1, 4097, 1.5, "64", True])
 def test_a_bad_number_of_partitions(partitions: Any) -> None:
-    """It is an integer from 1 to 4,096."""
+    """A number of partitions that is no integer from 1 to 4,096 is refused."""
     with pytest.raises(ValueError, match="partitions must be an integer from 1 to 4,096"):
         Partitioned("rss", 24, partitions)

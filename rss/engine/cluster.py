@@ -1,4 +1,4 @@
-"""A Redis Cluster: which master has each partition, and where calls go that a master refuses.
+"""A Redis Cluster: the master of each partition, and the right place for calls that a master refuses.
 
 A call goes to the master that has its partition according to the last topology. A master that does not have the slot
 refuses the call, and names another one. So only the first calls wait for the topology.
@@ -92,6 +92,20 @@ class Cluster:
             self._looking = asyncio.Task(self._look_soon(), loop=self.loop, context=contextvars.Context())
             self._looking.add_done_callback(self._looked, context=contextvars.Context())
 
+    async def aclose(self) -> None:
+        """Close the connections, and wait until they are closed."""
+        self.close()
+        for node in self.nodes:
+            await node.aclose()
+
+    def close(self) -> None:
+        """Close the connections. Calls without a reply get `StoreUnavailable`."""
+        self._known = []  # Nothing looks at the topology again.
+        if self._looking:
+            self._looking.cancel()
+        for node in self.nodes:
+            node.close()
+
     async def _look_soon(self) -> None:
         await asyncio.sleep(self._pause)
         before = list(self.owners)
@@ -99,10 +113,8 @@ class Cluster:
             await self._look()
         self._pause = _PAUSE if self.owners != before else min(self._pause * 2, _LONG_PAUSE)
 
-    def _looked(self, task: asyncio.Task[None]) -> None:
+    def _looked(self, _: asyncio.Task[None]) -> None:
         self._looking = None
-        if not task.cancelled():
-            task.exception()
 
     async def _look(self) -> None:
         """Ask a server for the topology, and move the waiting calls to the masters of their partitions."""

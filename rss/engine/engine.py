@@ -132,8 +132,7 @@ class Engine:
         servers = self._servers
         if servers and servers.loop is asyncio.get_running_loop():
             self._forget()
-            for node in servers.nodes:
-                await node.aclose()
+            await servers.aclose()
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> "OneServer | Cluster":
         """Begin to serve another event loop, such as the loop of a test client or of a second `asyncio.run`."""
@@ -178,8 +177,7 @@ def _address(client: Redis | RedisCluster) -> str:
 def _abandon(loop: asyncio.AbstractEventLoop, servers: OneServer | Cluster) -> None:
     """Close the connections of a store that was garbage-collected. This may run in any thread."""
     with suppress(RuntimeError):  # The event loop is closed, and so are its connections.
-        for node in servers.nodes:
-            loop.call_soon_threadsafe(node.close)
+        loop.call_soon_threadsafe(servers.close)
 
 
 _ENGINES: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()

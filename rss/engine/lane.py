@@ -37,7 +37,7 @@ QUIET: Final = 0.5
 
 
 class Servers(Protocol):
-    """What a lane needs to know of the servers of its store. `OneServer` and `Cluster` implement it."""
+    """The servers of a store, as far as a lane needs them. `OneServer` and `Cluster` implement this."""
 
     @property
     def split(self) -> Mapping[int, float]:
@@ -385,10 +385,6 @@ class Lane:
         if error:
             queue.hold(error, self.node.loop.time(), at_once=True)
         self._schedule()
-
-    def hold(self, batch: Batch, error: Exception) -> None:
-        """Put the calls of a refused batch back, and let them wait."""
-        self.waiting.put_back(batch).hold(error, self.node.loop.time())
 
     def release(self, partitions: Container[int]) -> list[Batch]:
         """Return the waiting calls of partitions that this server does not have any more.

@@ -1,4 +1,4 @@
-"""The servers of a store, and which of them has each partition: here one server, in `cluster.py` a Redis Cluster."""
+"""The servers of a store, and the server of each partition: here a single server, in `cluster.py` a Redis Cluster."""
 
 import asyncio
 import contextlib
@@ -53,6 +53,14 @@ class OneServer:
 
     def doubt(self, node: Node) -> None:
         """Do nothing: there is no other server to ask."""
+
+    async def aclose(self) -> None:
+        """Close the connections, and wait until they are closed."""
+        await self._node.aclose()
+
+    def close(self) -> None:
+        """Close the connections. Calls without a reply get `StoreUnavailable`."""
+        self._node.close()
 
 
 @contextlib.asynccontextmanager
