@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import redis
 
-from rss import CookiePolicy, Sessions, SessionStore
-from rss.store import StoreOptions
-from rss.testing import RedisServer, redis_server
+from rss.cookies import CookiePolicy
+from rss.session import Sessions
+from rss.store import SessionStore, StoreOptions
+from rss.testing import Cluster, RedisServer, cluster, redis_server
 
 _USED = pytest.StashKey[str]()
 
@@ -33,6 +34,13 @@ def redis_url(redis_server: RedisServer) -> str:
     return redis_server.url
 
 
+@pytest.fixture(scope="session")
+def redis_cluster() -> Iterator[Cluster]:
+    """A Redis Cluster of three masters for the whole test run. `redis_cluster.url` is its URL."""
+    with cluster() as made:
+        yield made
+
+
 @pytest.fixture
 def session_options() -> StoreOptions:
     """The options of `session_store`, such as its references. Override this fixture to set them."""
@@ -45,7 +53,8 @@ def session_store(redis_url: str, session_options: StoreOptions) -> Iterator[Ses
     prefix = f"test-{secrets.token_hex(8)}"
     options: StoreOptions = {**session_options, "prefix": prefix}
     yield SessionStore.from_url(redis_url, **options)
-    with redis.Redis.from_url(redis_url) as client:
+    kind = redis.RedisCluster if "+cluster" in redis_url else redis.Redis
+    with kind.from_url(redis_url.replace("+cluster", "")) as client:
         for key in client.scan_iter(match=f"{prefix}:*", count=1000):
             client.unlink(key)
 

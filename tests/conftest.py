@@ -16,11 +16,13 @@ from hypothesis import settings
 from redis.asyncio import Redis, RedisCluster
 
 from rss import SessionStore
+from rss.engine import cluster as masters
 from rss.engine import lane, scripts
-from tests.clusters import cluster
+from rss.engine.servers import OneServer
+from rss.testing import Cluster, cluster
 from tests.keyspace import Keyspace
 from tests.secrecy import Secrecy
-from tests.servers import own_server
+from tests.servers import client_of, own_server, require_all
 
 pytest_plugins = ["rss.pytest_plugin"]
 
@@ -33,7 +35,7 @@ SECRECY_REPORT = (
 
 # CI uses `--hypothesis-profile=thorough`, which takes a few minutes.
 settings.register_profile("quick", deadline=None)
-settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.register_profile("thorough", deadline=None, max_examples=700)
 settings.load_profile("quick")
 
 # Cached for speed: redis-py looks up its own version for each connection, and each store reads all scripts.
@@ -91,6 +93,8 @@ def send_singly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch coalescing off: every call is a script of its own."""
     monkeypatch.setattr(lane, "ROOM", 1)
     monkeypatch.setattr(lane, "VOLLEYS", 32)
+    for kind in (OneServer, masters.Cluster):
+        monkeypatch.setattr(kind, "volleys", 32)
 
 
 # All tests use the same objects, since tests share asynchronous fixtures only if their loop factories are equal.
@@ -150,6 +154,14 @@ def _watched_url(url: str, secrecy: Secrecy) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module", name="servers")
+def _servers() -> Iterator[Cluster]:
+    """A cluster of three masters for one test file alone. Without one of them, the others go on."""
+    with cluster() as made:
+        require_all(made, "no")
+        yield made
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print how much was searched for secrets."""
     if SECRECY in config.stash:
@@ -159,7 +171,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", name="cluster_url")
 def _cluster_url() -> Iterator[str]:
     """A cluster of three masters, for tests that leave it as it is."""
-    with cluster(3) as made:
+    with cluster() as made:
         yield made.url
 
 
@@ -168,11 +180,9 @@ async def _client(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterat
     """The client that the store gets; a test may be parametrized with options for it, or with "cluster"."""
     options = getattr(request, "param", {})
     if options == "cluster":
-        async with RedisCluster.from_url(request.getfixturevalue("cluster_url")) as client:
-            yield client
-    else:
-        async with Redis.from_url(redis_url, **options) as client:
-            yield client
+        redis_url, options = request.getfixturevalue("cluster_url"), {}
+    async with client_of(redis_url, **options) as client:
+        yield client
 
 
 @pytest.fixture(name="keyspace")
@@ -182,11 +192,10 @@ async def _keyspace(redis_url: str, request: pytest.FixtureRequest) -> AsyncIter
     A test may be parametrized with the number of partitions, or with "cluster".
     """
     partitions, url = getattr(request, "param", None), redis_url
-    client: Any = Redis
     if partitions == "cluster":
-        partitions, url, client = 64, request.getfixturevalue("cluster_url"), RedisCluster
-    async with client.from_url(url, decode_responses=True) as connected:
-        keyspace = Keyspace(connected, f"test-{secrets.token_hex(8)}", partitions)
+        partitions, url = None, request.getfixturevalue("cluster_url")
+    async with client_of(url, decode_responses=True) as connected:
+        keyspace = Keyspace(connected, f"test-{secrets.token_hex(8)}", 64 if "+cluster" in url else partitions)
         yield keyspace
         await keyspace.clear()
 

@@ -1,6 +1,7 @@
 """Servers for one test alone, which may break them or the network between them and the store."""
 
 import asyncio
+import functools
 import hashlib
 import os
 import signal
@@ -10,14 +11,22 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import Any, Final
 
 import hiredis
 import redis
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
-from rss.testing import local_server, server_binary
+from rss import SessionStore
+from rss.engine import scripts
+from rss.engine.scripts import sha
+from rss.keys import SLOTS
+from rss.testing import Cluster, ClusterServer, local_server, server_binary
+
+#: The streams of a connection that asyncio opens.
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @contextmanager
@@ -29,23 +38,57 @@ def own_server(*arguments: str) -> Iterator[str]:
         yield url
 
 
+def client_of(url: str, **options: Any) -> Any:
+    """Return a client of a server or a cluster."""
+    if "+cluster" in url:
+        return RedisCluster.from_url(url.replace("+cluster", ""), **options)
+    return Redis.from_url(url, **options)
+
+
+async def everywhere(client: Any, *command: str | int) -> list[Any]:
+    """Run a command on each master of a cluster, or on the only server, and return the replies."""
+    nodes = (await client.initialize()).get_primaries() if isinstance(client, RedisCluster) else []
+    targets: list[dict[str, Any]] = [{"target_nodes": node} for node in nodes] or [{}]
+    return await asyncio.gather(*(client.execute_command(*command, **target) for target in targets))
+
+
+def require_all(servers: Cluster, required: str) -> None:
+    """Configure whether a cluster needs all of its masters: "yes" or "no"."""
+    for server in servers.servers:
+        server("CONFIG", "SET", "cluster-require-full-coverage", required)
+
+
+def restart(servers: Cluster, dead: ClusterServer) -> None:
+    """Start a master that was killed, and wait until the cluster works as before."""
+    dead.start()
+    require_all(servers, "no")
+    servers.wait(lambda server: works(server.info("cluster")))
+
+
+def works(cluster: dict[str, Any]) -> bool:
+    """Return whether a server serves calls and believes that all slots are served, by its CLUSTER INFO."""
+    return cluster["cluster_state"] == "ok" and int(cluster["cluster_slots_ok"]) == SLOTS
+
+
 class Proxy:
-    """A proxy between a client and a server, which can swallow the replies to the next scripts and hang up."""
+    """A proxy between a client and servers, which can swallow the next replies, and hang up."""
 
     def __init__(self) -> None:
         """Let everything through at first."""
         self.swallow = 0
         self.scripts = 0
 
-    async def relay(self, server: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Relay the data between one client and the server."""
-        there, back = await asyncio.open_unix_connection(server)
+    async def relay(
+        self, connect: Callable[[], Awaitable[Streams]], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Relay the data between one client and the server to which *connect* connects."""
+        there, back = await connect()
         running = False
 
         async def requests() -> None:
             nonlocal running
             while data := await reader.read(1 << 16):
-                running = b"EVALSHA" in data
+                running = b"EVALSHA" in data or b"SCARD" in data
                 back.write(data)
 
         async def replies() -> None:
@@ -73,12 +116,27 @@ async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
     proxy = Proxy()
     with tempfile.TemporaryDirectory(prefix="rss-") as folder, socket.socket(socket.AF_UNIX) as sock:
         sock.bind(f"{folder}/proxy.sock")
-
-        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await proxy.relay(url.removeprefix("unix://"), reader, writer)
-
-        async with serving(relay, sock=sock):
+        connect = functools.partial(asyncio.open_unix_connection, url.removeprefix("unix://"))
+        async with serving(functools.partial(proxy.relay, connect), sock=sock):
             yield proxy, f"unix://{folder}/proxy.sock"
+
+
+@asynccontextmanager
+async def behind_proxy(url: str, **options: Any) -> AsyncIterator[tuple[Proxy, SessionStore]]:
+    """Put a proxy before a server, or before each master of a cluster, and yield the proxy and a store behind it."""
+    async with AsyncExitStack() as stack:
+        if "+cluster" not in url:
+            proxy, address = await stack.enter_async_context(proxied(url))
+            yield proxy, await stack.enter_async_context(SessionStore.from_url(address, **options))
+            return
+        proxy, ports = Proxy(), dict[int, int]()
+        async with client_of(url) as direct:
+            for node in direct.get_primaries():
+                connect = functools.partial(asyncio.open_connection, node.host, node.port)
+                ports[node.port] = await stack.enter_async_context(serving(functools.partial(proxy.relay, connect)))
+        client = client_of(url, address_remap=lambda address: (address[0], ports[address[1]]))
+        async with client, SessionStore(client, **options) as store:
+            yield proxy, store
 
 
 class Wire:
@@ -152,6 +210,10 @@ async def wired(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wi
         yield wire
 
 
+#: The script that a store runs before all others, on a connection of its own.
+OPEN: Final = scripts.read("open").encode()
+
+
 class Fake:
     """A server that answers each script as a test wants, and knows the commands that a client needs to connect."""
 
@@ -162,8 +224,8 @@ class Fake:
         #: Connections that were made so far, and the names of all commands.
         self.made = 0
         self.commands: list[str] = []
-        #: Data that is sent before, after, or instead of the digest that SCRIPT LOAD returns.
-        self.before = self.after = self.instead = b""
+        #: Data that is sent before, after, or instead of each digest of SCRIPT LOAD, and instead of the next one only.
+        self.before = self.after = self.instead = self.once = b""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
@@ -180,12 +242,18 @@ class Fake:
 
     def _reply(self, command: list[bytes]) -> bytes | None:
         name = command[0].decode().upper()
+        if name == "SCRIPT" and command[2] == OPEN:  # The connection is for this script alone.
+            self.made -= 1
+            return b"$40\r\n" + sha(OPEN.decode()).encode() + b"\r\n"
+        if name == "EVALSHA" and command[1] == sha(OPEN.decode()).encode():
+            return b"*2\r\n*0\r\n*0\r\n"
         self.commands.append(name)
         if name == "EVALSHA":
             return self.script(command)
         if name == "SCRIPT":
             digest = hashlib.sha1(command[2], usedforsecurity=False).hexdigest().encode()
-            return self.instead or self.before + b"$40\r\n" + digest + b"\r\n" + self.after
+            once, self.once = self.once, b""
+            return once or self.instead or self.before + b"$40\r\n" + digest + b"\r\n" + self.after
         return b"+OK\r\n"
 
 
@@ -302,10 +370,10 @@ def sentinel(folder: Path, master: int) -> Iterator[int]:
         process.wait()
 
 
-async def connections(admin: Redis) -> list[dict[str, str]]:
-    """Return the connections of a server, as CLIENT LIST describes them, except the administrator's."""
-    mine = str(await admin.client_id())
-    return [client for client in await admin.client_list() if client["id"] != mine]
+async def connections(admin: Any) -> list[dict[str, str]]:
+    """Return the connections of all masters, as CLIENT LIST describes them, except the administrator's."""
+    mine, lists = await everywhere(admin, "CLIENT ID"), await everywhere(admin, "CLIENT LIST")
+    return [client for own, clients in zip(mine, lists, strict=True) for client in clients if client["id"] != str(own)]
 
 
 async def until(client: Redis, section: str, name: str, value: object) -> None:

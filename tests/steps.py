@@ -1,0 +1,29 @@
+"""Act at one step of an operation that takes several scripts."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from rss import SessionStore
+from rss.engine.coalesce import Operation
+
+
+class Stop(BaseException):
+    """Ends a task where a crash would."""
+
+
+def run_at(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[Awaitable[Any]], Awaitable[Any]]
+) -> None:
+    """Let the next call of a script go through *act*, which gets the call."""
+    original, done = store.operations.engine.run, list[str]()
+
+    def run(operation: Operation, *args: Any, **options: Any) -> Any:
+        call = original(operation, *args, **options)
+        if operation.script == step and not done:
+            done.append(step)
+            return act(call)
+        return call
+
+    monkeypatch.setattr(store.operations.engine, "run", run)
