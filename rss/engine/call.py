@@ -3,12 +3,13 @@
 import asyncio
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Final, Self
 
 from rss.engine.failures import code_of, with_cause
 from rss.errors import StoreUnavailable
 
 _Callback = Callable[["Call"], object]
+_set_result: Final = asyncio.Future.set_result  # Faster than `super()`.
 
 
 class Call(asyncio.Future[Any]):
@@ -23,13 +24,16 @@ class Call(asyncio.Future[Any]):
 
     __slots__ = ("_waiter", "args", "deadline", "keys", "losses", "size")
 
+    #: Whether `sent` must be called. The calls of one store are all observed, or none of them is.
+    observed: ClassVar[bool] = False
+
     keys: Sequence[str]
     args: Sequence[str | bytes]
     #: The bytes of the arguments. 0 if the operation is not `sized`.
     size: int
     #: The loop's time at which the caller gets `StoreUnavailable`.
     deadline: float
-    #: How many channels broke while the call was in flight.
+    #: How many channels broke while the call was in flight. At least 1 if it may have written something.
     losses: int
     _waiter: tuple[_Callback, contextvars.Context] | None  # The callback that wakes the awaiting task.
 
@@ -41,7 +45,7 @@ class Call(asyncio.Future[Any]):
         args: Sequence[str | bytes],
         size: int,
         deadline: float,
-    ) -> "Call":
+    ) -> Self:
         """Return a new call. This takes half the time of an `__init__`."""
         call = cls(loop=loop)
         call.keys, call.args, call.size, call.deadline = keys, args, size, deadline
@@ -55,16 +59,22 @@ class Call(asyncio.Future[Any]):
         else:
             super().add_done_callback(fn, context=context)
 
+    def sent(self, batch: int) -> None:
+        """Note that the call is sent. Only a call that is observed needs to know.
+
+        *batch*: the number of calls in its EVALSHA.
+        """
+
     def answer(self, result: Any) -> None:
         """Set the result, and run the caller until its next await. Call this only while no task is running."""
         waiter, self._waiter = self._waiter, None
-        super().set_result(result)
+        _set_result(self, result)
         if waiter:
             wake, context = waiter
             try:
                 context.run(wake, self)
             except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt or SystemExit of the caller
-                self.get_loop().call_soon(_reraise, error)  # Other callers get their replies before the loop ends.
+                self.get_loop().call_soon(reraise, error)  # Other callers get their replies before the loop ends.
 
     def set_result(self, result: Any, /) -> None:
         """Set the result. The caller continues in the next turn of the loop."""
@@ -102,5 +112,6 @@ class Call(asyncio.Future[Any]):
         self.fail(with_cause(StoreUnavailable(f"no answer from Redis within the deadline: {why}"), error))
 
 
-def _reraise(error: BaseException) -> None:
+def reraise(error: BaseException) -> None:
+    """Raise an error. As a callback of the event loop, this ends the loop by KeyboardInterrupt or SystemExit."""
     raise error

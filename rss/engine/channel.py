@@ -10,7 +10,7 @@ import contextlib
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, cast
 
 import hiredis
@@ -22,9 +22,34 @@ from redis.backoff import NoBackoff
 from rss.engine.failures import with_cause
 from rss.engine.scripts import pack, sha
 
+#: Seconds of silence of a server after which another one may have taken its place.
+QUIET: Final = 0.5
+
 Answer = Callable[[Any], None]
-Heard = Callable[["Channel"], None]
 Lost = Callable[["Channel", Exception | None], None]
+
+
+class Listener:
+    """The owner of a channel, which the channel tells of events. A lane is one."""
+
+    def heard(self, channel: "Channel") -> None:
+        """Note that the replies of a read were handed out, or that the peer accepts more bytes again."""
+
+    def is_doubted(self) -> bool:
+        """Return whether the server may have been replaced, so that its replies are worth nothing."""
+        return False
+
+    def woke(self, channel: "Channel") -> None:
+        """Note that a doubted server replied, or one that was silent for `QUIET`. Replies are held until `go_on`."""
+        channel.go_on()
+
+    def pushed(self, message: Sequence[Any]) -> None:
+        """Note a message that is no reply. Only RESP3 has these."""
+
+    def lost(self, channel: "Channel", error: Exception | None) -> None:
+        """Note that no more replies will come. This is called once, and not after `close`."""
+        raise NotImplementedError
+
 
 _NOTHING: Final = object()  # Marks an incomplete reply. The default mark, False, could be a reply of RESP3.
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -37,14 +62,10 @@ _GREETED: Final = sha(_HELLO).encode()
 
 
 class Channel(asyncio.Protocol):
-    """A connection that serves commands. Use `open_channel` to make one.
+    """A connection that serves commands. Use `open_channel` to make one."""
 
-    *heard*: called after the replies of a read were handed out, and when the peer accepts more bytes again.
-    *lost*: called once, when no more replies will come. It is not called after `close`.
-    """
-
-    def __init__(self, connection: AbstractConnection, heard: Heard, lost: Lost) -> None:
-        self._heard = heard
+    def __init__(self, connection: AbstractConnection, listener: Listener, lost: Lost) -> None:
+        self._listener = listener
         self._lost: Lost | None = lost
         self._loop = asyncio.get_running_loop()
         self._connection = connection  # Keep it alive: its destructor would close the transport.
@@ -52,18 +73,20 @@ class Channel(asyncio.Protocol):
         self._reader = hiredis.Reader(replyError=redis.exceptions.ResponseError, notEnoughData=_NOTHING)
         self._answers: deque[Answer] = deque()
         #: The loop's time of the last byte received. If later: of the first command sent while the channel was idle.
-        self.heard_at = self._loop.time()
+        self.heard_at: float = self._loop.time()
+        #: Whether replies are held, because they came after a silence.
+        self.held: bool = False
         #: Whether the write buffer is full, because the peer reads too slowly.
-        self.paused = False
+        self.paused: bool = False
         self._transport.set_protocol(self)
 
-    def begin(self, greeting: Any, lost: Lost) -> None:
+    def begin(self, greeting: Any) -> None:
         """Begin to serve. Raises an error if *greeting* is not the expected reply, or the connection is lost."""
         if isinstance(greeting, Exception):
             raise greeting
         if greeting != _GREETED or not self.usable:
             raise redis.exceptions.ConnectionError("Redis sent an unexpected reply, or hung up")
-        self._lost = lost
+        self._lost = self._listener.lost
 
     @property
     def usable(self) -> bool:
@@ -86,22 +109,50 @@ class Channel(asyncio.Protocol):
             self.abort(error)
 
     def data_received(self, data: bytes) -> None:
-        self.heard_at = self._loop.time()
+        now = self._loop.time()
+        doubted = now - self.heard_at >= QUIET or self._listener.is_doubted()
+        self.heard_at = now
         try:
             self._reader.feed(data)
-            while self._lost and (reply := self._reader.gets()) is not _NOTHING:
-                if not isinstance(reply, hiredis.PushNotification):
-                    self._answers.popleft()(reply)
         except Exception as error:  # noqa: BLE001 - replies and requests may no longer match
             self.abort(error)
-        self._heard(self)
+        if self.held:
+            return
+        if doubted and self._answers:
+            self.held = True
+            self._listener.woke(self)
+        else:
+            self._hand_out()
+
+    def go_on(self) -> None:
+        """Hand out the replies that were held."""
+        self.held = False
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        outstanding = len(
+            self._answers
+        )  # Without the commands that callers send below: their replies are not here yet.
+        try:
+            while self._lost and (reply := self._reader.gets()) is not _NOTHING:
+                if isinstance(reply, hiredis.PushNotification):
+                    self._listener.pushed(reply)
+                    continue
+                if not outstanding:
+                    self.abort(redis.exceptions.ConnectionError("Redis sent a reply to no command"))
+                    break
+                outstanding -= 1
+                self._answers.popleft()(reply)
+        except Exception as error:  # noqa: BLE001 - replies and requests may no longer match
+            self.abort(error)
+        self._listener.heard(self)
 
     def pause_writing(self) -> None:
         self.paused = True
 
     def resume_writing(self) -> None:
         self.paused = False
-        self._heard(self)
+        self._listener.heard(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         _take_stream(self._connection)
@@ -132,7 +183,7 @@ class Channel(asyncio.Protocol):
             lost(self, error)
 
 
-async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, lost: Lost, patience: float) -> Channel:
+async def open_channel(make: Callable[[], AbstractConnection], listener: Listener, patience: float) -> Channel:
     """Connect through redis-py, check the greeting, and return a channel. Make one attempt.
 
     *patience*: the seconds after which the system drops a peer that acknowledges nothing.
@@ -149,10 +200,10 @@ async def open_channel(make: Callable[[], AbstractConnection], heard: Heard, los
     try:
         connection.retry = Retry(NoBackoff(), 0)  # The lane decides how often to try.
         await connection.connect()  # type: ignore[no-untyped-call]
-        channel = Channel(connection, heard, hung_up)
+        channel = Channel(connection, listener, hung_up)
         _keep_alive(_writer(connection).get_extra_info("socket"), connection, patience)
         channel.send(_GREETING, [greeted.set_result])
-        channel.begin(await greeted, lost)
+        channel.begin(await greeted)
     except BaseException:
         if (writer := _take_stream(connection)) is not None:
             with contextlib.suppress(RuntimeError):  # The event loop is closed.

@@ -7,8 +7,10 @@ refuses the call, and names another one. So only the first calls wait for the to
 import asyncio
 import contextlib
 import contextvars
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, cast
 
 import redis.exceptions
@@ -18,10 +20,10 @@ from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from rss.engine.coalesce import Batch, Elsewhere, Queue, asking
 from rss.engine.failures import DEMOTED, LATER, code_of, with_cause
 from rss.engine.lane import Lane, Node
+from rss.engine.meta import ask, connected, open_store
 from rss.engine.scripts import Scripts
-from rss.engine.servers import ask, check_partitions, connected
 from rss.errors import StoreUnavailable
-from rss.keys import Layout, Partitioned, slot
+from rss.keys import Layout, Partitioned, slot, tag_in
 
 _Address = tuple[str, int]
 
@@ -49,41 +51,84 @@ class Cluster:
     Only the configuration of the client is used. So the client may drop its connections without effect on the store.
     """
 
-    def __init__(self, client: RedisCluster, scripts: Scripts, layout: Layout, timeout: float) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(
+        self,
+        client: RedisCluster,
+        scripts: Scripts,
+        layout: Layout,
+        references: Mapping[str, str] | None,
+        timeout: float,
+    ) -> None:
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         #: Partitions whose slots move, and the loop's time until which each call of them is a batch of its own.
         self.split: dict[int, float] = {}
         self._client = client
         self._scripts = scripts
         self._layout = cast("Partitioned", layout)
+        self._references = references
         self._timeout = timeout
         self._slots = self._layout.slots
         self._nodes: dict[_Address, Node] = {}
         self._seeds = [(seed.host, int(seed.port)) for seed in client.nodes_manager.startup_nodes.values()]
         self._known: list[_Address] = []  # The masters and replicas of the last topology. Empty: none was seen yet.
+        self._masters: dict[range, _Address] = {}  # The master of each range of slots.
+        self._replicas: dict[_Address, list[_Address]] = {}  # The replicas of each master.
         self._lock = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
         self._doubts = set[Node]()
         self._pause = _PAUSE
         #: The master of each partition. Before the first look at the topology: the first seed.
-        self.owners = [self._node(self._seeds[0])] * layout.partitions
+        self.owners: list[Node] = [self._node(self._seeds[0])] * layout.partitions
 
     @property
     def nodes(self) -> Sequence[Node]:
         """All servers that were used and may still have calls."""
         return list(self._nodes.values())
 
+    @property
+    def masters(self) -> Sequence[Node]:
+        """The servers that together have all keys."""
+        return [self._node(address) for address in dict.fromkeys(self._masters.values())]
+
+    def connect(self, key: str) -> AbstractAsyncContextManager[AbstractConnection]:
+        """Return a connection to the master of a key, for a few commands. Raises the errors of redis-py."""
+        number = slot(tag_in(key))
+        address = next((address for slots, address in self._masters.items() if number in slots), None)
+        if address is None:
+            raise redis.exceptions.ClusterDownError("CLUSTERDOWN a slot has no master")
+        return connected(self._node(address).make_connection)
+
+    @property
+    def volleys(self) -> int:
+        """One volley: while Python handles it, other masters run theirs. Two would make smaller batches."""
+        return 1
+
     # The topology.
 
     async def ready(self) -> None:
-        """Wait until the topology is known, and the number of partitions is checked.
+        """Wait until the topology is known, and the layout is checked.
 
-        Raises `SessionError` if the keys have another number of partitions, and the errors of redis-py.
+        Raises `SessionError` if the keys have another layout, and the errors of redis-py.
         """
         if not self._known:
             async with self._lock:
                 if not self._known:
                     await self._look()
+
+    async def confirm(self, node: Node) -> bool:
+        """Ask each replica of a server for the topology, then any server: a replica that took over knows that first.
+
+        If none answers, the server stays the master.
+        """
+        self._doubts.add(node)
+        replicas = [self._replicas.get(address, []) for address, one in self._nodes.items() if one is node]
+        async with self._lock:
+            for candidates in (*([replica] for replica in itertools.chain(*replicas)), None):
+                with contextlib.suppress(Exception):  # Also of a hook of the user.
+                    await self._look(candidates)
+                if node not in self.owners:
+                    return False
+        return True
 
     def doubt(self, node: Node) -> None:
         """Look at the topology soon: a server does not answer, does not work, or does not have a partition."""
@@ -94,13 +139,16 @@ class Cluster:
 
     async def aclose(self) -> None:
         """Close the connections, and wait until they are closed."""
+        looking = self._looking
         self.close()
+        if looking:
+            await asyncio.wait([looking])
         for node in self.nodes:
             await node.aclose()
 
     def close(self) -> None:
         """Close the connections. Calls without a reply get `StoreUnavailable`."""
-        self._known = []  # Nothing looks at the topology again.
+        self._known = []  # So `doubt` starts no other look at the topology.
         if self._looking:
             self._looking.cancel()
         for node in self.nodes:
@@ -109,27 +157,31 @@ class Cluster:
     async def _look_soon(self) -> None:
         await asyncio.sleep(self._pause)
         before = list(self.owners)
-        with contextlib.suppress(redis.exceptions.RedisError, OSError):
-            await self._look()
+        with contextlib.suppress(Exception):  # Also of a hook of the user. The next look may succeed.
+            async with self._lock:
+                await self._look()
         self._pause = _PAUSE if self.owners != before else min(self._pause * 2, _LONG_PAUSE)
 
     def _looked(self, _: asyncio.Task[None]) -> None:
         self._looking = None
 
-    async def _look(self) -> None:
-        """Ask a server for the topology, and move the waiting calls to the masters of their partitions."""
+    async def _look(self, candidates: Iterable[_Address] | None = None) -> None:
+        """Ask a server for the topology, and move the waiting calls to the masters of their partitions.
+
+        *candidates*: the servers to try. None: all that are known.
+        """
         doubts, self._doubts = self._doubts, set()
         error: Exception = redis.exceptions.ConnectionError("no server of the cluster is known")
-        for address in self._candidates(doubts):
+        for address in self._candidates(doubts) if candidates is None else candidates:
             node = self._node(address)
             try:
                 async with asyncio.timeout(_PATIENCE), connected(node.make_connection) as connection:
-                    ranges = await ask(connection, "CLUSTER", "SLOTS")
-            except (redis.exceptions.RedisError, OSError) as failure:
+                    masters, replicas = self._read(address[0], await ask(connection, "CLUSTER", "SLOTS"))
+            except Exception as failure:  # noqa: BLE001 - another server may give a topology that can be read
                 error = failure
                 continue
-            if ranges:
-                await self._adopt(address[0], ranges)
+            if masters:
+                await self._adopt(masters, replicas)
                 return
         raise error
 
@@ -139,17 +191,23 @@ class Cluster:
         doubtful = {address for address, node in self._nodes.items() if node in doubts}
         yield from sorted(addresses, key=doubtful.__contains__)
 
-    async def _adopt(self, host: str, ranges: list[Any]) -> None:
-        """Note a topology that the server at *host* reports. A partition without a master in it keeps its last one."""
+    def _read(self, host: str, ranges: list[Any]) -> tuple[dict[range, _Address], dict[_Address, list[_Address]]]:
+        """Return the master of each range of slots, and the replicas of each master, by the server at *host*."""
         masters: dict[range, _Address] = {}
-        known: list[_Address] = []
+        replicas: dict[_Address, list[_Address]] = {}
         for first, last, *servers in ranges:
             addresses = [self._remap(name.decode() or host if name else host, port) for name, port, *_ in servers]
             masters[range(first, last + 1)] = addresses[0]
-            known += addresses
+            replicas[addresses[0]] = addresses[1:]
+        return masters, replicas
+
+    async def _adopt(self, masters: dict[range, _Address], replicas: dict[_Address, list[_Address]]) -> None:
+        """Note a topology. A partition without a master in it keeps its last one."""
+        self._masters = masters
         if not self._known:
-            await self._check(masters)
-        self._known = list(dict.fromkeys(known))
+            await self._open()
+        self._known = list(dict.fromkeys(itertools.chain(replicas, *replicas.values())))
+        self._replicas = replicas
         for partition, number in enumerate(self._slots):
             for slots, address in masters.items():
                 if number in slots:
@@ -157,20 +215,21 @@ class Cluster:
         self._move_calls()
         self._forget()
 
-    async def _check(self, masters: dict[range, _Address]) -> None:
-        """Check the number of partitions, on the master that has the meta key."""
-        number = slot(self._layout.meta)
-        for slots, address in masters.items():
-            if number in slots:
-                async with connected(self._node(address).make_connection) as connection:
-                    await check_partitions(connection, self._layout)
-                return
-        raise redis.exceptions.ClusterDownError("CLUSTERDOWN a slot has no master")
+    async def _open(self) -> None:
+        """Compare the store with those before it."""
+        if self._references is None:
+            return
+        try:
+            await open_store(self._layout, self._references, self.connect)
+        except redis.exceptions.AskError as error:  # MovedError is a kind of it.
+            raise redis.exceptions.TryAgainError("TRYAGAIN the slot of the meta key moves") from error
 
     def _move_calls(self) -> None:
         """Move the waiting calls to the masters of their partitions."""
         for node in self.nodes:
             gone = {partition for partition, owner in enumerate(self.owners) if owner is not node}
+            if len(gone) == len(self.owners):
+                node.watch.leave()
             for number, lane in enumerate(node.lanes):
                 for batch in lane.release(gone):
                     self.owners[batch.queue.kind[1]].lanes[number].accept(batch)
@@ -234,10 +293,12 @@ class Cluster:
             for call in batch.calls:
                 call.fail(with_cause(StoreUnavailable("the slot moved: it is not known what was done"), error))
             return
+        for call in batch.calls if wrote else ():
+            call.losses = call.losses or 1  # It may have made its session here, so it must not make another elsewhere.
         self.split[partition] = self.loop.time() + _SPLIT
         if len(batch.calls) > 1:
             lane.accept(batch)
-        elif operation.anywhere and not wrote and not batch.calls[0].losses:
+        elif operation.anywhere and not batch.calls[0].losses:
             batch.calls[0].fail(Elsewhere())
         else:
             self._return(lane, batch, error)

@@ -9,7 +9,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from redis.backoff import EqualJitterBackoff
 
@@ -42,7 +42,7 @@ def expire(calls: Iterable[Call], now: float, error: Exception | None) -> None:
 class Operation:
     """The properties of a script that the engine needs."""
 
-    #: The name of the script in `lua/`.
+    #: The name of the script in `lua/`; empty for a plain command.
     script: str
     #: The shared parts that the script needs: some of `scripts.PARTS`.
     parts: tuple[str, ...]
@@ -55,6 +55,12 @@ class Operation:
     sized: bool = False
     #: Whether the caller would rather take another partition than wait for a slot that moves. It gets `Elsewhere`.
     anywhere: bool = False
+    #: A command of Redis with one key that each call is, instead of a part of a script.
+    command: str = ""
+    #: Converts the reply to a call into the result of the call. None: they are the same.
+    convert: Callable[[Any], Any] | None = None
+    #: The number of replicas that must have the writes before the caller gets the reply.
+    replicas: int = 0
     #: None for an operation on the owner of a partition. Otherwise it is for the server to which the partition moves,
     #: and this is the one for the owner. Its script knows that keys may be absent, and ASKING precedes the EVALSHA.
     on_owner: "Operation | None" = None
@@ -63,7 +69,20 @@ class Operation:
 @functools.cache
 def asking(operation: Operation) -> Operation:
     """Return an operation for the server to which a partition moves."""
-    return replace(operation, script=asked_name(operation.script), on_owner=operation)
+    script = operation.script and asked_name(operation.script)
+    return replace(operation, script=script, on_owner=operation)
+
+
+@functools.cache
+def durable(operation: Operation, replicas: int) -> Operation:
+    """Return an operation whose caller gets the reply when this number of replicas have the writes."""
+    return replace(operation, replicas=replicas)
+
+
+@functools.cache
+def batched(operation: Operation) -> Operation:
+    """Return an operation whose calls share a volley, because their pages are small."""
+    return replace(operation, batched=True)
 
 
 class Elsewhere(Exception):
@@ -80,14 +99,14 @@ class Queue:
     __slots__ = ("calls", "error", "held_until", "kind", "refusals")
 
     def __init__(self, kind: Kind) -> None:
-        self.kind = kind
+        self.kind: Kind = kind
         self.calls: deque[Call] = deque()
         #: How many attempts failed in a row: Redis refused to run the calls, or they broke the channel.
-        self.refusals = 0
+        self.refusals: int = 0
         #: The last failure; None if there was none.
         self.error: Exception | None = None
         #: The loop's time of the next attempt. 0: nothing delays it.
-        self.held_until = 0.0
+        self.held_until: float = 0.0
 
     def hold(self, error: Exception, now: float, *, at_once: bool = False) -> None:
         """Note a failed attempt, and delay the next one.
@@ -118,6 +137,18 @@ class Batch:
     calls: list[Call]
     #: Whether this is the last batch of its volley.
     last: bool = False
+    #: The replies so far, until the last one of the batch is there.
+    replies: Any = None
+
+    def note_attempt(self) -> None:
+        """Tell the calls that they are sent. A plain command holds one call."""
+        size = 1 if self.queue.kind[0].command else len(self.calls)
+        for call in self.calls:
+            call.sent(size)
+
+    def pack_commands(self) -> bytes:
+        """Return the plain commands in the wire format, one for each call."""
+        return b"".join(pack(self.queue.kind[0].command, *call.keys) for call in self.calls)
 
     def pack(self, sha: str, stems: Sequence[str]) -> bytes:
         """Return the EVALSHA in the wire format. Without ASKING, which `Lane` sends."""
@@ -134,7 +165,7 @@ class Waiting:
 
     def __init__(self) -> None:
         #: The number of calls, including some that were cancelled.
-        self.count = 0
+        self.count: int = 0
         self._queues = _Queues()  # In the order in which `take` serves them.
 
     def __iter__(self) -> Iterator[Call]:
@@ -165,7 +196,7 @@ class Waiting:
         """Take the calls of a volley from the queues in turn, and return them as batches.
 
         *room*: the maximum number of calls. *split*: partitions, and the loop's time until which a call of them is a
-        batch of its own.
+        batch of its own. After ASK, each call always is.
 
         A page is alone in its volley. So is a call that was in flight on two channels that broke: this call may be the
         reason.
@@ -194,7 +225,7 @@ class Waiting:
             self.count -= before - len(waiting)
             if waiting or queue.refusals:  # An empty queue must remember its refusals.
                 self._queues[kind] = queue
-            if calls and split and split.get(kind[1], 0) > now:
+            if calls and (kind[0].on_owner or (split and split.get(kind[1], 0) > now)):
                 batches += [Batch(queue, [call]) for call in calls]
             elif calls:
                 batches.append(Batch(queue, calls))

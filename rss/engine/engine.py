@@ -3,40 +3,60 @@
 import asyncio
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import redis.exceptions
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.sentinel import SentinelConnectionPool
 
 from rss.engine.call import Call
 from rss.engine.cluster import Cluster
-from rss.engine.coalesce import Operation
+from rss.engine.coalesce import Operation, durable
 from rss.engine.failures import code_of
+from rss.engine.observed import ObservedCall, guarded
 from rss.engine.scripts import Scripts
-from rss.engine.servers import OneServer
+from rss.engine.servers import OneServer, SentinelServer
 from rss.errors import StoreUnavailable
 from rss.keys import Layout
+from rss.observe import Observer
 
 #: The maximum number of waiting calls in a lane, without those in flight. With more, all of them would be late. A
 #: cancelled call counts for at most a tick of the lane.
 MAX_PENDING: Final = 10_000
 
 
+# Seconds until the server of a key is looked up again.
+_MOVING: Final = 0.1
+
+
 class Engine:
     """Runs the scripts of one store.
 
-    *timeout*: the maximum number of seconds that a caller waits.
+    *timeout*: the maximum number of seconds that a caller waits. *observe*: is told about each call; None: nobody is.
     """
 
-    def __init__(self, client: Redis | RedisCluster, scripts: Scripts, layout: Layout, timeout: float) -> None:
+    def __init__(
+        self,
+        client: Redis | RedisCluster,
+        scripts: Scripts,
+        layout: Layout,
+        references: Mapping[str, str],
+        timeout: float,
+        *,
+        observe: Observer | None = None,
+    ) -> None:
         #: Whether new calls are refused. Operations that have begun may still make calls.
-        self.closed = False
+        self.closed: bool = False
         self._client = client
         self._scripts = scripts
         self._layout = layout
+        #: The references and their options, as `open_store` takes them. None: the store is not compared with those
+        #: before it, because it only looks after their sessions.
+        self.references: Mapping[str, str] | None = references
         self._timeout = timeout
+        self._observe = None if observe is None else guarded(observe)
         self._servers: OneServer | Cluster | None = None
         self._finalizer: weakref.finalize[[asyncio.AbstractEventLoop, OneServer | Cluster], Engine] | None = None
         self._operations: set[asyncio.Future[None]] = set()
@@ -51,11 +71,14 @@ class Engine:
         shared: tuple[str, ...] = (),
         partition: int = 0,
         begun: bool = False,
+        replicas: int = 0,
     ) -> Call:
         """Run an operation for one session, and return a call. The result of the call is the reply.
 
         *shared*: the shared arguments, which precede those of the sessions. Only calls with the same ones are batched.
         *begun*: the call is part of an `operation`, so it is accepted even while the store closes.
+        *replicas*: the number of replicas that must have the writes before the call has a result. If too few have them
+        in time, the call raises `StoreUnavailable`.
 
         If Redis did not run the call, the call is retried until its deadline. If that is unknown, the call is retried
         only if the operation is repeatable. At the deadline the call raises `StoreUnavailable`.
@@ -66,9 +89,16 @@ class Engine:
         if servers is None or servers.loop is not loop:
             servers = self._begin(loop)
         node = servers.owners[partition]
-        lane = node.main if operation.batched else node.pages
+        if replicas:
+            operation = durable(operation, replicas)
+        lane = node.durable if replicas else node.main if operation.batched else node.pages
         size = sum(map(len, args)) if operation.sized else 0
-        call = Call.make(loop, keys, args, size, loop.time() + self._timeout)
+        deadline = loop.time() + self._timeout
+        if self._observe is None:
+            call = Call.make(loop, keys, args, size, deadline)
+        else:
+            call = ObservedCall.make(loop, keys, args, size, deadline)
+            call.begin(operation.script or operation.command.lower(), self._observe)
         if not lane.is_full(MAX_PENDING):
             lane.put((operation, partition, shared), call)
         else:
@@ -76,6 +106,27 @@ class Engine:
             refusal = StoreUnavailable(f"{MAX_PENDING:,} calls wait for Redis: no more are taken")
             loop.call_soon(call.fail, refusal, context=node.context)
         return call
+
+    async def wait_ended(self, key: str, partition: int) -> str:
+        """Wait until the session of a key has ended, and return the reason. There is no deadline.
+
+        Raises `StoreUnavailable` if the store is closed, and `SessionError` if the user of Redis lacks a right.
+        """
+        while True:
+            reason = await self.servers.owners[partition].watch.ended(key)
+            if reason is not None:
+                return reason
+            await asyncio.sleep(_MOVING)  # The slot moves, or the master is being replaced.
+
+    @property
+    def servers(self) -> OneServer | Cluster:
+        """The servers of the store, for the event loop that runs. Raises RuntimeError if the store is closed."""
+        if self.closed:
+            raise RuntimeError("the store is closed")
+        loop = asyncio.get_running_loop()
+        if self._servers is None or self._servers.loop is not loop:
+            return self._begin(loop)
+        return self._servers
 
     @contextmanager
     def operation(self) -> Iterator[None]:
@@ -99,15 +150,13 @@ class Engine:
 
         Raises `StoreUnavailable` immediately if no server answers.
         """
-        servers, loop = self._servers, asyncio.get_running_loop()
-        if servers is None or servers.loop is not loop:
-            servers = self._begin(loop)
-        node = servers.owners[0]
+        node = self.servers.owners[0]
         try:
             async with asyncio.timeout(self._timeout):
                 channel = await node.open(node.main)
-        except (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-            if code_of(error):  # A server answered with an error. The first call reports it, or waits.
+        except (OSError, redis.exceptions.RedisError) as error:
+            # If a server answered with an error, the first call reports it, or waits.
+            if code_of(error) or isinstance(error, redis.exceptions.ResponseError):
                 return
             why = f"cannot connect to Redis at {_address(self._client)}: is it running, and is the address right?"
             raise StoreUnavailable(why) from error
@@ -139,11 +188,15 @@ class Engine:
         if self._servers and self._servers.loop.is_running():
             raise RuntimeError("another event loop that is still running uses this store: make one store for each loop")
         self._forget()
+        options = self._scripts, self._layout, self.references, self._timeout
         if isinstance(self._client, RedisCluster):
-            servers: OneServer | Cluster = Cluster(self._client, self._scripts, self._layout, self._timeout)
+            servers: OneServer | Cluster = Cluster(self._client, *options)
         else:
-            make_connection = self._client.connection_pool.make_connection
-            servers = OneServer(make_connection, self._scripts, self._layout, self._timeout)
+            pool = self._client.connection_pool
+            if isinstance(pool, SentinelConnectionPool):
+                servers = SentinelServer(pool, *options)
+            else:
+                servers = OneServer(pool.make_connection, *options)
         self._servers = servers
         self._finalizer = weakref.finalize(self, _abandon, loop, servers)
         self._finalizer.atexit = False

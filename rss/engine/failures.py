@@ -40,12 +40,21 @@ _CLASSES: Final[dict[type[Exception], str]] = {
     redis.exceptions.ReadOnlyError: "READONLY",
     redis.exceptions.OutOfMemoryError: "OOM",
     redis.exceptions.MasterDownError: "MASTERDOWN",
+    redis.exceptions.ClusterDownError: "CLUSTERDOWN",  # After the one above, which is a kind of it.
+    redis.exceptions.TryAgainError: "TRYAGAIN",
+    redis.exceptions.MovedError: "MOVED",  # Before the next one, for the same reason.
+    redis.exceptions.AskError: "ASK",
 }
 _ALIASES: Final = {"NOAUTH": "AUTH", "WRONGPASS": "AUTH"}
 # Redis 6.2 and 7.0 put other words before the code if a command inside a script fails.
 _CODE: Final = re.compile(rf"(?:^|[ :]-|ERR )({'|'.join([*_PASSING, *_LASTING, *_ALIASES, *_REDIRECTED])})\b")
 # Errors without a code. Redis replies the first one instead of NOAUTH to a large command.
-_WORDS: Final = {"unauthenticated": "AUTH", "max number of clients": "MAXCLIENTS", "non local key": LATER}
+_WORDS: Final = {
+    "unauthenticated": "AUTH",
+    "max number of clients": "MAXCLIENTS",
+    "non local key": LATER,
+    "undeclared keys were accessed": LATER,  # Redis 8, if a command of a script has several keys.
+}
 _FORBIDDEN: Final = re.compile(r"^NOPERM|ACL failure|has no permissions|can't run this command")
 _COMMAND: Final = re.compile(r"'([\w|]+)' command")
 
@@ -87,7 +96,7 @@ def error_for(error: BaseException) -> Exception | None:
     """Return a new exception for the caller, given an error of Redis. Return None if a retry may help."""
     code, text = code_of(error), str(error)
     if isinstance(error, SessionError):
-        return type(error)(*error.args)
+        return with_cause(type(error)(*error.args), error.__cause__)
     if code in _PASSING or (not code and not isinstance(error, redis.exceptions.ResponseError)):
         return None
     if code and code not in _REDIRECTED:
@@ -100,7 +109,7 @@ def error_for(error: BaseException) -> Exception | None:
         words = "a key of ours holds another type of data; nothing was written. Is the prefix shared?"
     elif code:
         words = "this is a node of a Redis Cluster: give the store a RedisCluster"
-    elif _FORBIDDEN.search(text):
+    elif _FORBIDDEN.search(text) or isinstance(error, redis.exceptions.NoPermissionError):
         command = _COMMAND.search(text)
         what = f"the command {command[1]}" if command else "a command or a key of the scripts"
         words = f"this user of Redis has no permission for {what}: see the ACL rule in the guide to the store"
@@ -116,6 +125,13 @@ def _first_word(error: BaseException) -> str:
 def final_error_for(error: BaseException) -> Exception:
     """Return a new exception for the caller, given an error of Redis, even if a retry may help."""
     return error_for(error) or with_cause(StoreUnavailable(f"Redis refuses: {code_of(error)}"), error)
+
+
+def failure_of(error: BaseException) -> Exception:
+    """Return an error of this library for one of a command outside of the engine."""
+    if isinstance(error, SessionError) or code_of(error) or isinstance(error, redis.exceptions.ResponseError):
+        return final_error_for(error)
+    return with_cause(StoreUnavailable("Redis does not answer"), error)
 
 
 def with_cause(error: _E, cause: BaseException | None) -> _E:

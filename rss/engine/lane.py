@@ -5,17 +5,19 @@ import contextlib
 import contextvars
 import functools
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol
 
 import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
 
 from rss.engine.call import Call
-from rss.engine.channel import Answer, Channel, open_channel
+from rss.engine.channel import QUIET, Answer, Channel, Listener, open_channel
 from rss.engine.coalesce import Batch, Kind, Waiting, backoff, expire
 from rss.engine.failures import DEMOTED, code_of, error_for, final_error_for, with_cause
 from rss.engine.scripts import Scripts, pack
+from rss.engine.watch import Watch
 from rss.errors import SessionError, StoreUnavailable
 from rss.keys import Layout
 
@@ -29,19 +31,40 @@ _SILENCE: Final = 2.0
 _CONNECTING: Final = 10.0
 # The maximum seconds between two checks of deadlines, refusals and silence.
 _TICK: Final = 0.05
+_UNSAFE: Final = "it was done, but replicas may lack it"
+# The replies to WAIT of a master that has become a replica.
+_DEMOTED_WHILE_WAITING: Final = "UNBLOCKED", "WAIT cannot be used with replica"
 _BROKEN: Final = "the connection broke: it is not known what was done"
 _PROTOCOL: Final = "Protocol error"
+_REPLACED: Final = redis.exceptions.TimeoutError("the server was silent, and has been replaced")
 _ASKING: Final = pack("ASKING")
-#: Seconds of silence after which the servers of a cluster are asked whether the partitions have moved.
-QUIET: Final = 0.5
 
 
 class Servers(Protocol):
     """The servers of a store, as far as a lane needs them. `OneServer` and `Cluster` implement this."""
 
     @property
+    def owners(self) -> "Sequence[Node]":
+        """The server of each partition."""
+        ...
+
+    @property
+    def masters(self) -> "Sequence[Node]":
+        """The servers that together have all keys."""
+        ...
+
+    @property
     def split(self) -> Mapping[int, float]:
         """Partitions whose slots move, and the loop's time until which each call of them is a batch of its own."""
+        ...
+
+    @property
+    def volleys(self) -> int:
+        """The maximum number of volleys in flight in the lane `main` to one server."""
+        ...
+
+    def connect(self, key: str) -> AbstractAsyncContextManager[AbstractConnection]:
+        """Return a connection to the server of a key, for a few commands."""
         ...
 
     async def ready(self) -> None:
@@ -59,12 +82,16 @@ class Servers(Protocol):
         """Note that a server does not answer, or does not work."""
         ...
 
+    async def confirm(self, node: "Node") -> bool:
+        """Learn whether a server that was silent is still the master, as far as it is known who is."""
+        ...
+
 
 class Node:
     """The lanes of one event loop to one server.
 
-    Calls go through the lane `main`. Pages of reference sets go through `pages`, so that other calls do not wait for
-    them.
+    Calls go through the lane `main`. Pages of reference sets go through `pages`, and durable operations through
+    `durable`, so that other calls do not wait for them.
 
     If a channel breaks, the calls in flight on it are retried through `repair`, one volley at a time. The first retry
     sends them together, the next ones send each alone. So a call that makes Redis hang up fails alone.
@@ -82,31 +109,65 @@ class Node:
         self.scripts = scripts
         self.layout = layout
         #: Seconds of silence after which a channel is in doubt.
-        self.patience = min(timeout / 3, _SILENCE)
+        self.patience: float = min(timeout / 3, _SILENCE)
+        #: The maximum seconds to wait for replicas.
+        self.replication: float = timeout / 2
         #: Seconds between two checks of deadlines, refusals and silence.
-        self.tick = min(timeout / 20, _TICK)
-        self.loop = asyncio.get_running_loop()
+        self.tick: float = min(timeout / 20, _TICK)
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         #: An empty context for timers and callbacks. Otherwise they would keep the context of a request alive.
-        self.context = contextvars.Context()
-        self.main = Lane(self, 0, VOLLEYS)
-        self.pages = Lane(self, 1, VOLLEYS)
-        self.repair = Lane(self, 2, 1)
+        self.context: contextvars.Context = contextvars.Context()
+        self.main: Lane = Lane(self, 0, servers.volleys)
+        self.pages: Lane = Lane(self, 1, VOLLEYS)
+        self.durable: Lane = Lane(self, 2, VOLLEYS)
+        self.repair: Lane = Lane(self, 3, 1)
+        #: Those who wait for the ends of sessions.
+        self.watch: Watch = Watch(self, self.loop)
+        #: Learns whether the server is still the master. None: there is no reason to doubt that.
+        self.confirming: asyncio.Task[None] | None = None
+        self._held: list[Channel] = []  # The channels that hold their replies meanwhile.
         self.make_connection = make_connection
         self._timeout = timeout
         self._guard: AsyncGenerator[None] | None = None
 
     @property
-    def lanes(self) -> tuple["Lane", "Lane", "Lane"]:
-        """All lanes."""
-        return self.main, self.pages, self.repair
+    def lanes(self) -> tuple["Lane", "Lane", "Lane", "Lane"]:
+        """All lanes. `repair` is the last one, because calls of the others may get into it."""
+        return self.main, self.pages, self.durable, self.repair
 
-    async def open(self, lane: "Lane") -> Channel:
-        """Open a channel for a lane."""
+    async def open(self, listener: Listener) -> Channel:
+        """Open a channel for a lane, or for the callers that wait for ends. Raises the errors of redis-py."""
         if self._guard is None:
             self._guard = self._until_the_loop_ends()
             await anext(self._guard)
         await self.servers.ready()
-        return await open_channel(self.make_connection, lane.heard, lane.lost, self._timeout)
+        return await open_channel(self.make_connection, listener, self._timeout)
+
+    def doubt(self) -> None:
+        """Note that the server does not answer, or does not have a key."""
+        self.servers.doubt(self)
+
+    def confirm(self, channel: Channel) -> None:
+        """Let a channel go on when it is known that the server is still the master.
+
+        A master that stops for a while, with its machine, may be replaced meanwhile. When it goes on, it does not know
+        that yet. It runs the commands that have waited, and acknowledges writes that will be lost.
+        """
+        self._held.append(channel)
+        if self.confirming is None:
+            self.confirming = asyncio.Task(self._confirm(), loop=self.loop, context=contextvars.Context())
+
+    async def _confirm(self) -> None:
+        is_master = True
+        try:
+            is_master = await self.servers.confirm(self)
+        finally:
+            held, self._held, self.confirming = self._held, [], None
+            for channel in held:
+                if is_master:
+                    channel.go_on()
+                else:
+                    channel.abort(_REPLACED)
 
     async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
         """Close the connections even if the store is never closed: `asyncio.run` closes generators before the loop."""
@@ -119,18 +180,24 @@ class Node:
 
     def close(self) -> None:
         """Close the connections. Calls without a reply get `StoreUnavailable`."""
+        if self.confirming:
+            self.confirming.cancel()
+        self.watch.close()
         for lane in self.lanes:
             lane.close()
 
     async def aclose(self) -> None:
         """Close the connections, and wait until they are closed."""
+        confirming = self.confirming
         self.close()
+        if confirming:
+            await asyncio.wait([confirming])
         if self._guard is not None:
             with contextlib.suppress(RuntimeError):  # The end of the loop is already closing it.
                 await self._guard.aclose()
 
 
-class Lane:
+class Lane(Listener):
     """A queue of calls, and one channel at a time. The channel is opened when needed, and reopened when it breaks.
 
     *volleys*: the maximum number of volleys in flight.
@@ -143,7 +210,7 @@ class Lane:
 
     def __init__(self, node: Node, number: int, volleys: int) -> None:
         #: The calls that are not in flight.
-        self.waiting = Waiting()
+        self.waiting: Waiting = Waiting()
         self.node = node
         #: The number of this lane among those of its server.
         self.number = number
@@ -152,7 +219,7 @@ class Lane:
         self._in_flight: deque[Batch] = deque()  # The batches without a reply, oldest first.
         self._answering: Batch | None = None  # The batch whose replies are being handed out; None if there is none.
         self._demoted = False  # The server is not the master: close the channel when it is idle.
-        self._must_load = False  # The scripts are gone: load them when the channel is idle.
+        self._missing = set[str]()  # The names of scripts that are gone: load them when the channel is idle.
         self._load_error: Exception | None = None
         self._dialling: asyncio.Task[None] | None = None
         self._failures = 0  # The number of failures in a row.
@@ -220,59 +287,126 @@ class Lane:
         for batch in self._in_flight:
             volleys += batch.last
             calls += len(batch.calls)
-        waits = volleys and (self._must_load or self._demoted)
-        if volleys == self._volleys or waits or channel.paused or self._dialling or not channel.usable:
+        waits = self._demoted or self._dialling or self.node.confirming or (volleys and self._missing)
+        if volleys == self._volleys or waits or channel.paused or not channel.usable:
             return 0
         return min(ROOM, -(-calls // self._volleys))
 
     def _send(self, channel: Channel, batches: list[Batch]) -> None:
         batches[-1].last = True
         scripts, stems = self.node.scripts, self.node.layout.stems
-        if self._must_load:
-            self._must_load, self._load_error = False, None
-            channel.send(scripts.load, [functools.partial(self._loaded, sha) for sha in scripts.shas.values()])
+        if self._missing:
+            # The scripts of this volley are the last ones, so that they are hardly ever flushed again before they run.
+            needed = self._missing | {batch.queue.kind[0].script for batch in batches}
+            names = sorted({*scripts.usual, *needed} - {""}, key=needed.__contains__)
+            self._missing, self._load_error = set(), None
+            loads = b"".join(scripts.loads[name] for name in names)
+            channel.send(loads, [functools.partial(self._loaded, scripts.shas[name]) for name in names])
         packed: list[bytes] = []
         answers: list[Answer] = []
         for batch in batches:
             operation, partition, _ = batch.queue.kind
+            if batch.calls[0].observed:
+                batch.note_attempt()
             if operation.on_owner:
                 packed.append(_ASKING)
                 answers.append(_ignore)
+            if operation.command:
+                packed.append(batch.pack_commands())
+                answers += [functools.partial(self._collected, batch)] * len(batch.calls)
+                continue
             packed.append(batch.pack(scripts.shas[operation.script], stems(partition)))
-            answers.append(functools.partial(self._answered, batch))
+            if operation.replicas:
+                # WAIT waits for the last write of this connection. If the script finds its work done, by a run on
+                # another connection, it writes nothing. So write a key that vanishes at once.
+                packed.append(pack("SET", self._marker(partition), "", "PX", 1))
+                packed.append(pack("WAIT", operation.replicas, round(self.node.replication * 1000)))
+                answers += (functools.partial(hear, batch) for hear in (self._ran, self._marked, self._replicated))
+            else:
+                answers.append(functools.partial(self._answered, batch))
         channel.send(b"".join(packed), answers)
 
     # Receive replies.
 
     def _answered(self, batch: Batch, reply: Any) -> None:
-        """Hand out the replies of the oldest batch in flight."""
+        """Handle the reply to the oldest batch in flight: a list of replies, or an error."""
         if reply.__class__ is list and 0 < len(reply) <= len(batch.calls):
-            if len(reply) < len(batch.calls):  # The script stopped early, because its time was spent.
-                self.waiting.put_back(batch, len(reply))
-                del batch.calls[len(reply) :]
-            self._failures, self._error = 0, None
-            if batch.queue.refusals:
-                batch.queue.release()
-            self._scheduled = True  # The callers run here. `_flush` below sends their next calls.
-            self._answering = batch
-            # `Call.answer` would run a task inside the current one, which asyncio forbids.
-            answer = Call.answer if asyncio.current_task() is None else Call.set_result
-            for call, own in zip(batch.calls, reply, strict=False):
-                if isinstance(own, Exception):
-                    call.fail(final_error_for(own))
-                elif not call.done():
-                    answer(call, own)
-            self._answering = None
-            if self._in_flight and self._in_flight[0] is batch:  # False if a caller has closed the store.
-                self._in_flight.popleft()
-            # Send now rather than after the read, so that Redis works while the next replies are handed out.
-            self._flush()
+            self._hand_out(batch, reply)
         elif not isinstance(reply, Exception) or (_PROTOCOL in str(reply) and len(batch.calls) > 1):
             # Either the reply matches no batch, or one call makes Redis hang up. Sending each again alone shows which.
             raise reply if isinstance(reply, Exception) else redis.exceptions.ConnectionError("an unexpected reply")
         else:
             self._refused(batch, reply)
             self._in_flight.popleft()
+
+    def _hand_out(self, batch: Batch, replies: list[Any]) -> None:
+        if len(replies) < len(batch.calls):  # The script stopped early, because its time was spent.
+            self.waiting.put_back(batch, len(replies))
+            del batch.calls[len(replies) :]
+        self._failures, self._error = 0, None
+        if batch.queue.refusals:
+            batch.queue.release()
+        if self._volleys > 1:  # The callers run here. `_flush` sends their next calls: below, or in `heard`.
+            self._scheduled = True
+        self._answering = batch
+        # `Call.answer` would run a task inside the current one, which asyncio forbids.
+        kind = type(batch.calls[0])  # All calls of a store are of one class.
+        answer = kind.answer if asyncio.current_task() is None else kind.set_result
+        convert = batch.queue.kind[0].convert
+        for call, reply in zip(batch.calls, replies, strict=True):
+            if isinstance(reply, Exception):
+                call.fail(final_error_for(reply))
+            elif not call.done():
+                answer(call, convert(reply) if convert else reply)
+        self._answering = None
+        if self._in_flight and self._in_flight[0] is batch:  # False if a caller has closed the store.
+            self._in_flight.popleft()
+        # Send now rather than after the read, so that Redis works while the next replies are handed out. But a lane
+        # with one volley waits for the callers who get replies of other servers: so the next volley is larger.
+        if batch.last and self._volleys > 1:
+            self._flush()
+
+    def _collected(self, batch: Batch, reply: Any) -> None:
+        """Collect the replies of plain commands, and hand them out together. A code concerns all calls."""
+        batch.replies = [*(batch.replies or ()), reply]
+        if len(batch.replies) == len(batch.calls):
+            error = next((one for one in batch.replies if isinstance(one, Exception) and code_of(one)), None)
+            self._answered(batch, error or batch.replies)
+
+    def _marker(self, partition: int) -> str:
+        """Return the key of a write on this server, in another partition than this one, whose slot may move."""
+        owners = self.node.servers.owners
+        others = (number for number, owner in enumerate(owners) if owner is self.node and number != partition)
+        return self.node.layout.marker(next(others, partition))
+
+    def _ran(self, batch: Batch, reply: Any) -> None:
+        """Keep the replies of a durable operation until replicas have its writes."""
+        if isinstance(reply, list):
+            batch.replies = reply
+        else:
+            self._answered(batch, reply)
+
+    def _marked(self, batch: Batch, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            self._unsafe(batch, with_cause(StoreUnavailable(f"{_UNSAFE}: call again"), reply))
+
+    def _replicated(self, batch: Batch, reply: Any) -> None:
+        """Hand out the replies of a durable operation. *reply*: the number of replicas that have its writes."""
+        replicas = batch.queue.kind[0].replicas
+        if isinstance(reply, Exception):
+            demoted = any(words in str(reply) for words in _DEMOTED_WHILE_WAITING)
+            unsafe = with_cause(StoreUnavailable(f"{_UNSAFE}: call again"), reply)
+            self._unsafe(batch, unsafe if demoted else final_error_for(reply))
+        elif reply < replicas:
+            self._unsafe(batch, StoreUnavailable(f"{_UNSAFE}: {reply} of {replicas} have it. Call again"))
+        if batch.replies is not None:
+            self._answered(batch, batch.replies)
+
+    @staticmethod
+    def _unsafe(batch: Batch, error: Exception) -> None:
+        """Replace the replies of a durable operation by an error. Errors of single sessions stay."""
+        if batch.replies is not None:  # Otherwise it was refused.
+            batch.replies = [reply if isinstance(reply, Exception) else error for reply in batch.replies]
 
     def _refused(self, batch: Batch, error: Exception) -> None:
         """Handle an error reply to a batch.
@@ -291,7 +425,8 @@ class Lane:
             return
         queue = self.waiting.put_back(batch)
         queue.hold(error, self.node.loop.time(), at_once=code == "NOSCRIPT")
-        self._must_load = self._must_load or code == "NOSCRIPT"
+        if code == "NOSCRIPT":  # The next volley may be without this batch.
+            self._missing.add(batch.queue.kind[0].script)
         self._demoted = self._demoted or code in DEMOTED
 
     def _loaded(self, sha: str, reply: Any) -> None:
@@ -307,7 +442,31 @@ class Lane:
                 self._dialling.cancel()
             if self._demoted or (self is self.node.repair and not self.waiting.count):
                 self.hang_up()
-        self._flush()
+        if self._volleys > 1:
+            self._flush()
+        else:
+            self._schedule()
+
+    def is_doubted(self) -> bool:
+        """Return whether the server is silent in any lane, or was, and it is not known yet if it was replaced."""
+        return self.node.confirming is not None or any(lane.is_silent for lane in self.node.lanes)
+
+    def woke(self, channel: Channel) -> None:
+        """End any doubt about the channel: only the server is in doubt now."""
+        if channel is self._channel and self._dialling:
+            self._dialling.cancel()
+        if channel is self._channel and self._demoted:
+            channel.abort(_REPLACED)
+        else:
+            self.node.confirm(channel)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether replies are late. If the server has been replaced, they are worth nothing."""
+        channel = self._channel
+        if channel is None or channel.idle:
+            return False
+        return channel.held or channel.heard_at + QUIET <= self.node.loop.time()
 
     # Open and close channels.
 
@@ -348,6 +507,13 @@ class Lane:
                 return
         self.waiting.clear()  # All calls are done.
 
+    def demote(self) -> None:
+        """Send nothing more through this channel, and close it when it is idle: its server is not the master."""
+        self._demoted = self._channel is not None
+        self.hang_up()
+        if self._channel and self.is_silent:
+            self._channel.abort(_REPLACED)
+
     def hang_up(self) -> None:
         """Close the channel if it is idle."""
         if self._channel and self._channel.idle:
@@ -358,7 +524,7 @@ class Lane:
         """Retry the batches in flight that are repeatable, and fail the others. Redis may or may not have run them."""
         if channel is not self._channel:
             return
-        self._channel, self._demoted, self._must_load, self._load_error = None, False, False, None
+        self._channel, self._demoted, self._missing, self._load_error = None, False, set(), None
         self._failures += 1
         self._error = with_cause(redis.exceptions.ConnectionError("the connection was lost"), error)
         in_flight, self._in_flight = self._in_flight, deque()
@@ -391,10 +557,9 @@ class Lane:
 
         If the server is silent, and only such calls are in flight, drop the channel: they need not wait for it.
         """
-        channel = self._channel
-        moved = self._in_flight and all(batch.queue.kind[1] in partitions for batch in self._in_flight)
-        if channel and moved and channel.heard_at + QUIET <= self.node.loop.time():
-            channel.abort(redis.exceptions.TimeoutError("the server is silent, and its partitions have moved"))
+        moved = all(batch.queue.kind[1] in partitions for batch in self._in_flight)
+        if self._channel and self.is_silent and moved:
+            self._channel.abort(_REPLACED)
         return self.waiting.release(partitions)
 
     def retry(self, batch: Batch, error: Exception) -> None:
@@ -425,8 +590,9 @@ class Lane:
             for batch in self._in_flight:
                 expire(batch.calls, now, batch.queue.error or self._error)
             self.waiting.expire(now, self._error)
-            if self._in_flight and self._channel:
-                if self._channel.heard_at + self.node.patience <= now:
+            if self._in_flight and self._channel and not self._channel.held:
+                waits = self.node.replication if self._in_flight[0].queue.kind[0].replicas else 0
+                if self._channel.heard_at + self.node.patience + waits <= now:
                     self._dial()
                 if self._channel.heard_at + QUIET <= now:
                     self.node.servers.doubt(self.node)

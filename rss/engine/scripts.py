@@ -10,7 +10,7 @@ import hiredis
 from rss.references import Reference
 
 #: The shared parts, in the order in which they precede a script. `_store.lua` precedes all of them.
-PARTS: Final = ("sets", "session", "read", "write", "expect", "renew", "end", "fence", "page", "move", "rounds")
+PARTS: Final = ("sets", "session", "read", "write", "expect", "renew", "tell", "end", "fence", "page", "move", "rounds")
 
 _FOLDER: Final = Path(__file__).parents[1] / "lua"
 _PLAIN: Final = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
@@ -36,6 +36,8 @@ def schema(
     json: bool,
     before_value: str,
     ending: str,
+    partitioned: bool,
+    events: bool = False,
 ) -> str:
     """Return the configuration of a store as Lua. Times are milliseconds. `_store.lua` describes each name."""
     kinds = references.values()
@@ -43,10 +45,11 @@ def schema(
     strict = _table([kind.strict for kind in kinds])
     limits = _table([kind.limit or 0 for kind in kinds])
     refuses = _table([bool(kind.limit) and kind.on_limit == "refuse" for kind in kinds])
-    state = _table(["id", "_ended", "_created", "_max_age", *references])
+    state = _table(["id", "_ended", "_created", "_max_age", *references, *(["_arriving"] if partitioned else [])])
     return (
         f"local max_age, max_lifetime, tombstone = {max_age}, {max_lifetime}, {tombstone}\n"
         f"local json, before_value, ending = {_lua(json)}, {_lua(before_value)}, {_lua(ending)}\n"
+        f"local events = {_lua(events)}\n"
         f"local state, references, identity = {state}, {len(references)}, {identity or 'false'}\n"
         f"local strict, limits, refuses = {strict}, {limits}, {refuses}\n"
     )
@@ -72,7 +75,7 @@ class Scripts:
 
     def __init__(self, schema: str, parts: Mapping[str, Iterable[str]], *, partitioned: bool = False) -> None:
         #: The texts of the scripts.
-        self.sources = dict[str, str]()
+        self.sources: dict[str, str] = {}
         for name, wanted in parts.items():
             shared = [read(f"_{part}") for part in PARTS if part in wanted]
             text = "".join([read("_store"), *shared, read(name)])
@@ -80,9 +83,11 @@ class Scripts:
             if partitioned:
                 self.sources[asked_name(name)] = f"{schema}local partitioned, asked = true, true\n{text}"
         #: The SHA-1 digests of the scripts, in hexadecimal.
-        self.shas = {name: sha(source) for name, source in self.sources.items()}
-        #: The commands that load all scripts. Each reply is a digest.
-        self.load = b"".join(pack("SCRIPT", "LOAD", source) for source in self.sources.values())
+        self.shas: dict[str, str] = {name: sha(source) for name, source in self.sources.items()}
+        #: The names of the scripts without those versions. All of them are loaded together, which takes Redis 15 ms.
+        self.usual: tuple[str, ...] = tuple(parts)
+        #: The commands that load the scripts. Each reply is a digest.
+        self.loads: dict[str, bytes] = {name: pack("SCRIPT", "LOAD", source) for name, source in self.sources.items()}
 
 
 def asked_name(name: str) -> str:

@@ -2,34 +2,42 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import contextvars
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
+from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 
 from rss.engine.coalesce import Batch
-from rss.engine.lane import Lane, Node
+from rss.engine.lane import VOLLEYS, Lane, Node
+from rss.engine.meta import connected, open_store
 from rss.engine.scripts import Scripts
-from rss.errors import SessionError
-from rss.keys import Layout, Partitioned
+from rss.keys import Layout
 
-#: The field of the meta key that holds the number of partitions.
-_PARTITIONS: Final = "partitions"
+# Seconds between two questions to the Sentinels.
+_EVERY: Final = 1.0
 
 
 class OneServer:
-    """A Redis, or a Redis behind Sentinels. It has all partitions."""
+    """A Redis. It has all partitions."""
 
     def __init__(
-        self, make_connection: Callable[[], AbstractConnection], scripts: Scripts, layout: Layout, timeout: float
+        self,
+        make_connection: Callable[[], AbstractConnection],
+        scripts: Scripts,
+        layout: Layout,
+        references: Mapping[str, str] | None,
+        timeout: float,
     ) -> None:
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         #: No slot of one server moves.
         self.split: Mapping[int, float] = {}
         self._layout = layout
-        self._checked = not isinstance(layout, Partitioned)
+        self._references = references
+        self._opened = False
         self._node = Node(make_connection, scripts, layout, timeout, self)
         #: The server of each partition.
         self.owners: Sequence[Node] = [self._node] * layout.partitions
@@ -39,12 +47,26 @@ class OneServer:
         """All servers."""
         return (self._node,)
 
+    @property
+    def volleys(self) -> int:
+        """Two volleys: while Redis runs one, Python handles the other."""
+        return VOLLEYS
+
     async def ready(self) -> None:
-        """Check the number of partitions once. Raises `SessionError` if the keys have another number of them."""
-        if not self._checked:
-            async with connected(self._node.make_connection) as connection:
-                await check_partitions(connection, self._layout)
-            self._checked = True
+        """Compare the store once with those before it. Raises `SessionError` if the keys have another layout."""
+        if not self._opened and self._references is not None:
+            await open_store(self._layout, self._references, self.connect)
+            self._opened = True
+
+    @property
+    def masters(self) -> Sequence[Node]:
+        """The servers that together have all keys."""
+        return (self._node,)
+
+    def connect(self, key: str) -> AbstractAsyncContextManager[AbstractConnection]:
+        """Return a connection for a few commands on a key."""
+        del key
+        return connected(self._node.make_connection)
 
     def redirect(self, lane: Lane, batch: Batch, error: Exception) -> bool:
         """Leave the batch in its lane."""
@@ -53,6 +75,11 @@ class OneServer:
 
     def doubt(self, node: Node) -> None:
         """Do nothing: there is no other server to ask."""
+
+    async def confirm(self, node: Node) -> bool:
+        """Return True: no other server takes its place."""
+        del node
+        return True
 
     async def aclose(self) -> None:
         """Close the connections, and wait until they are closed."""
@@ -63,28 +90,85 @@ class OneServer:
         self._node.close()
 
 
-@contextlib.asynccontextmanager
-async def connected(make_connection: Callable[[], AbstractConnection]) -> AsyncIterator[AbstractConnection]:
-    """Open a connection for a few commands, and close it."""
-    connection = make_connection()
-    connection.retry = Retry(NoBackoff(), 0)
-    try:
-        await connection.connect()  # type: ignore[no-untyped-call]
-        yield connection
-    finally:
-        await connection.disconnect(nowait=True)
+class SentinelServer(OneServer):
+    """A Redis behind Sentinels.
 
+    If a master is replaced, it may live on for a while, and acknowledge writes that will be lost. So the Sentinels are
+    asked which server is the master: every second, and when it answers after a silence.
+    """
 
-async def ask(connection: AbstractConnection, *command: str) -> Any:
-    """Send a command, and return the reply as bytes. Raises the errors of redis-py."""
-    await connection.send_command(*command)
-    return await connection.read_response(disable_decoding=True)
+    def __init__(
+        self,
+        pool: SentinelConnectionPool,
+        scripts: Scripts,
+        layout: Layout,
+        references: Mapping[str, str] | None,
+        timeout: float,
+    ) -> None:
+        super().__init__(pool.make_connection, scripts, layout, references, timeout)
+        self._pool = pool
+        self._master: object = None
+        self._watching: asyncio.Task[None] | None = None
 
+    async def ready(self) -> None:
+        """Check the layout, as any server does. Learn who is the master, and watch that from now on.
 
-async def check_partitions(connection: AbstractConnection, layout: Layout) -> None:
-    """Write the number of partitions to the meta key if it is new. Raises `SessionError` if it holds another one."""
-    await ask(connection, "HSETNX", layout.meta, _PARTITIONS, str(layout.partitions))
-    held: bytes = await ask(connection, "HGET", layout.meta, _PARTITIONS)
-    if held != str(layout.partitions).encode():
-        number = held.decode(errors="backslashreplace")
-        raise SessionError(f"the sessions with this prefix are in {number} partitions, not in {layout.partitions}")
+        Raises the errors of redis-py if no Sentinel answers.
+        """
+        await super().ready()
+        if self._watching is None:
+            self._master = await self._ask()
+        if self._watching is None:  # Another lane may have been faster.
+            self._watching = asyncio.Task(self._watch(), loop=self.loop, context=contextvars.Context())
+
+    async def aclose(self) -> None:
+        """Close the connections, and wait until they are closed, also the one of a question to the Sentinels."""
+        watching = self._watching
+        self.close()
+        if watching:
+            await asyncio.wait([watching])
+        await super().aclose()
+
+    def close(self) -> None:
+        """Close the connections. Calls without a reply get `StoreUnavailable`."""
+        if self._watching:
+            self._watching.cancel()
+            self._watching = None
+        super().close()
+
+    async def confirm(self, node: Node) -> bool:
+        """Ask the Sentinels. If they do not answer, the server stays the master."""
+        del node
+        with contextlib.suppress(Exception):  # Also of a hook of the user. The next question may be answered.
+            address = await self._ask()
+            if address != self._master:
+                self._master = address
+                for lane in self._node.lanes:
+                    lane.demote()
+                self._node.watch.leave()
+                return False
+        return True
+
+    async def _ask(self) -> object:
+        """Return the address of the master: the one of the last failover. Some Sentinels hear of it later than others.
+
+        Raises `MasterNotFoundError` if no Sentinel knows the master.
+        """
+        name, sentinels = self._pool.service_name, self._pool.sentinel_manager.sentinels
+
+        async def state_of(sentinel: Redis) -> dict[str, Any]:
+            async with asyncio.timeout(_EVERY):
+                state: dict[str, Any] = (await sentinel.sentinel_masters())[name]
+            return state
+
+        answers = await asyncio.gather(*map(state_of, sentinels), return_exceptions=True)
+        states = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not states:
+            raise MasterNotFoundError("no Sentinel knows the master")
+        newest = max(states, key=lambda state: int(state["config-epoch"]))
+        return newest["ip"], newest["port"]
+
+    async def _watch(self) -> None:
+        while True:
+            await self.confirm(self._node)
+            await asyncio.sleep(_EVERY)

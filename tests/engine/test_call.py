@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from rss import SessionStore
 from rss.engine.call import Call
 from rss.engine.channel import Answer, Channel
+from rss.engine.observed import ObservedCall
 from tests.conftest import LOOPS
 from tests.engine.callers import outcomes
 
@@ -128,10 +129,21 @@ def test_a_caller_that_ends_the_program(
         loop.close()
 
 
-async def test_a_reply_runs_its_caller_at_once() -> None:
+def _call() -> Call:
+    return Call.make(asyncio.get_running_loop(), (), (), 0, 0.0)
+
+
+def _observed_call() -> Call:
+    call = ObservedCall.make(asyncio.get_running_loop(), (), (), 0, 0.0)
+    call.begin("touch", lambda _: None)
+    return call
+
+
+@pytest.mark.parametrize("new", [_call, _observed_call])
+async def test_a_reply_runs_its_caller_at_once(new: Callable[[], Call]) -> None:
     """A caller has run to its next await when `answer` returns."""
     loop = asyncio.get_running_loop()
-    call, done = Call.make(loop, (), (), 0, 0.0), loop.create_future()
+    call, done = new(), loop.create_future()
     steps: list[str] = []
 
     async def wait() -> None:
@@ -167,17 +179,15 @@ async def test_a_transport_may_read_inside_of_a_task(url: str, admin: Redis, mon
     await asyncio.gather(*reads)
 
 
-async def test_a_call_is_a_future() -> None:
+@pytest.mark.parametrize("new", [_call, _observed_call])
+async def test_a_call_is_a_future(new: Callable[[], Call]) -> None:
     """A call is a future: all its waiters are told once, however it ends."""
-
-    def call() -> Call:
-        return Call.make(asyncio.get_running_loop(), (), (), 0, 0.0)
 
     async def wait(for_call: Call) -> object:
         return await for_call
 
     for end in ("answer", "set_result", "set_exception", "cancel"):
-        one, told = call(), list[object]()
+        one, told = new(), list[object]()
         task, other = asyncio.create_task(wait(one)), asyncio.create_task(wait(one))
         shielded = asyncio.shield(one)
         one.add_done_callback(told.append)

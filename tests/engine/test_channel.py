@@ -53,7 +53,7 @@ async def test_user_database_and_name_are_those_of_the_client(
             await kill(admin)
         await store.aclose()
     async with Redis.from_url(url, db=3) as third:
-        assert await third.dbsize() == 50
+        assert await third.dbsize() == 51  # 50 sessions, and the meta key.
         await third.flushdb()
 
 
@@ -250,7 +250,7 @@ async def test_the_system_probes_a_silent_peer(url: str, admin: Redis, given: di
     async with wired(url) as wire, Redis.from_url(wire.url, redis_connect_func=look, **keep_alive) as client:
         store = SessionStore(client, timeout=7)
         await store.load()
-        assert options == [1, idle, 7000]
+        assert options[-3:] == [1, idle, 7000]  # Those of the second connection: the first one asks a question only.
         await store.aclose()
 
 
@@ -445,7 +445,7 @@ async def test_a_peer_that_reads_too_slowly_is_given_no_more(url: str, admin: Re
         wire.go_on()
         assert [type(one) for one in await outcomes(calls)] == [dict] + [asyncio.CancelledError] * 3
         assert await store.touch("s0")  # This call comes after all that was sent.
-        assert await admin.dbsize() == 1
+        assert await admin.dbsize() == 2  # With the meta key.
         await store.aclose()
 
 

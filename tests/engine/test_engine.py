@@ -448,7 +448,7 @@ def test_two_event_loops_at_once(url: str, loops: Callable[[], asyncio.AbstractE
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_fork(url: str) -> None:
     """A forked child starts afresh, and does not affect the connections of its parent."""
-    store = SessionStore.from_url(url, references=["user_id"], timeout=20)
+    store = SessionStore.from_url(url, references=["user_id"], prefix="fork", timeout=20)
 
     async def parent() -> None:
         assert await store.touch("a") is False

@@ -2,18 +2,26 @@
 
 import asyncio
 import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import redis.exceptions
 from redis.asyncio import Redis
 from redis.asyncio.sentinel import Sentinel
 
 from rss import SessionStore, StoreUnavailable
+from rss.testing import ClusterServer, cluster
 from tests.engine.callers import outcomes
 from tests.servers import free_port, own_server, sentinel, serving, until
 
 
-async def _count(store: SessionStore, until_done: asyncio.Event, outcomes: list[bool]) -> None:
+async def _count(store: SessionStore, until_done: asyncio.Event, outcomes: list[bool], pause: float = 0.005) -> None:
     """Increment a field of session "a" until the event is set. A failed increment may have been counted."""
     while not until_done.is_set():
         try:
@@ -23,7 +31,7 @@ async def _count(store: SessionStore, until_done: asyncio.Event, outcomes: list[
             outcomes.append(False)
         else:
             outcomes.append(True)
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(pause)
 
 
 REPLICATED = ("--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
@@ -80,6 +88,17 @@ async def test_a_master_that_is_demoted(url: str) -> None:
                 assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
 
 
+@contextlib.asynccontextmanager
+async def watched(folder: Path, master: int) -> AsyncIterator[tuple[Redis, Redis]]:
+    """Let a sentinel watch the master on a port, and yield a client of the sentinel and one of the master."""
+    with sentinel(folder, master) as port:
+        sentinels = Sentinel([("127.0.0.1", port)])  # type: ignore[no-untyped-call]
+        async with Redis(port=port, decode_responses=True) as guard, sentinels.master_for("main") as client:
+            yield guard, client
+        for one in sentinels.sentinels:
+            await one.aclose()
+
+
 async def test_a_failover_by_sentinels(tmp_path: Path) -> None:
     """After a failover by sentinels, writes go to the new master, and no increment is counted twice."""
     ports = [free_port(), free_port()]
@@ -90,29 +109,198 @@ async def test_a_failover_by_sentinels(tmp_path: Path) -> None:
         async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
             await until(second, "replication", "master_link_status", "up")
             # A sentinel asks a master for its replicas when the watch begins, and then only every ten seconds.
-            with sentinel(tmp_path, ports[0]) as watch:
-                sentinels = Sentinel([("127.0.0.1", watch)])  # type: ignore[no-untyped-call]
-                async with Redis(port=watch, decode_responses=True) as guard, sentinels.master_for("main") as client:
-                    store = SessionStore(client, timeout=40)
-                    await store.set("a", {"n": 0})
-                    done, counted = asyncio.Event(), list[bool]()
-                    counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
-                    while len(counted) < 50:
+            async with watched(tmp_path, ports[0]) as (guard, client):
+                store = SessionStore(client, timeout=40)
+                await store.set("a", {"n": 0})
+                done, counted = asyncio.Event(), list[bool]()
+                counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
+                while len(counted) < 50:
+                    await asyncio.sleep(0.01)
+                while await second.hget("rss:{a}", "n") is None:
+                    await asyncio.sleep(0.01)
+                await _fail_over(guard)
+                await until(first, "replication", "role", "slave")
+                await until(second, "replication", "role", "master")
+                await until(first, "replication", "master_link_status", "up")
+                done.set()
+                await outcomes(counting, within=50)
+                # Until it is demoted, the old master acknowledges writes that are lost with it.
+                assert await store.increment("a", "n") <= len(counted) + 1
+                assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
+                await store.aclose()
+
+
+async def test_a_master_that_is_replaced_but_lives(tmp_path: Path) -> None:
+    """Writes soon go to the new master, although the old one lives, is no replica, and keeps its connections open."""
+    ports = [free_port(), free_port()]
+    with own_server("--port", str(ports[0]), *REPLICATED), own_server("--port", str(ports[1]), *REPLICATED):
+        async with (
+            Redis(port=ports[0]) as first,
+            Redis(port=ports[1]) as second,
+            watched(tmp_path, ports[0]) as (guard, client),
+        ):
+            store = SessionStore(client, timeout=20)
+            done, acknowledged = asyncio.Event(), list[bool]()
+            await store.set("a", {"n": 0})
+            counting = [asyncio.create_task(_count(store, done, acknowledged, pause=0)) for _ in range(5)]
+            while len(acknowledged) < 50:
+                await asyncio.sleep(0.01)
+            await second.hset("rss:{a}", mapping={"id": "a", "n": 0})
+            await second.expire("rss:{a}", 600)
+            await guard.sentinel_remove("main")
+            await guard.sentinel_monitor("main", "127.0.0.1", ports[1], 1)
+            async with asyncio.timeout(10):
+                while await second.hget("rss:{a}", "n") == b"0":
+                    await asyncio.sleep(0.01)
+            lost, before = await first.hget("rss:{a}", "n"), len(acknowledged)
+            while len(acknowledged) < before + 50:
+                await asyncio.sleep(0.01)
+            done.set()
+            await outcomes(counting)
+            assert await first.hget("rss:{a}", "n") == lost
+            assert all(acknowledged)
+            await store.aclose()
+
+
+class Writers:
+    """Tasks that each write a session of its own again and again, and find what was acknowledged."""
+
+    def __init__(self, store: SessionStore, ids: list[str]) -> None:
+        self.acknowledged = dict.fromkeys(ids, 0)
+        self._store = store
+        self._done = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._write(session_id)) for session_id in ids]
+
+    async def _write(self, session_id: str) -> None:
+        while not self._done.is_set():
+            found = await self._store.get(session_id, ["n"])
+            assert found == {"id": session_id, "n": self.acknowledged[session_id]}
+            await self._store.set(session_id, {"n": self.acknowledged[session_id] + 1}, create=False)
+            self.acknowledged[session_id] += 1
+
+    async def until_all_have_written(self) -> None:
+        """Wait until each task has written ten times more, or failed."""
+        goal = {session_id: n + 10 for session_id, n in self.acknowledged.items()}
+        while any(self.acknowledged[session_id] < n for session_id, n in goal.items()):
+            if any(task.done() for task in self._tasks):
+                return
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Stop the tasks. Fails if one of them did not find what was acknowledged."""
+        self._done.set()
+        await asyncio.gather(*self._tasks)
+
+
+Info = Callable[[str], Awaitable[dict[str, Any]]]
+
+
+async def until_replicated(master: Info, replica: Info) -> None:
+    """Wait until a replica has all writes of its master. New ones must be paused.
+
+    A master acknowledges a write before its replica has it. If it stopped in between, the write would be lost rightly.
+    """
+    async with asyncio.timeout(10):
+        while (await replica("replication"))["slave_repl_offset"] < (await master("replication"))["master_repl_offset"]:
+            await asyncio.sleep(0.001)
+
+
+async def _info(server: ClusterServer, section: str) -> dict[str, Any]:
+    return await asyncio.to_thread(server.info, section)
+
+
+@pytest.mark.parametrize("pause", [0, 1.5], ids=["nobody has asked", "somebody has asked"])
+async def test_a_master_that_wakes_up_replaced(tmp_path: Path, pause: float) -> None:
+    """No write is lost that a master acknowledges after a pause, if the sentinels have another master by then."""
+    ports = [free_port(), free_port()]
+    with (
+        own_server("--port", str(ports[0]), *REPLICATED),
+        own_server("--port", str(ports[1]), *REPLICATED, "--replicaof", "127.0.0.1", str(ports[0])),
+    ):
+        async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
+            await until(second, "replication", "master_link_status", "up")
+            async with watched(tmp_path, ports[0]) as (guard, client), SessionStore(client, timeout=20) as store:
+                writers = Writers(store, [await store.create({"n": 0}) for _ in range(40)])
+                await writers.until_all_have_written()
+                process = (await first.info("server"))["process_id"]
+                await first.client_pause(500, all=False)
+                await until_replicated(first.info, second.info)
+                os.kill(process, signal.SIGSTOP)
+                try:
+                    await asyncio.sleep(0.1)  # Calls are in flight.
+                    await second.replicaof("NO", "ONE")
+                    await guard.sentinel_remove("main")
+                    await guard.sentinel_monitor("main", "127.0.0.1", ports[1], 1)
+                    time.sleep(0.6)  # noqa: ASYNC251 - the store must not ask the sentinels before the replies come
+                    await asyncio.sleep(pause)  # Now it may.
+                finally:
+                    os.kill(process, signal.SIGCONT)
+                key = store.get_session_key(next(iter(writers.acknowledged)))
+                held = await second.hget(key, "n")
+                async with asyncio.timeout(10):
+                    while await second.hget(key, "n") == held:  # Until the store has changed over.
                         await asyncio.sleep(0.01)
-                    while await second.hget("rss:{a}", "n") is None:
-                        await asyncio.sleep(0.01)
-                    await _fail_over(guard)
-                    await until(first, "replication", "role", "slave")
-                    await until(second, "replication", "role", "master")
-                    await until(first, "replication", "master_link_status", "up")
-                    done.set()
-                    await outcomes(counting, within=50)
-                    # Until it is demoted, the old master acknowledges writes that are lost with it.
-                    assert await store.increment("a", "n") <= len(counted) + 1
-                    assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
-                    await store.aclose()
-                for one in sentinels.sentinels:
-                    await one.aclose()
+                await writers.until_all_have_written()
+                await writers.stop()
+
+
+async def test_a_master_of_a_cluster_that_wakes_up_replaced() -> None:
+    """No write is lost that a master acknowledges after a pause in which its replica took over."""
+    with cluster(3, 1) as servers:
+        async with SessionStore.from_url(servers.url, timeout=20) as store:
+            writers = Writers(store, [await store.create({"n": 0}) for _ in range(60)])
+            await writers.until_all_have_written()
+            victim = servers.servers[0]
+            victim("CLIENT", "PAUSE", 500, "WRITE")
+            replica = next(one for one in servers.servers if one.info("replication").get("master_port") == victim.port)
+            await until_replicated(partial(_info, victim), partial(_info, replica))
+            victim.signal(signal.SIGSTOP)
+            try:
+                await asyncio.sleep(0.1)  # Calls are in flight.
+                while victim.port in {row[2][1] for row in servers.servers[1]("CLUSTER", "SLOTS")}:
+                    time.sleep(0.01)  # noqa: ASYNC251 - the store must not look at the topology before the replies come
+            finally:
+                victim.signal(signal.SIGCONT)
+            await writers.until_all_have_written()
+            await writers.stop()
+
+
+async def test_durable_revocations_survive_the_master(tmp_path: Path) -> None:
+    """A revocation that was acknowledged as durable is one on the new master too, when the old one is killed."""
+    ports = [free_port(), free_port()]
+    with (
+        own_server("--port", str(ports[0]), *REPLICATED),
+        own_server("--port", str(ports[1]), *REPLICATED, "--replicaof", "127.0.0.1", str(ports[0])),
+    ):
+        async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
+            await until(second, "replication", "master_link_status", "up")
+            async with watched(tmp_path, ports[0]) as (guard, client):
+                store = SessionStore(client, references=["user_id"], timeout=8)
+                ids = [await store.create({"user_id": n}) for n in range(400)]
+                ended, killed = list[str](), asyncio.Event()
+
+                async def revoke(ids: list[str]) -> None:
+                    for session_id in ids:
+                        # After a retry it may not know that it was the one that ended the session.
+                        await store.delete(session_id, durable=1)
+                        ended.append(session_id)
+                        if killed.is_set():
+                            return
+
+                revoking = [asyncio.create_task(revoke(ids[n::4])) for n in range(4)]
+                while len(ended) < 100:
+                    await asyncio.sleep(0)
+                while not (await guard.sentinel_slaves("main")):
+                    await asyncio.sleep(0.05)
+                server = await first.info("server")
+                os.kill(server["process_id"], signal.SIGKILL)
+                killed.set()
+                await outcomes(revoking, within=50)
+                await until(second, "replication", "role", "master")
+                held = [await second.hget(store.get_session_key(session_id), "_ended") for session_id in ended]
+                assert held == [b"deleted"] * len(ended)
+                assert 100 <= len(ended) <= len(ids)
+                await store.aclose()
 
 
 async def _fail_over(guard: Redis) -> None:

@@ -51,6 +51,10 @@ def test_the_code_of_an_error(text: str, code: str) -> None:
 def test_an_error_that_redis_py_has_a_class_for() -> None:
     """`code_of` finds the code if redis-py has a class for the error, and `error_for` if the error is wrapped."""
     assert code_of(redis.exceptions.OutOfMemoryError("no text")) == "OOM"
+    assert code_of(redis.exceptions.ClusterDownError("The cluster is down")) == "CLUSTERDOWN"
+    assert code_of(redis.exceptions.MasterDownError("no text")) == "MASTERDOWN"
+    assert code_of(redis.exceptions.MovedError("1 127.0.0.1:7000")) == "MOVED"
+    assert code_of(redis.exceptions.AskError("1 127.0.0.1:7000")) == "ASK"
     wrapped = redis.exceptions.ConnectionError("no text")
     wrapped.__cause__ = redis.exceptions.AuthenticationError("no text")
     assert isinstance(error_for(wrapped), StoreUnavailable)

@@ -24,7 +24,7 @@ async def test_many_find_that_the_scripts_are_gone_and_one_loads_them(url: str, 
         assert found[300:] == [n + 1 for n in range(300)]
         stats = await admin.info("commandstats")
         loads = stats["cmdstat_script|load" if "cmdstat_script|load" in stats else "cmdstat_script"]["calls"]
-        assert loads == len(store.operations.scripts.sources)
+        assert loads == len(store.operations.scripts.usual)
 
 
 async def test_a_wrong_reply_to_scripts_that_are_loaded() -> None:
@@ -33,9 +33,8 @@ async def test_a_wrong_reply_to_scripts_that_are_loaded() -> None:
 
     def flush_once(command: list[bytes]) -> bytes:
         nonlocal gone
-        server.instead = b"$3\r\nold\r\n" if gone else b""
         if gone:
-            gone = False
+            gone, server.once = False, b"$3\r\nold\r\n"
             return b"-NOSCRIPT No matching script.\r\n"
         return ones(command)
 
