@@ -1,5 +1,5 @@
 --[[
-  Ending sessions. Needs sets.
+  Ending sessions. Needs sets, tell.
 
   KEYS        none
   ARGV        none
@@ -21,6 +21,11 @@ local function entomb(name, lives, ...)
   redis.call("HSET", name, "_ended", ...)
   redis.call("PEXPIRE", name, lives)
   undo = false
+end
+
+-- Return the reason for a tombstone: that of this call, unless the session has already ended for this store.
+local function reason_for(session, reason)
+  return session.ended and session.ended ~= ARRIVING and session.ended or reason
 end
 
 -- End a session that has a `ttl`. Remove the hash first, so that the session is never alive outside its sets. UNLINK
@@ -47,5 +52,8 @@ local function bury(session, reason)
     local sets = sets_in(session, n)
     spent = spent + #sets
     for i = 1, #sets do leave(sets[i], session.held[1]) end
+  end
+  if tell and not session.moves and session.ended ~= ARRIVING then
+    tell("ended", session.held[1], reason, identity_in and identity_in(session) or "")
   end
 end

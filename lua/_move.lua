@@ -11,6 +11,10 @@
 -- shrinks with each session that joins.
 local SURPLUS = 100
 
+-- If a session arrives from another partition: the fences of the sets that it had there, as keys. It may join the same
+-- sets here, even if they are blocked. It evicts nobody before `confirm_with_refs`.
+local arrives = false
+
 clock()
 
 -- Read the wanted sets of the next session from KEYS into `sets`, for each reference. ARGV after *counts* holds the
@@ -74,19 +78,19 @@ end
 -- the set, because a store with other options may find it alive. A member that another strict reference has revoked
 -- counts, because checking that would take too long.
 local function make_room(plan, n, set)
-  local live, dead, limit = {}, {}, limits[n]
+  local live, dead, limit, evicts = {}, {}, limits[n], not (refuses and refuses[n])
   local members = redis.call("SRANDMEMBER", set, limit + SURPLUS)
   spent = spent + 3 * #members
   for i = 1, #members do
     local id = members[i]
     local name = session_key(id)
-    local held = redis.pcall("HMGET", name, "id", "_ended", "_created", state[4 + n])
+    local held = redis.pcall("HMGET", name, "id", "_ended", "_created", state[4 + n], "_arriving")
     local created = not held.err and tonumber(held[3] or 0)
     if held.err or not held[1] and not held[2] then surely(held, name) end
     if held.err then wrong_type(held) end
     if held.err or held[2] or not held[1] or not names(n, held[4], set) then
       if id ~= plan.id then dead[#dead + 1] = id end
-    elseif id ~= plan.id and not (plan.evicted and plan.evicted[id]) then
+    elseif id ~= plan.id and not (held[5] and evicts) and not (plan.evicted and plan.evicted[id]) then
       local expired = max_lifetime > 0 and held[3] and created + max_lifetime <= now
       if not expired then live[#live + 1] = { id = id, created = created } end
     end
@@ -96,7 +100,7 @@ local function make_room(plan, n, set)
     plan.dead[set] = dead
   end
   if #live < limit then return end
-  if refuses and refuses[n] then return redis.error_reply("RSSLIMIT " .. state[4 + n]) end
+  if not evicts then return redis.error_reply("RSSLIMIT " .. state[4 + n]) end
   plan.evicted = plan.evicted or {}
   if #live > limit then table.sort(live, function(a, b) return a.created < b.created end) end
   for i = 2, #live == limit and limit or 0 do
@@ -108,9 +112,11 @@ end
 
 -- Plan that the session joins a set. Returns an error if it cannot.
 local function plan_join(plan, n, set)
-  local members = redis.pcall("SRANDMEMBER", set, SAMPLE)
+  local members, limit = redis.pcall("SRANDMEMBER", set, SAMPLE), limits and limits[n] or 0
+  if not members[1] then surely(members, set) end
   if members.err then return members end
-  if limits and limits[n] > 0 and redis.call("SCARD", set) >= limits[n] then
+  if arrives and not (refuses and refuses[n]) then limit = 0 end
+  if limit > 0 and redis.call("SCARD", set) >= limit then
     local refused = make_room(plan, n, set)
     if refused then return refused end
   end
@@ -124,24 +130,32 @@ end
 
 -- Check the fences of the plan. The first *joined* ones belong to sets that the session joins, the others to sets that
 -- it leaves. Returns an error if the session would join a blocked value. While delete_by_ref works through a set, its
--- sessions must end when they leave, or they would escape. A session that joins gets a mark. If only the id changes,
--- the new id gets the mark of the old one.
+-- sessions must end when they leave, or they would escape: end such a session, and return an error. A session that
+-- joins gets a mark. If only the id changes, the new id gets the mark of the old one.
 local function pass_fences(plan, session, joined)
+  local fences, doomed = plan.fences, nil
+  local fenced = fences[1] and inquire("EXISTS", unpack(fences)) or 0
+  for i = 1, asked and #fences or 0 do surely(nil, fences[i]) end
+  if fenced == 0 then return end
   plan.marks = {}
-  for i = 1, #plan.fences do
-    local fence = plan.fences[i]
+  for i = 1, #fences do
+    local fence = fences[i]
     local found = redis.pcall("HMGET", fence, "round", "open", "id:" .. session.held[1], "until", "why")
     if found.err then return found end
     local round, open, mark, till = found[1], found[2] or "", found[3] or "0", tonumber(found[4] or 0)
-    if i <= joined and till > now then
+    if i <= joined and till > now and not (arrives and arrives[fence]) then
       return redis.error_reply("RSSBLOCKED " .. found[4] .. " " .. found[5] .. " " .. state[4 + plan.numbers[i]])
     end
     for number in string.gmatch(i > joined and open or "", "%d+") do
-      if not spares(mark, tonumber(number)) then plan.doomed = redis.call("HGET", fence, "reason:" .. number) end
+      if not spares(mark, tonumber(number)) then doomed = redis.call("HGET", fence, "reason:" .. number) end
     end
     if round and (i <= joined or plan.stays and plan.stays[fence]) then
       plan.marks[#plan.marks + 1] = { fence, "id:" .. plan.id, i <= joined and round or mark }
     end
+  end
+  if doomed then
+    bury(session, doomed)
+    return redis.error_reply("RSSENDED " .. doomed)
   end
 end
 
@@ -201,16 +215,8 @@ local function plan_move(session, id, from)
   end
   local joined = #fences
   for i = 1, #leaves do fences[joined + i] = fence_of(leaves[i]) end
-  local fenced = fences[1] and inquire("EXISTS", unpack(fences)) or 0
-  for i = 1, asked and #fences or 0 do surely(nil, fences[i]) end
-  if fenced > 0 then
-    local failed = pass_fences(plan, session, joined)
-    if failed then return failed end
-    if plan.doomed then
-      bury(session, plan.doomed)
-      return redis.error_reply("RSSENDED " .. plan.doomed)
-    end
-  end
+  local failed = pass_fences(plan, session, joined)
+  if failed then return failed end
   return plan
 end
 

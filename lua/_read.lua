@@ -41,7 +41,7 @@ end
 
 -- Return the reply for a session that cannot be read. Nil if it can.
 local function unreadable(session)
-  if not session then return { "absent" } end
+  if not session or session.ended == ARRIVING then return { "absent" } end
   if session.err then return session end
   if session.ended then return { session.ended, "ended" } end
 end

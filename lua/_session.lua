@@ -18,6 +18,9 @@ local function detail(session)
   session.held = held
 end
 
+-- The value of `ended` for the copy of a session of another partition, until `confirm_with_refs`. It counts as absent.
+local ARRIVING = "arriving"
+
 -- Set `ended` of a session that is alive in Redis, but not for this store. It is older than max_lifetime, or not in the
 -- set of a strict reference. For a store with other options it may be alive.
 local judge = (strict or max_lifetime > 0) and function(session)
@@ -42,7 +45,7 @@ end
 --   all     true: read all fields into `fields`; false: read `state`, or the fields in `more`, into `held`
 -- `ended` is the reason why the session is not alive. A tombstone has no `ttl`. A key of another type has only `err`.
 local function look(name, all, more)
-  local reply, id, ended
+  local reply, id, ended, arriving
   if all then
     local bytes = 0
     reply = redis.pcall("HGETALL", name)
@@ -50,11 +53,12 @@ local function look(name, all, more)
       local field, value = reply[i], reply[i + 1]
       bytes = bytes + #value
       if field == "id" then id = value elseif field == "_ended" then ended = value end
+      arriving = arriving or partitioned and field == "_arriving"
     end
     spent = spent + 1.5 + #reply * (#reply > 256 and 0.6 or 0.3) + bytes * 0.015
   else
     reply = redis.pcall("HMGET", name, unpack(more or state))
-    id, ended = reply[1], reply[2]
+    id, ended, arriving = reply[1], reply[2], partitioned and reply[5 + references]
     spent = spent + 2.5
   end
   if reply.err then
@@ -65,7 +69,7 @@ local function look(name, all, more)
   local ttl = id and redis.call("PTTL", name)
   if not ttl or ttl <= 0 then return nil end
   local session = { key = name, ttl = ttl, held = not all and reply, fields = all and reply }
-  if judge then judge(session) end
+  if arriving then session.ended = ARRIVING elseif judge then judge(session) end
   return session
 end
 

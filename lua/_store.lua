@@ -12,6 +12,7 @@
     strict, limits, refuses
                       lists with an item for each reference: whether it is strict; its limit, 0 for none; whether it
                       refuses a session beyond the limit. False instead of a list without a true or positive item
+    events            true if the scripts publish events
     partitioned       true if the keys are in partitions, whose slots may move between the masters of a Redis Cluster
     asked             true if this script runs on the master to which a slot moves, after ASKING
 
@@ -44,7 +45,8 @@ end
 
 -- Whether a reply is the error for a key that is on another master, because the slot moves at the moment.
 local function elsewhere(reply)
-  return partitioned and type(reply) == "table" and reply.err and string.find(reply.err, "non local key")
+  local err = partitioned and type(reply) == "table" and reply.err
+  return err and (string.find(err, "non local key") or string.find(err, "undeclared keys"))
 end
 
 -- Call this before the script concludes anything from a reply that says that a key is absent. While the slot moves, the

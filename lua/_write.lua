@@ -9,7 +9,7 @@
 
 -- Return the error for a session that cannot be written to. Nil if it can.
 local function refusal(session)
-  if not session then return redis.error_reply("RSSNOTFOUND no such session") end
+  if not session or session.ended == ARRIVING then return redis.error_reply("RSSNOTFOUND no such session") end
   if session.err then return session end
   if session.ended then return redis.error_reply("RSSENDED " .. session.ended) end
 end

@@ -38,6 +38,7 @@ local function close()
   local before = tonumber(redis.call("HGET", fence, "until") or 0)
   if till > before then redis.call("HSET", fence, "until", till, "why", reason) end
   keep_fence(fence)
+  if tell then tell("blocked", set, reason, string.format("%.0f", till)) end
 end
 
 -- Return the ids to keep. On the first page, include the ids that they lead to. Later pages find marks of both. Returns
@@ -78,7 +79,7 @@ local function delete_by()
     if spared[id] or (mark and spares(mark, round)) then return end
     local session = member(id, n, set)
     if not session then return leave(set, id) end
-    bury(session, session.ended or reason)
+    bury(session, reason_for(session, reason))
     if mark then redis.call("HDEL", fence, "id:" .. id) end
     if not session.ended then ended = ended + 1 end
   end)

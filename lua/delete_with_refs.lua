@@ -19,7 +19,7 @@ local function delete()
   if not session then return 0 end
   if session.err then return session end
   if not session.ttl or differs(session, expected, expectations) then return 0 end
-  bury(session, session.ended or reason)
+  bury(session, reason_for(session, reason))
   return session.ended and 0 or 1
 end
 

@@ -68,6 +68,7 @@ local function rotate()
     entomb(old, tombstone, "rotated")
   end
   settle(plan, session, ttl)
+  if tell then tell("rotated", session.held[1], id) end
   return ttl
 end
 

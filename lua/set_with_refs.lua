@@ -88,6 +88,7 @@ local function set()
   end
   expire(session, session.key, given, ttl)
   settle(plan, session, ttl)
+  if tell and not session.ttl then tell("created", session.held[1]) end
   return ttl
 end
 

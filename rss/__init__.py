@@ -5,8 +5,12 @@
 
 `SessionStore` keeps sessions. `Sessions` adds the cookie, and gives each request of a web application its `Session`.
 The adapters for frameworks are `rss.aiohttp`, `rss.asgi`, `rss.fastapi`, `rss.quart` and `rss.aiohttp_session`.
-`rss.oidc` ends sessions when an OpenID provider reports a logout. The folder `guides` of this package has the guides.
+`rss.oidc` ends sessions when an OpenID provider reports a logout. `rss.observe` has observers for metrics, traces and
+logs. The folder `guides` of this package has the guides.
 """
+
+# `rss.errors` looks for this mark, so it stands before the imports.
+__distribution__ = "redis-session-sets"
 
 from rss.codec import Codec, JSONCodec, TextCodec
 from rss.cookies import CookiePolicy
@@ -15,6 +19,7 @@ from rss.errors import (
     Blocked,
     Conflict,
     IdentityChanged,
+    IncompleteReference,
     LimitExceeded,
     PartlyDone,
     SessionEnded,
@@ -33,6 +38,7 @@ __all__ = [
     "CookiePolicy",
     "Duration",
     "IdentityChanged",
+    "IncompleteReference",
     "JSONCodec",
     "LimitExceeded",
     "PartlyDone",

@@ -6,7 +6,12 @@ from typing import Any, Protocol
 
 
 class Codec(Protocol):
-    """Converts the value of a field to the data in Redis, and back. Write your own for encryption or msgspec."""
+    """Converts the value of a field to the data in Redis, and back. Write your own for msgspec or compression.
+
+    A codec that encodes equal values to different data, as encryption does, also has an attribute `plaintext_codec`:
+    the codec whose data it encrypts. The web layer compares values by that codec, to write only what has changed. The
+    store refuses `expect` and `increment` for encrypted fields. `rss.encryption` has such a codec.
+    """
 
     def encode(self, field: str, value: Any, /) -> str | bytes:
         """Return the data to store. Raise TypeError or ValueError if the value cannot be stored."""

@@ -23,11 +23,11 @@ class DictSession(dict[str, Any]):
 
     def __init__(self, handle: Session[Any], fields: dict[str, Any]) -> None:
         #: The session itself, with the verbs that a dict does not have.
-        self.handle = handle
+        self.handle: Session[Any] = handle
         #: Whether the request came without a session.
-        self.new = not fields
+        self.new: bool = not fields
         #: Whether the response depends on the session.
-        self.looked_at = False
+        self.looked_at: bool = False
         self._before = {field: value for field, value in fields.items() if field != "id"}
         self._cleared = self._saved = False
         super().__init__({item_of(field): self.item_from(copy.deepcopy(data)) for field, data in self._before.items()})

@@ -1,6 +1,18 @@
 """The errors of this library. Their texts never hold a session id, a value or a key."""
 
 from datetime import datetime
+from pathlib import Path
+
+import rss
+
+# Other distributions have a package `rss` too. Installed in the same folder, such a package overwrites our __init__.py,
+# and uninstalling it removes the file. Every module that needs Redis imports this one.
+if getattr(rss, "__distribution__", "") != "redis-session-sets":  # pragma: no cover - a test breaks a copy
+    raise ImportError(
+        f"rss/__init__.py in {Path(__file__).parents[1]} is not that of redis-session-sets: another distribution with "
+        "a package rss has overwritten or removed it. Uninstall that one, and install redis-session-sets again with "
+        "pip install --force-reinstall"
+    )
 
 
 class SessionError(Exception):
@@ -58,7 +70,7 @@ class Blocked(LimitExceeded):
 
     def __init__(self, field: str, reason: str, until: datetime) -> None:
         super().__init__(field)
-        self.args = (field, reason, until)
+        self.args: tuple[object, ...] = (field, reason, until)
         self.reason = reason
         self.until = until
 
@@ -98,3 +110,26 @@ class PartlyDone(StoreUnavailable):
 
     def __str__(self) -> str:
         return f"{self.unfinished} of {self.partitions} partitions did not answer; {self.ended:,} sessions were ended"
+
+
+class IncompleteReference(SessionError):
+    """Raised by `ids_by`, `find_by`, `count_by`, `delete_by` and `block` when they may have missed sessions.
+
+    Stores with this prefix have, or had, different references. A store makes no entries for a reference that it lacks.
+    So the sets of this reference may be incomplete, until they are made complete by `rss reindex`. The operation has
+    done what it could.
+    """
+
+    #: The field of the reference.
+    field: str
+    #: The number of sessions that `delete_by` or `block` ended.
+    ended: int
+
+    def __init__(self, field: str, ended: int = 0) -> None:
+        super().__init__(field, ended)
+        self.field = field
+        self.ended = ended
+
+    def __str__(self) -> str:
+        done = f"; {self.ended:,} sessions were ended" if self.ended else ""
+        return f"the reference {self.field!r} is incomplete, so sessions may be missing: reindex it{done}"

@@ -36,10 +36,15 @@ class Fields:
     """The fields of the sessions of one store: its references, and the codec of its values."""
 
     def __init__(self, references: Iterable[str] | Mapping[str, Reference], codec: Codec) -> None:
-        self.references = _references(references)
-        self.identity = next((field for field, kind in self.references.items() if kind.identity), None)
+        self.references: dict[str, Reference] = _references(references)
+        identities = (field for field, kind in self.references.items() if kind.identity)
+        self.identity: str | None = next(identities, None)
         self.codec = codec
-        self._own = codec if isinstance(codec, TextCodec) else JSONCodec()  # For references: the scripts read these.
+        plain = getattr(codec, "plaintext_codec", None)
+        #: The same fields without encryption, whose data can be compared. This object itself if nothing is encrypted.
+        self.plain: Fields = self if plain is None else Fields(self.references, plain).plain
+        # For references: the scripts read these.
+        self._own = self.plain.codec if isinstance(self.plain.codec, TextCodec) else JSONCodec()
         self._numbers = {field: str(n) for n, field in enumerate(self.references, 1)}
         self._encoders = _Cached(self._encoder)
         self._decoders = _Cached(self._decoder)
@@ -112,10 +117,11 @@ class Fields:
     def expect(self, values: Mapping[str, Any]) -> list[str | bytes]:
         """Encode expectations for the scripts: field, how, data for each.
 
-        None expects that the field is absent, or holds None.
+        None expects that the field is absent, or holds None. Raises ValueError for a field that the codec encrypts.
         """
         expected: list[str | bytes] = []
         for field, value in _items(values, "expect"):
+            self.refuse_encrypted(field_name(field), "compare")
             try:
                 how, data = "holds" if value is not None else "lacks_or_holds", self.encode_value(field, value)
             except (TypeError, ValueError):
@@ -126,6 +132,11 @@ class Fields:
         if len(expected) > 3 * _MOST_FIELDS:
             raise ValueError(f"expect must not have more than {_MOST_FIELDS:,} fields")
         return expected
+
+    def refuse_encrypted(self, field: str, verb: str) -> None:
+        """Raise ValueError, which says that Redis cannot *verb* the field, if the codec encrypts it."""
+        if self.plain is not self and field not in self.references:
+            raise ValueError(f"Redis cannot {verb} the field {field!r}: {type(self.codec).__name__} encrypts it")
 
     def decode(self, pairs: list[bytes]) -> dict[str, Any]:
         """Decode a list of field, data, ... to values. Raises SessionError, which names an unreadable field."""
@@ -142,7 +153,12 @@ class Fields:
 
     def as_stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return values as a read would return them."""
-        return self.decode([data.encode() if isinstance(data, str) else data for data in self.encode(values).pairs])
+        pairs = self.plain.encode(values).pairs
+        return self.plain.decode([data.encode() if isinstance(data, str) else data for data in pairs])
+
+    def comparable(self, encoded: Encoded, values: Mapping[str, Any]) -> Encoded:
+        """Return *encoded*, which *values* were encoded to, without encryption: it is equal for equal values."""
+        return encoded if self.plain is self else self.plain.encode(values, encoded.gone)
 
     def number(self, field: str) -> str:
         """Return the number of a reference, counted from 1. Raises ValueError if the field is no reference."""
@@ -177,8 +193,8 @@ class _Cached(dict[_K, _V]):
         return value
 
 
-def listed(values: Iterable[str], name: str) -> list[str]:
-    """Return an iterable of str as a list. Raises TypeError, which holds *name*, for a single str or another type."""
+def listed(values: Iterable[_V], name: str) -> list[_V]:
+    """Return an iterable as a list. Raises TypeError, which holds *name*, for one str, or for another type."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be several str, in a list for one")
     return list(values)

@@ -22,7 +22,7 @@ from joserfc.jwk import KeySet
 
 from rss.durations import Duration, milliseconds
 from rss.errors import Conflict, StoreUnavailable
-from rss.store import SessionStore
+from rss.store import SessionStore, max_age_argument
 
 #: Returns the keys of a provider: a JWK Set.
 FetchKeys = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -129,8 +129,10 @@ class BackChannelLogout:
         )
         # Mark the token last: if ending the sessions failed, the provider may send it again.
         valid = max(claims["exp"] - time.time(), 0)
+        # The mark has no field, since a codec may refuse a value, or encrypt it: then the store cannot expect it.
+        mark, max_age = self._store.fields.encode({}), max_age_argument(valid + 2 * _LEEWAY)
         try:
-            await self._store.set(seen, {"used": True}, max_age=valid + 2 * _LEEWAY, expect={"used": None})
+            await self._store.operations.set(seen, mark, max_age, "set", ("id", "lacks", ""))
         except Conflict:
             raise InvalidLogoutToken("it was used before") from None
         return ended

@@ -19,6 +19,7 @@ from rss.errors import IdentityChanged, LimitExceeded, SessionEnded, SessionNotF
 from rss.fields import Encoded, field_names, listed
 from rss.store import S, SessionStore, max_age_argument
 
+_NONE: Final[tuple[str, object]] = "", None
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{22,342}")  # What `SessionStore.create_session_id` makes.
 # Browsers keep no cookie for longer.
 _LONGEST: Final = timedelta(days=400)
@@ -61,14 +62,14 @@ class Sessions(Generic[S]):
             raise TypeError(f"cookie must be a CookiePolicy, not {type(cookie).__name__}")
         if on_unavailable not in ("raise", "anonymous"):
             raise ValueError("on_unavailable must be 'raise' or 'anonymous'")
-        self.store = store
+        self.store: SessionStore[S] = store
         #: What makes and checks the CSRF tokens.
-        self.tokens = CSRFTokens()
-        self.cookie = cookie
-        self.hash_ids = hash_ids
+        self.tokens: CSRFTokens = CSRFTokens()
+        self.cookie: CookiePolicy = cookie
+        self.hash_ids: bool = hash_ids
         self.on_unavailable = on_unavailable
         #: Milliseconds since the last renewal after which reading renews a session; None for never.
-        self.idle = None if rolling is None else str(milliseconds(rolling, "rolling"))
+        self.idle: str | None = None if rolling is None else str(milliseconds(rolling, "rolling"))
         self._signer = None if secret_keys is None else Signer(listed(secret_keys, "secret_keys"))
         self._cookie_age = _LONGEST if store.max_lifetime is None else min(store.max_lifetime, _LONGEST)
         self._warned = set[str]()
@@ -219,14 +220,14 @@ class Session(Generic[S]):
 
     def __init__(self, sessions: Sessions[S], cookies: str, scheme: str) -> None:
         #: The sessions of the application.
-        self.sessions = sessions
+        self.sessions: Sessions[S] = sessions
         #: Whether it was made in this request.
-        self.is_new = False
+        self.is_new: bool = False
         #: Why the session of this cookie ended. None if it has not, if the reason is no longer known, or before this
         #: request has read the session.
         self.ended: str | None = None
         #: Whether the response depends on the session.
-        self.accessed = False
+        self.accessed: bool = False
         #: What the last call of it that asked Redis raised; None if it raised nothing that `status_for` knows.
         self.failure: StoreUnavailable | SessionNotFound | LimitExceeded | None = None
         self._store = sessions.store
@@ -237,7 +238,7 @@ class Session(Generic[S]):
         self._due = False  # Whether it was read without being renewed, and a renewal is due.
         self._kept = False  # Whether it stays even if its last field is taken out, since a form has its CSRF token.
         self._seen: Any = None  # The identity that it had in this request; None if nobody was signed in.
-        self._next: tuple[str, object] | None = None  # The token of a call that is under way, and what it writes.
+        self._next = _NONE  # The token of a call that is under way, and what it writes.
         self._lock = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -365,7 +366,7 @@ class Session(Generic[S]):
 
         *anew*: write all of the second state, under a new id.
         """
-        encode, held = self._store.fields.encode_value, self._values or before
+        encode, held = self._store.fields.plain.encode_value, self._values or before
         gone = tuple(field for field in before if field not in after and held.get(field) == before[field])
         changed = {
             field: value
@@ -451,15 +452,19 @@ class Session(Generic[S]):
 
     async def _rotate(self, values: Mapping[str, Any], gone: tuple[str, ...], age: str) -> None:
         encoded = self._store.fields.encode(values, gone)
-        token = self._mint(encoded, age, beside=self._id)
-        new = self.sessions.id_of(token)
-        ttl = await self._write(
-            lambda: self._store.operations.rotate(self._id, new, encoded, age), values, rotates=True
-        )
-        if ttl is None:
+        comparable = self._store.fields.comparable(encoded, values)
+        new = ""
+
+        async def rotate() -> int:
+            nonlocal new
+            mint = self._minting(comparable, age, self._id)
+            new, ttl = await self._store.operations.rotate(self._id, mint, encoded, age)
+            return ttl
+
+        if await self._write(rotate, values, rotates=True) is None:
             await self._create(encoded, values, age)
             return
-        await self._adopt(token, new)
+        await self._adopt(new)
         if self._values:
             self._values["id"] = new
         self._note(values, gone)
@@ -478,18 +483,10 @@ class Session(Generic[S]):
             return False
 
     async def _create(self, encoded: Encoded, values: Mapping[str, Any], age: str) -> None:
-        token = ""
-
-        def mint() -> str:
-            nonlocal token
-            if token:  # The first one was of a partition that moves.
-                self._next = None
-            token = self._mint(encoded, age)
-            return self.sessions.id_of(token)
-
         new, max_age = encoded._replace(gone=()), "renew" if age == "keep" else age
+        mint = self._minting(self._store.fields.comparable(encoded, values), age)
         session_id = await self._answer(self._store.operations.create(mint, new, max_age))
-        await self._adopt(token, session_id)
+        await self._adopt(session_id)
         self.is_new, self._values = True, {"id": session_id}
         self._note(values, ())
 
@@ -566,7 +563,7 @@ class Session(Generic[S]):
         """Note that the session was ended here, and let the client forget its token."""
         self._cookie.remove()
         self._state, self._id, self._values, self._seen = _State.ABSENT, "", None, None
-        self.is_new, self._next, self._due = False, None, False
+        self.is_new, self._next, self._due = False, _NONE, False
 
     async def _forget_unless_rotated(self) -> None:
         """Forget the session, unless a login has given it a new id: the client must keep the token of that login."""
@@ -575,16 +572,16 @@ class Session(Generic[S]):
         else:
             self._forget()
 
-    async def _adopt(self, token: str, session_id: str) -> None:
-        """Note that the session lives under a new token. If the client cannot be told any more, end it."""
+    async def _adopt(self, session_id: str) -> None:
+        """Note that the session lives under the token of `_next`. If the client cannot be told any more, end it."""
         try:
-            self._cookie.adopt(token)
+            self._cookie.adopt(self._next[0])
         except RuntimeError:
             await self._answer(asyncio.shield(self._store.delete(session_id)))
             self._state = _State.ALIVE  # It was: so it is gone now, and no write of this request makes another one.
             self._lose("deleted")
             raise
-        self._state, self._id, self._next = _State.ALIVE, session_id, None
+        self._state, self._id, self._next = _State.ALIVE, session_id, _NONE
 
     def _note(self, values: Mapping[str, Any], gone: Iterable[str]) -> None:
         """Note what was written, if the rest is known."""
@@ -595,21 +592,34 @@ class Session(Generic[S]):
                 self._values.pop(field, None)
             self._values.update(self._store.fields.as_stored(values))
 
-    def _mint(self, encoded: Encoded, age: str, beside: str = "") -> str:
-        """Return a new token. A call that repeats one whose outcome is unknown gets the same token.
+    def _minting(self, encoded: Encoded, age: str, old: str = "") -> Callable[[int | None], str]:
+        """Return a function that mints a token, and returns its id. Its argument is a partition; None: any.
 
-        The scripts recognise its id, and do not write twice.
+        *encoded*: what the call writes, comparable with that of another call. *old*: the id that is rotated.
 
-        *beside*: an id in the partition of the new one. "": any partition.
+        A call that repeats one whose outcome is unknown first gets the last token of that call. The scripts recognise
+        the id, and do not write twice.
         """
         self._cookie.check()
-        work = encoded, age, beside
-        if self._next is None or self._next[1] != work:
+        work, repeats = (encoded, age, old), True
+        if self._next[1] != work:
+            self._next = _NONE
+
+        def mint(partition: int | None) -> str:
+            nonlocal repeats
+            if not self._next[0] or not repeats:
+                self._next = self._draw(partition), work
+            repeats = False
+            return self.sessions.id_of(self._next[0])
+
+        return mint
+
+    def _draw(self, partition: int | None) -> str:
+        """Return a new token whose id is in this partition; None: in any."""
+        while True:
             token = self._store.create_session_id()
-            while beside and not self._store.same_partition(self.sessions.id_of(token), beside):
-                token = self._store.create_session_id()
-            self._next = token, work
-        return self._next[0]
+            if partition in (None, self._store.operations.layout.place(self.sessions.id_of(token))[1]):
+                return token
 
     # The other sessions of the same identity.
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
-from rss.keys import Partitioned
+from rss.keys import Layout, Partitioned, tags
+from tests.servers import everywhere
 
 #: The content of a key: the fields of a hash, the ids in a set, or else the type.
 Content = dict[str, str] | set[str] | str
@@ -53,9 +54,20 @@ def texts(value: object) -> list[str]:
     return list(dict.fromkeys(str(one) for one in listed))
 
 
+def parts(layout: Layout, name: str) -> list[str]:
+    """Return the names that a snapshot has for a set, or for its fence, in each partition that may have it."""
+    if not isinstance(layout, Partitioned):
+        return [name]
+    field, value = name.removesuffix("}").split(":{", 1)
+    return [f"{name}@{partition}" for partition in layout.with_value(field, value)]
+
+
 @dataclass
 class Snapshot:
-    """A snapshot of all keys of a store, named as in a dump."""
+    """A snapshot of all keys of a store, named as in a dump.
+
+    If the store has partitions, names of sets and fences end with the partition: "user_id:{1}@3".
+    """
 
     #: The time, in milliseconds.
     now: int
@@ -70,7 +82,12 @@ class Snapshot:
 
     def alive(self) -> dict[str, dict[str, str]]:
         """Return the fields of sessions that are alive."""
-        return {i: f for i, f in self.hashes.items() if "_ended" not in f and self.expires[f"{{{i}}}"] > self.now}
+        there = {i: fields for i, fields in self.hashes.items() if self.expires[f"{{{i}}}"] > self.now}
+        return {i: fields for i, fields in there.items() if "_ended" not in fields and "_arriving" not in fields}
+
+    def copies(self) -> set[str]:
+        """Return the ids of sessions that arrive from another partition, or did not get there."""
+        return {i for i, fields in self.hashes.items() if "_arriving" in fields}
 
     def check(self, named: Mapping[str, set[str]], stale: Container[tuple[str, str]]) -> None:
         """Check promises 1 and 2: which ids are in sets, and how long keys live.
@@ -109,7 +126,6 @@ class Keyspace:
         self.prefix = prefix
         self.partitions = partitions
         self._layout = Partitioned(prefix, 24, partitions) if partitions else None
-        self._meta = f"{prefix}:_meta"
 
     def _name(self, key: str) -> str:
         """Return the plain name of a key."""
@@ -120,7 +136,7 @@ class Keyspace:
         assert match, f"the key {name} is in no partition"
         return f"{{{match[1]}}}" if match[1] is not None else f"{match[2]}:{{{match[3]}}}"
 
-    def _named(self, name: str) -> list[str]:
+    def named(self, name: str) -> list[str]:
         """Return the keys with this plain name: one, or one in each partition."""
         if not self._layout:
             return [f"{self.prefix}:{name}"]
@@ -130,9 +146,11 @@ class Keyspace:
         return [self._layout.references([(field, value)], p)[0] for p in range(self._layout.partitions)]
 
     async def keys(self) -> list[str]:
-        """Return the names of all keys, except the meta key of a store with partitions, which has no TTL."""
-        found = {str(key) async for key in self.client.scan_iter(match=f"{self.prefix}:*", count=1000)}
-        return sorted(found - {self._meta})
+        """Return the names of all keys, except those that describe the store, which have no TTL."""
+        return sorted(key for key in await self._found() if not key.endswith(":_meta"))
+
+    async def _found(self) -> set[str]:
+        return {str(key) async for key in self.client.scan_iter(match=f"{self.prefix}:*", count=1000)}
 
     async def dump(self) -> dict[str, Content]:
         """Return the content of all keys, by their names without prefix and colon.
@@ -149,6 +167,9 @@ class Keyspace:
                 if "id" in fields:
                     assert int(fields.pop("_created")) > 0
                     assert int(fields.pop("_max_age", "1")) > 0
+                if fields.get("_ended") == "rotated" and "_to" in fields:  # It has moved to another partition.
+                    assert int(fields.pop("_ttl")) > 0
+                    fields = {"_ended": "rotated"}
                 found[name] = fields
             elif kind == "set":
                 before = found.get(name, set())
@@ -159,15 +180,25 @@ class Keyspace:
             assert await self.client.pttl(key) > 0, f"the key {name} has no TTL"
         return found
 
+    async def copies(self) -> list[str]:
+        """Return the ids of the sessions that arrive from another partition."""
+        return [name[1:-1] for name, held in (await self.dump()).items() if "_arriving" in held]
+
     async def look(self) -> Snapshot:
-        """Return a snapshot of all keys and their content. Fails if a key is neither a hash nor a set."""
-        now, *keys = await self.client.eval(_LOOK, 0, f"{self.prefix}:*")
-        seen = Snapshot(now)
-        for key, kind, expires, content in keys:
-            if key == self._meta:
+        """Return a snapshot of all keys and their content. Fails if a key is neither a hash nor a set.
+
+        The masters of a cluster are not read at the same moment. The time is the latest of theirs.
+        """
+        found = await everywhere(self.client, "EVAL", _LOOK, 0, f"{self.prefix}:*")
+        seen = Snapshot(max(now for now, *_ in found))
+        for key, kind, expires, content in [key for _, *keys in found for key in keys]:
+            if key.endswith(":_meta"):
                 continue
             name = self._name(key)
             seen.expires[name] = expires
+            if self._layout and not name.startswith("{"):
+                name = f"{name}@{self._partition(key)}"
+                seen.expires[name] = seen.expires.pop(self._name(key))
             if kind == "set":
                 seen.sets[name] = set(content)
                 continue
@@ -179,13 +210,22 @@ class Keyspace:
                 seen.hashes[name[1:-1]] = fields
         return seen
 
+    def _partition(self, key: str) -> int:
+        """Return the partition of a key."""
+        assert self._layout
+        return tags(self._layout.partitions).index(key.removeprefix(f"{self.prefix}:{{").partition("}")[0])
+
+    def beside(self, session_id: str, name: str) -> str:
+        """Return the name that a snapshot has for the set of this name in the partition of a session."""
+        return f"{name}@{self._layout.place(session_id)[1]}" if self._layout else name
+
     async def ttl(self, name: str) -> int:
         """Return the TTL of a key, named as in a dump, in milliseconds."""
-        return max([int(await self.client.pttl(key)) for key in self._named(name)])
+        return max([int(await self.client.pttl(key)) for key in self.named(name)])
 
     async def expire(self, name: str) -> None:
         """Let a key, named as in a dump, expire, and wait until Redis has removed it."""
-        for key in self._named(name):
+        for key in self.named(name):
             await self.client.pexpire(key, 1)
             while await self.client.exists(key):
                 pass
@@ -199,5 +239,5 @@ class Keyspace:
 
     async def clear(self) -> None:
         """Remove all keys."""
-        for key in [self._meta, *await self.keys()]:  # One by one: in a cluster they are in several slots.
+        for key in await self._found():  # One by one: in a cluster they are in several slots.
             await self.client.unlink(key)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from rss.engine import operations, scripts
+from rss.engine import meta, operations, scripts
 from rss.engine.coalesce import Operation
 from rss.references import Reference
 
@@ -48,6 +48,8 @@ def schemas() -> list[str]:
             json=n < 2,
             before_value=":{",
             ending="}",
+            partitioned=n < 2,
+            events=n == 1,
         )
         for n, kind in enumerate(kinds)
     ]
@@ -107,6 +109,10 @@ def _reports() -> Iterator[tuple[str, Place, str, str]]:
             for operation in operations.ALL:
                 (Path(folder) / f"{operation.script}.{n}.lua").write_text(sources[operation.script], encoding="utf-8")
                 where[operation.script, str(n)] = places(schema, operation)
+        for name in meta.SCRIPTS:
+            source = scripts.read(name)
+            (Path(folder) / f"{name}.0.lua").write_text(source, encoding="utf-8")
+            where[name, "0"] = [(f"lua/{name}.lua", n) for n, _ in enumerate(source.splitlines(), 1)]
         done = subprocess.run([*_COMMAND, *_SANDBOX, "--", folder], capture_output=True, text=True, check=False)
         if done.returncode > 2:
             raise RuntimeError(f"luacheck failed: {done.stdout}{done.stderr}")

@@ -5,7 +5,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -59,7 +59,13 @@ class Secrecy(logging.Handler):
 
     @contextmanager
     def watch(self, url: str) -> Iterator[None]:
-        """Record every command that a server gets while the body runs, by MONITOR."""
+        """Record every command that a server or a cluster gets while the body runs, by MONITOR."""
+        if "+cluster" in url:
+            with redis.RedisCluster.from_url(url.replace("+cluster", "")) as cluster, ExitStack() as all_of_them:
+                for node in cluster.get_primaries():
+                    all_of_them.enter_context(self.watch(f"redis://{node.host}:{node.port}"))
+                yield
+            return
         client = redis.Redis.from_url(url, socket_timeout=None)
         connection: Any = client.connection_pool.get_connection()
         connection.send_command("MONITOR")
@@ -67,18 +73,17 @@ class Secrecy(logging.Handler):
         end = f"the end of {id(connection)}".encode()
 
         def listen() -> None:
-            while True:
-                command: bytes = connection.read_response(disable_decoding=True)
-                if end in command:
-                    return
-                self.commands.append(command)
+            with suppress(redis.ConnectionError):  # The server may die.
+                while end not in (command := connection.read_response(disable_decoding=True)):
+                    self.commands.append(command)
 
         listener = threading.Thread(target=listen)
         listener.start()
         try:
             yield
         finally:
-            client.echo(end)
+            with suppress(redis.ConnectionError):
+                client.echo(end)
             listener.join()
             connection.disconnect()
             client.close()

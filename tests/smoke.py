@@ -7,13 +7,16 @@ import venv
 from pathlib import Path
 
 TRY = """
-import asyncio, sys, zipfile
+import asyncio, sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 import rss
 from rss.testing import redis_server
 
 installed, lua = Path(rss.__file__).parent, Path(sys.argv[1])
 assert sys.prefix in str(installed), installed
+owners = packages_distributions()["rss"]
+assert set(owners) == {"redis-session-sets"}, f"another distribution has a package rss too: {owners}"
 files = {file.name: file.read_bytes() for file in lua.glob("*.lua")}
 assert files == {file.name: file.read_bytes() for file in (installed / "lua").glob("*.lua")}
 assert (installed / "py.typed").exists()

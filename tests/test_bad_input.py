@@ -13,6 +13,8 @@ import redis
 from redis.asyncio import Redis
 
 from rss import Reference, SessionStore, TextCodec
+from rss.observe import Observation
+from rss.observe.logging import Logging
 from tests.keyspace import Keyspace
 
 Call = Callable[[SessionStore, Any], object]
@@ -117,6 +119,9 @@ REFERENCE: dict[str, Case] = {
     "bytes": (b"user_id", ValueError, "is not one of the references of this store"),
     "a list": (["user_id"], ValueError, "is not one of the references of this store"),
 }
+DURABLE: dict[str, Case] = {
+    f"{bad!r}": (bad, ValueError, "durable must be a positive number of replicas") for bad in (0, -1, True, 1.0, "1")
+}
 REASON: dict[str, Case] = {
     "empty": ("", ValueError, "reason must be a short word"),
     "of words": ("a b", ValueError, "reason must be a short word"),
@@ -180,9 +185,10 @@ BAD: dict[str, dict[str, Row]] = {
             "max_age must be a number and a unit",
         ),
     },
-    "same_partition": {
-        **_rows("session_id", IDS, lambda s, x: s.same_partition(x, "a")),
-        **_rows("other_id", IDS, lambda s, x: s.same_partition("a", x)),
+    "create_session_id": {
+        f"identity: {case}": (lambda s, x: s.create_session_id(x), bad, error, text.replace("user_id", "account"))
+        for case, (bad, error, text) in VALUE.items()
+        if case != "None"
     },
     "get_session_key": _rows("session_id", IDS, lambda s, x: s.get_session_key(x)),
     "get_reference_keys": {
@@ -239,15 +245,18 @@ BAD: dict[str, dict[str, Row]] = {
         **_rows("session_id", IDS, lambda s, x: s.delete(x)),
         **_rows("expect", EXPECT, lambda s, x: s.delete("a", expect=x)),
         **_rows("reason", REASON, lambda s, x: s.delete("a", reason=x)),
+        **_rows("durable", DURABLE, lambda s, x: s.delete("a", durable=x)),
     },
     "ended": _rows("session_id", IDS, lambda s, x: s.ended(x)),
     "rotate": {
         **_rows("session_id", IDS, lambda s, x: s.rotate(x)),
         **_rows("values", VALUES, lambda s, x: s.rotate("a", x)),
+        **_rows("durable", DURABLE, lambda s, x: s.rotate("a", durable=x)),
         **_rows("max_age", MAX_AGE, lambda s, x: s.rotate("a", {}, x)),
         **_rows("grace", _durations("grace", True, False), lambda s, x: s.rotate("a", grace=x)),
     },
     "ttl": _rows("session_id", IDS, lambda s, x: s.ttl(x)),
+    "wait_ended": _rows("session_id", IDS, lambda s, x: s.wait_ended(x)),
     "ids_by": {
         **_rows("field", REFERENCE, lambda s, x: s.ids_by(x, 1)),
         **_rows("value", VALUE, lambda s, x: s.ids_by("user_id", x)),
@@ -269,6 +278,7 @@ BAD: dict[str, dict[str, Row]] = {
         **_rows("value", VALUE, lambda s, x: s.delete_by("user_id", x)),
         **_rows("keep", KEEP, lambda s, x: s.delete_by("user_id", 1, keep=x)),
         **_rows("reason", REASON, lambda s, x: s.delete_by("user_id", 1, reason=x)),
+        **_rows("durable", DURABLE, lambda s, x: s.delete_by("user_id", 1, durable=x)),
         **_rows("block", _durations("block", True, False), lambda s, x: s.delete_by("user_id", 1, block=x)),
     },
     "block": {
@@ -276,6 +286,7 @@ BAD: dict[str, dict[str, Row]] = {
         **_rows("value", VALUE, lambda s, x: s.block("user_id", x, "1h")),
         **_rows("duration", _durations("(block|duration)", None, True), lambda s, x: s.block("user_id", 1, x)),
         **_rows("reason", REASON, lambda s, x: s.block("user_id", 1, "1h", reason=x)),
+        **_rows("durable", DURABLE, lambda s, x: s.block("user_id", 1, "1h", durable=x)),
     },
     "unblock": {
         **_rows("field", REFERENCE, lambda s, x: s.unblock(x, 1)),
@@ -362,6 +373,10 @@ async def test_a_mapping_need_be_no_dict(store: SessionStore, values: range) -> 
     assert await store.get("a") == {"id": "a", "user_id": 1}
 
 
+async def _observe(_: Observation) -> None:
+    """Observe nothing. No store takes this, because nobody would await it."""
+
+
 STORES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "prefix with a brace": ({"prefix": "a{b"}, ValueError, "prefix must not hold a brace"),
     "prefix with a closing brace": ({"prefix": "a}"}, ValueError, "prefix must not hold a brace"),
@@ -376,6 +391,9 @@ STORES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_age": ({"max_age": "soon"}, ValueError, "max_age must be a number and a unit"),
     "max_lifetime": ({"max_lifetime": 0}, ValueError, "max_lifetime must be between"),
     "timeout": ({"timeout": None}, ValueError, "timeout must be a timedelta"),
+    "observe: no function": ({"observe": "log"}, TypeError, "observe must be a function"),
+    "observe: a class": ({"observe": Logging}, TypeError, "or an observer such as Logging()"),
+    "observe: a coroutine function": ({"observe": _observe}, TypeError, "a function that is not async"),
     "two identities": (
         {"references": {"a": Reference(identity=True), "b": Reference(identity=True)}},
         ValueError,
@@ -394,6 +412,12 @@ def test_a_bad_option_is_refused(client: Redis, case: str) -> None:
     options, error, text = STORES[case]
     with pytest.raises(error, match=text):
         SessionStore(client, **options)
+
+
+def test_an_id_for_an_identity_that_a_store_lacks() -> None:
+    """An id for an identity is refused in a store that has no identity."""
+    with pytest.raises(ValueError, match="no reference of this store is the identity"):
+        SessionStore(Redis(), references=["user_id"]).create_session_id(7)
 
 
 def test_a_client_of_another_kind_is_refused() -> None:

@@ -6,35 +6,44 @@ import re
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import redis.exceptions
 from redis.asyncio import Redis, RedisCluster
 
-from rss import PartlyDone, Reference, SessionEnded, SessionError, Sessions, SessionStore, StoreUnavailable
+from rss import (
+    Blocked,
+    PartlyDone,
+    Reference,
+    SessionEnded,
+    SessionError,
+    SessionNotFound,
+    Sessions,
+    SessionStore,
+    StoreUnavailable,
+)
+from rss.engine import operations
+from rss.engine.call import Call
+from rss.engine.coalesce import Batch, Queue
+from rss.engine.lane import Lane
 from rss.keys import Partitioned
-from tests.clusters import Cluster, cluster
+from rss.keys import slot as slot_of
+from rss.testing import Cluster, cluster
 from tests.documents import ROOT
 from tests.keyspace import Keyspace
 from tests.servers import free_port, own_server
+from tests.steps import run_at
 
 PARTITIONS = 16
 GUIDE = (ROOT / "rss" / "guides" / "store.md").read_text()
 
 
-@pytest.fixture(scope="module", name="servers")
-def _servers() -> Iterator[Cluster]:
-    """A cluster of three masters, whose slots may move. Without one of them, the others go on."""
-    with cluster(3) as made:
-        for server in made.servers:
-            server("CONFIG", "SET", "cluster-require-full-coverage", "no")
-        yield made
-
-
 @pytest.fixture(name="keyspace")
 async def _keyspace(servers: Cluster) -> AsyncIterator[Keyspace]:
     """All keys of this test, in all servers."""
-    client: Any = RedisCluster.from_url(servers.url, decode_responses=True)
+    client: Any = RedisCluster.from_url(servers.url.replace("+cluster", ""), decode_responses=True)
     async with client:
         keyspace = Keyspace(client, f"test-{secrets.token_hex(8)}", PARTITIONS)
         yield keyspace
@@ -50,7 +59,7 @@ def _layout(keyspace: Keyspace) -> Partitioned:
 async def _store(servers: Cluster, keyspace: Keyspace, request: pytest.FixtureRequest) -> AsyncIterator[SessionStore]:
     """A store with a client of its own."""
     references = {"user_id": Reference(), "ip": Reference(strict=request.param == "strict")}
-    url = servers.url.replace("redis", "redis+cluster", 1)
+    url = servers.url
     options: dict[str, Any] = {"prefix": keyspace.prefix, "partitions": PARTITIONS, "timeout": 8}
     async with SessionStore.from_url(url, references=references, **options) as store:
         yield store
@@ -206,6 +215,50 @@ async def test_keys_of_a_session_on_two_masters(
     assert {name: held for name, held in dump.items() if isinstance(held, set)} == named
 
 
+@pytest.mark.parametrize(
+    ("side", "moved"),
+    [
+        *(("of the user", keys) for keys in ("", "U", "a", "aI", "UI", "aU")),
+        *(("of the old id", k) for k in ("", "o", "X")),
+    ],
+)
+async def test_a_login_while_a_slot_moves(
+    servers: Cluster, keyspace: Keyspace, layout: Partitioned, side: str, moved: str
+) -> None:
+    """A login that moves a session waits for the slot of its user, or of its old id; then it evicts the right one."""
+    references = {"user_id": Reference(identity=True, limit=2), "ip": Reference()}
+    url = servers.url
+    options: dict[str, Any] = {"prefix": keyspace.prefix, "partitions": PARTITIONS, "timeout": 8}
+    async with SessionStore.from_url(url, references=references, **options) as store:
+        home = replace(layout, identity="user_id").with_value("user_id", 1)[0]
+        away = (home + 1) % PARTITIONS
+        first = await store.create({"user_id": 1, "ip": "x"})
+        await asyncio.sleep(0.01)
+        second, old = await store.create({"user_id": 1}), layout.mint(away)
+        await store.set(old, {"ip": "x", "cart": [1]})
+        partition = home if side == "of the user" else away
+        keys = {"a": store.get_session_key(first), "o": store.get_session_key(old)}
+        keys |= {"U": store.get_reference_key("user_id", 1), "I": store.get_reference_keys("ip", "x")[home]}
+        keys["X"] = store.get_reference_keys("ip", "x")[away]
+        slot = layout.slots[partition]
+        target = next(server for server in servers.servers if server is not servers.owner(slot))
+        await asyncio.to_thread(servers.begin_migration, slot, target)
+        try:
+            await asyncio.to_thread(servers.move, slot, target, *(keys[key] for key in moved))
+            login = asyncio.ensure_future(store.rotate(old, {"user_id": 1}))
+            await asyncio.wait([login], timeout=0.3)
+        finally:
+            await asyncio.to_thread(servers.end_migration, slot, target)
+        new = await login
+        assert await store.get(new) == {"id": new, "user_id": 1, "ip": "x", "cart": [1]}
+        assert await store.ended(old) == "rotated"
+        assert await store.ended(first) == "evicted"
+        assert set(await store.ids_by("user_id", 1)) == {second, new}
+        assert await store.ids_by("ip", "x") == [new]
+        sets = {name: held for name, held in (await keyspace.dump()).items() if isinstance(held, set)}
+        assert sets == {"user_id:{1}": {second, new}, "ip:{x}": {new}}
+
+
 @pytest.mark.parametrize("store", ["lax"], indirect=True)
 async def test_a_new_session_goes_elsewhere(
     store: SessionStore, servers: Cluster, layout: Partitioned, monkeypatch: pytest.MonkeyPatch
@@ -299,7 +352,7 @@ async def test_slots_move_under_load(store: SessionStore, servers: Cluster, keys
 
 async def test_one_master_does_not_answer(servers: Cluster, keyspace: Keyspace, layout: Partitioned) -> None:
     """Sessions on the others are served; `delete_by` ends what it reaches, says so, and can be completed later."""
-    client = RedisCluster.from_url(servers.url)
+    client = RedisCluster.from_url(servers.url.replace("+cluster", ""))
     store = SessionStore(client, references=["user_id"], prefix=keyspace.prefix, partitions=PARTITIONS, timeout=1.5)
     ids = [layout.mint(partition) for partition in range(PARTITIONS)]
     async with client, store:
@@ -332,7 +385,7 @@ async def test_one_master_does_not_answer(servers: Cluster, keyspace: Keyspace, 
         assert [await store.get(session_id) for session_id in ids] == [{}] * len(ids)
 
 
-async def test_the_sessions_of_a_web_application(store: SessionStore) -> None:
+async def test_the_sessions_of_a_web_application(store: SessionStore, layout: Partitioned) -> None:
     """A session keeps its partition when a login gives it a new id, with ids that are hashes and with others."""
     for hash_ids in (True, False):
         sessions = Sessions(store, hash_ids=hash_ids)
@@ -341,7 +394,7 @@ async def test_the_sessions_of_a_web_application(store: SessionStore) -> None:
         for number in range(5):
             before = str(session.id)
             await session.rotate({"user_id": number})
-            assert store.same_partition(before, str(session.id))
+            assert layout.place(before)[1] == layout.place(str(session.id))[1]
             assert await store.ids_by("user_id", number) == [session.id]
             assert await store.ended(before) == "rotated"
         assert (await session.get())["cart"] == [1]
@@ -351,7 +404,7 @@ async def test_the_sessions_of_a_web_application(store: SessionStore) -> None:
 
 async def test_the_number_of_partitions_is_kept(servers: Cluster, keyspace: Keyspace) -> None:
     """A store with another number of partitions is refused, and sees no session."""
-    url = servers.url.replace("redis", "redis+cluster", 1)
+    url = servers.url
     async with SessionStore.from_url(url, prefix=keyspace.prefix, partitions=16) as store:
         await store.create()
     other = SessionStore.from_url(url, prefix=keyspace.prefix)
@@ -363,15 +416,34 @@ async def test_the_number_of_partitions_is_kept(servers: Cluster, keyspace: Keys
     assert len(await keyspace.keys()) == 1
 
 
+async def test_a_store_that_begins_while_the_slot_of_the_meta_key_moves(servers: Cluster, keyspace: Keyspace) -> None:
+    """The first calls of a store wait until the slot of the meta key has moved."""
+    async with new_store(servers, prefix=keyspace.prefix):
+        pass  # It has written the meta key.
+    number = slot_of(f"{keyspace.prefix}:_meta")
+    target = await move_some(servers, number, 10)
+    store = new_store(servers, prefix=keyspace.prefix)
+    first = asyncio.ensure_future(store.get("a"))
+    try:
+        await asyncio.wait([first], timeout=0.3)
+        assert not first.done()
+    finally:
+        await asyncio.to_thread(servers.end_migration, number, target)
+    assert await first == {}
+    await store.aclose()
+
+
 async def test_the_rights_that_the_guide_names_are_enough(
     servers: Cluster, keyspace: Keyspace, layout: Partitioned
 ) -> None:
     """A user with only these rights can do everything, also while a slot moves."""
-    rule, *more = re.findall(r"```\n(resetkeys .*?)\n```|`(\+hsetnx .*?)`|`(\+cluster.*?)`", GUIDE, re.DOTALL)
-    rights = f"{rule[0]} {more[0][1]} {more[1][2]}".replace("~rss:*", f"~{keyspace.prefix}:*").split()
+    rule, *more = re.findall(r"```\n(resetkeys .*?)\n```|`(\+hkeys)`|`(\+cluster.*?)`", GUIDE, re.DOTALL)
+    rights = (
+        f"{rule[0]} {more[0][1]} {more[1][2]}".replace("\\|", "|").replace("~rss:*", f"~{keyspace.prefix}:*").split()
+    )
     for server in servers.servers:
         server("ACL", "SETUSER", "app", "on", ">secret", *rights)
-    url = servers.url.replace("redis://", "redis+cluster://app:secret@")
+    url = servers.url.replace("://", "://app:secret@")
     options: dict[str, Any] = {"references": ["user_id"], "prefix": keyspace.prefix, "partitions": PARTITIONS}
     async with SessionStore.from_url(url, **options) as store:
         one, other = layout.mint(3), layout.mint(3)
@@ -391,7 +463,7 @@ async def test_the_rights_that_the_guide_names_are_enough(
 
 async def test_a_client_of_one_server_is_not_enough(servers: Cluster, keyspace: Keyspace) -> None:
     """A plain client on a server of a cluster raises an error that names the right client."""
-    async with Redis.from_url(servers.url) as client:
+    async with Redis.from_url(servers.url.replace("+cluster", "")) as client:
         store = SessionStore(client, prefix=keyspace.prefix)
         outcomes = await asyncio.gather(*(store.get(f"{n}") for n in range(30)), return_exceptions=True)
         await store.aclose()
@@ -410,10 +482,181 @@ async def test_a_server_that_is_no_cluster() -> None:
         await store.aclose()
 
 
-@pytest.mark.parametrize("options", [{"limit": 2}, {"identity": True}])
-def test_a_limit_needs_all_sessions_in_one_partition(options: dict[str, Any]) -> None:
-    """A limit or an identity is refused in a store with several partitions, but not with one."""
-    client = Redis()
-    SessionStore(client, references={"user_id": Reference(**options)}, partitions=1)
-    with pytest.raises(ValueError, match="cannot have a limit or be the identity in a store with several partitions"):
-        SessionStore(client, references={"user_id": Reference(**options)}, partitions=2)
+def new_store(servers: Cluster, **options: Any) -> SessionStore:
+    options = {"prefix": f"test-{secrets.token_hex(8)}", "partitions": PARTITIONS, "timeout": 8, **options}
+    return SessionStore.from_url(servers.url, **options)
+
+
+async def test_the_calls_of_a_moving_slot_are_sent_one_by_one(servers: Cluster) -> None:
+    """A batch for sessions on both masters does not wait for the move: each of its calls is sent alone."""
+    async with new_store(servers) as store:
+        layout = store.operations.layout
+        slot = Partitioned("x", 24, PARTITIONS).slots[3]
+        ids = [layout.mint(3) for _ in range(40)]
+        for session_id in ids:
+            await store.set(session_id, {"n": 0})
+        target = next(server for server in servers.servers if server is not servers.owner(slot))
+        await asyncio.to_thread(servers.begin_migration, slot, target)
+        try:
+            await asyncio.to_thread(servers.move, slot, target, *map(store.get_session_key, ids[::2]))
+            async with asyncio.timeout(3):
+                assert await asyncio.gather(*(store.increment(i, "n") for i in ids)) == [1] * 40
+        finally:
+            await asyncio.to_thread(servers.end_migration, slot, target)
+        for session_id in ids:
+            await store.delete(session_id)
+
+
+async def test_a_batch_never_follows_ask(servers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis 6.2 answers ASK even if it has some of the keys. So a batch goes back to its lane, and is split."""
+    async with new_store(servers) as store:
+        engine, layout = store.operations.engine, store.operations.layout
+        ids = [layout.mint(3), layout.mint(3)]
+        assert await store.get(ids[0]) == {}
+        topology: Any = engine._servers
+        lane, loop, accepted = topology.owners[3].main, asyncio.get_running_loop(), list[tuple[Any, bool]]()
+        other = next(node for node in topology.owners if node is not lane.node)
+        port = next(address for address, node in topology._nodes.items() if node is other)[1]
+        original = Lane.accept
+
+        def accept(self: Lane, batch: Batch, error: Exception | None = None) -> None:
+            accepted.append((self.node, batch.queue.kind[0].on_owner is not None))
+            original(self, batch, error)
+
+        monkeypatch.setattr(Lane, "accept", accept)
+        calls = [Call.make(loop, (layout.place(i)[0],), (), 0, loop.time() + 5) for i in ids]
+        error = redis.exceptions.ResponseError(f"ASK 42 127.0.0.1:{port}")
+        kind = (operations.GET, 3, ("all",))
+        assert topology.redirect(lane, Batch(Queue(kind), calls), error)
+        assert await asyncio.gather(*calls) == [operations.Read([], state=b"absent")] * 2
+        assert accepted[0] == (lane.node, False)
+        assert topology.split[3] > loop.time()
+        accepted.clear()
+        call = Call.make(loop, (layout.place(ids[0])[0],), (), 0, loop.time() + 5)
+        assert topology.redirect(lane, Batch(Queue(kind), [call]), error)
+        assert accepted[0] == (other, True)
+        await call
+
+
+async def test_a_call_follows_moved_at_once(servers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that gets MOVED goes to the server that the error names, and so do later calls, without a look."""
+    async with new_store(servers) as store:
+        layout, slot = store.operations.layout, Partitioned("x", 24, PARTITIONS).slots[3]
+        session_id = layout.mint(3)
+        assert await store.get(session_id) == {}
+        topology: Any = store.operations.engine._servers
+        monkeypatch.setattr(topology, "doubt", lambda _: None)
+        target = next(server for server in servers.servers if server is not servers.owner(slot))
+        await asyncio.to_thread(servers.migrate, slot, target)
+        async with asyncio.timeout(1):
+            assert await store.get(session_id) == {}
+        node = topology.owners[3]
+        assert next(address for address, one in topology._nodes.items() if one is node)[1] == target.port
+
+
+async def test_one_moved_tells_of_all(servers: Cluster) -> None:
+    """After one MOVED, the store looks at the topology, so it knows the new masters of other partitions, too."""
+    async with new_store(servers) as store:
+        layout, slots = store.operations.layout, Partitioned("x", 24, PARTITIONS).slots
+        assert await store.get(layout.mint(3)) == {}
+        topology: Any = store.operations.engine._servers
+        first, second = 3, next(p for p in range(4, PARTITIONS) if topology.owners[p] is topology.owners[3])
+        target = next(server for server in servers.servers if server is not servers.owner(slots[first]))
+        for partition in (first, second):
+            await asyncio.to_thread(servers.migrate, slots[partition], target)
+        assert await store.get(layout.mint(first)) == {}
+        async with asyncio.timeout(3):
+            while topology.owners[second] is not topology.owners[first]:
+                await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+async def test_a_replica_takes_over(number: signal.Signals) -> None:
+    """Calls that wait for a master that does not answer go to its replica, once that is the master."""
+    with cluster(3, 1) as servers:
+        async with new_store(servers, timeout=15) as store:
+            layout = store.operations.layout
+            ids = [layout.mint(partition) for partition in range(PARTITIONS)]
+            for session_id in ids:
+                await store.set(session_id, {"n": 1})
+            await asyncio.sleep(0.5)  # The replicas have everything.
+            servers.servers[1].signal(number)
+            sessions = await asyncio.gather(*(store.get(session_id) for session_id in ids))
+            assert [session.get("n") for session in sessions] == [1] * PARTITIONS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Script attempted to access a non local key in a cluster node",
+        "Unable to execute command 'exists' in script because undeclared keys were accessed during rehashing of it",
+    ],
+)
+async def test_an_operation_that_is_not_repeatable_and_may_have_written(servers: Cluster, text: str) -> None:
+    """If a key proves to be on another master after a write, only a repeatable call is sent again."""
+    async with new_store(servers) as store:
+        layout, loop = store.operations.layout, asyncio.get_running_loop()
+        assert await store.get(layout.mint(3)) == {}
+        topology: Any = store.operations.engine._servers
+        error = redis.exceptions.ResponseError(text)
+        for operation, args in ((operations.POP, ("keep", "1", "x")), (operations.UNSET, ("keep", "1", "x"))):
+            call = Call.make(loop, (layout.place(layout.mint(3))[0],), args, 0, loop.time() + 5)
+            assert topology.redirect(topology.owners[3].main, Batch(Queue((operation, 3, ())), [call]), error)
+            if operation.repeatable:
+                with pytest.raises(SessionNotFound):
+                    await call
+            else:
+                with pytest.raises(StoreUnavailable, match="it is not known what was done"):
+                    await call
+
+
+@pytest.mark.parametrize("moved", ["the fence", "the set", "the copy and the set"])
+async def test_a_login_whose_keys_are_on_two_masters(
+    servers: Cluster, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch, moved: str
+) -> None:
+    """On the new master of a moving slot, a login takes no set, no fence and no session for absent."""
+    references = {"user_id": Reference(identity=True, limit=2)}
+    async with new_store(servers, references=references, prefix=keyspace.prefix) as store:
+        layout = store.operations.layout
+        home = layout.with_value("user_id", 1)[0]
+        slot, old = Partitioned("x", 24, PARTITIONS).slots[home], layout.mint((home + 1) % PARTITIONS)
+        first = await store.create({"user_id": 1})
+        await asyncio.sleep(0.01)
+        second = await store.create({"user_id": 1})
+        await store.set(old, {})
+        keep, block = [first, second], "1h" if moved == "the set" else "1ms"
+        await store.delete_by("user_id", 1, keep=keep, block=block)  # It leaves a fence, with a block that has ended.
+        await asyncio.sleep(0.01)
+        target = next(server for server in servers.servers if server is not servers.owner(slot))
+        user = store.get_reference_key("user_id", 1)
+
+        async def move(*keys: str) -> None:
+            await asyncio.to_thread(servers.begin_migration, slot, target)
+            await asyncio.to_thread(servers.move, slot, target, *keys)
+
+        if moved == "the copy and the set":
+
+            async def move_after(call: Awaitable[Any]) -> Any:
+                reply = await call
+                (copy,) = await keyspace.copies()
+                await move(store.get_session_key(copy), user)
+                return reply
+
+            run_at(store, monkeypatch, "retire_with_refs", move_after)
+        elif moved == "the set":
+            await move(user)
+        else:
+            await move(layout.fence("user_id", 1, home))
+        try:
+            login = asyncio.ensure_future(store.rotate(old, {"user_id": 1}))
+            await asyncio.wait([login], timeout=0.5)
+        finally:
+            await asyncio.to_thread(servers.end_migration, slot, target)
+        if moved == "the set":
+            with pytest.raises(Blocked):
+                await login
+            assert set(await store.ids_by("user_id", 1)) == {first, second}
+        else:
+            new = await login
+            assert set(await store.ids_by("user_id", 1)) == {second, new}
+            assert await store.ended(first) == "evicted"

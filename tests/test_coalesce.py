@@ -23,7 +23,8 @@ from rss import (
     SessionStore,
     StoreUnavailable,
 )
-from rss.engine import coalesce, lane
+from rss.engine import coalesce
+from rss.engine.servers import OneServer
 from rss.testing import RedisServer
 from tests.keyspace import Keyspace
 from tests.servers import connections, proxied
@@ -70,7 +71,6 @@ CALLS: dict[str, Callable[[SessionStore, int], Awaitable[object]]] = {
     "ttl": lambda store, n: store.ttl(str(n)),
     "delete": lambda store, n: store.delete(str(n)),
     "rotate": lambda store, n: store.rotate(str(n)),
-    "count_by": lambda store, n: store.count_by("user_id", n, exact=False),
     "blocked": lambda store, n: store.blocked("user_id", n),
     "unblock": lambda store, n: store.unblock("user_id", n),
 }
@@ -128,6 +128,17 @@ async def test_each_caller_gets_the_own_error(shop: SessionStore, admin: Redis) 
     found = await asyncio.gather(*(shop.get(str(n), ["n"]) for n in range(20)), return_exceptions=True)
     assert isinstance(found[5], SessionError)
     assert found[:3] + found[6:] == [{"id": str(n), "n": n} for n in (0, 1, 2, *range(6, 20))]
+
+
+async def test_each_count_gets_the_own_reply(shop: SessionStore, admin: Redis) -> None:
+    """Counts of one moment are commands of one write, and an error of one of them does not affect the others."""
+    await admin.set("rss:user_id:{77}", "x", ex=60)
+    values = [*range(10), 77, *range(10)]
+    found = await asyncio.gather(
+        *(shop.count_by("user_id", value, exact=False) for value in values), return_exceptions=True
+    )
+    assert isinstance(found.pop(10), SessionError)
+    assert found == [20] * 20
 
 
 async def test_a_session_that_breaks_a_script_breaks_no_other_call(shop: SessionStore, admin: Redis) -> None:
@@ -208,7 +219,7 @@ def test_a_batch_does_what_its_calls_do_one_after_another(
 
     # With two volleys, the first would take calls of each kind before all calls of one kind are done.
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as loop:
-        patch.setattr(lane, "VOLLEYS", 1)
+        patch.setattr(OneServer, "volleys", 1)
         assert loop.run(run(together=True)) == loop.run(run(together=False))
 
 

@@ -33,11 +33,13 @@ def _between_pages(
     """Let others do something after each page of this store."""
     run = store.operations.engine.run
 
-    async def run_and_let_others(operation: Operation, *args: Any, **options: Any) -> Any:
-        reply = await run(operation, *args, **options)
-        if operation is operations.DELETE_BY:
+    def run_and_let_others(operation: Operation, *args: Any, **options: Any) -> Awaitable[Any]:
+        async def run_page() -> Any:
+            reply = await run(operation, *args, **options)
             await others()
-        return reply
+            return reply
+
+        return run_page() if operation is operations.DELETE_BY else run(operation, *args, **options)
 
     monkeypatch.setattr(store.operations.engine, "run", run_and_let_others)
 

@@ -1,5 +1,7 @@
 """Encoding values for Redis, and decoding them."""
 
+import ast
+import uuid
 from typing import Any
 
 import pytest
@@ -27,6 +29,42 @@ def test_what_is_expected() -> None:
     assert Fields([], JSONCodec()).expect(values) == ["x", "holds", "a", "y", "lacks_or_holds", "null"]
     assert Fields([], TextCodec()).expect(values) == ["x", "holds", b"a", "y", "lacks", ""]
     assert Fields([], JSONCodec()).expect({}) == []
+
+
+class Shuffling:
+    """A codec as a user would write one, whose data differs each time."""
+
+    plaintext_codec = JSONCodec()
+
+    def encode(self, field: str, value: Any, /) -> str:
+        return f"{uuid.uuid4()} {self.plaintext_codec.encode(field, value)!r}"
+
+    def decode(self, field: str, data: bytes, /) -> Any:
+        return self.plaintext_codec.decode(field, ast.literal_eval(data.decode().partition(" ")[2]).encode())
+
+
+class Twice(Shuffling):
+    """The same around another such codec."""
+
+    plaintext_codec: Any = Shuffling()
+
+
+def test_a_codec_whose_data_differs_each_time() -> None:
+    """A codec with a `plaintext_codec` cannot be expected, except in references. That codec compares the values."""
+    values = {"user_id": 1, "x": [1]}
+    for fields in (Fields(["user_id"], Shuffling()), Fields(["user_id"], Twice())):
+        encoded = fields.encode(values)
+        assert encoded != fields.encode(values)
+        assert fields.comparable(encoded, values).pairs == ["user_id", "1", "x", "[1]"]
+        assert fields.as_stored(values) == values
+        assert fields.expect({"user_id": 1}) == ["user_id", "holds", "1"]
+        kind = type(fields.codec).__name__
+        with pytest.raises(ValueError, match=f"^Redis cannot compare the field 'x': {kind} encrypts it$"):
+            fields.expect(values)
+    plain = Fields(["user_id"], JSONCodec())
+    encoded = plain.encode(values, ("y",))
+    assert plain.comparable(encoded, values) is encoded
+    assert Fields([], Shuffling()).comparable(encoded, values).gone == ("y",)
 
 
 def test_what_a_read_brings_back() -> None:
@@ -62,6 +100,9 @@ def test_the_identity_and_the_numbers_of_references() -> None:
     assert fields.identity == "user_id"
     assert [fields.number(field) for field in ("ip", "user_id")] == ["1", "2"]
     assert Fields(["ip"], JSONCodec()).identity is None
+    identity = Reference(identity=True)
+    with pytest.raises(ValueError, match="at most one reference is the identity"):
+        Fields({"user_id": identity, "tenant": identity}, JSONCodec())
 
 
 @pytest.mark.parametrize("name", ["x", "ids", "a b", "ü", "x_", "a:b", "{x}", "\n", "😀"])

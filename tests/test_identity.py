@@ -18,16 +18,34 @@ from rss import (
     SessionStore,
     TextCodec,
 )
+from rss.keys import Partitioned
 from tests.keyspace import Keyspace
 
 Write = Callable[[SessionStore, str], Awaitable[object]]
 
 
+pytestmark = pytest.mark.parametrize(
+    ("client", "keyspace"),
+    [({}, None), ({}, 16), ("cluster", "cluster")],
+    indirect=True,
+    ids=["plain", "16", "cluster"],
+)
+
+
+def new_store(client: Redis, keyspace: Keyspace, **options: Any) -> SessionStore:
+    """Return a store whose sessions belong to a user, or to nobody."""
+    options.setdefault("references", {"user_id": Reference(identity=True), "ip": Reference()})
+    return SessionStore(client, prefix=keyspace.prefix, partitions=keyspace.partitions, **options)
+
+
+def home(keyspace: Keyspace, user: int) -> int | None:
+    """Return the partition of the sessions of a user."""
+    return Partitioned(keyspace.prefix, 24, keyspace.partitions or 1, "user_id").home([("user_id", str(user))])
+
+
 @pytest.fixture(name="store")
 def _store(client: Redis, keyspace: Keyspace) -> SessionStore:
-    """A store whose sessions belong to a user, or to nobody."""
-    references = {"user_id": Reference(identity=True), "ip": Reference()}
-    return SessionStore(client, references=references, prefix=keyspace.prefix)
+    return new_store(client, keyspace)
 
 
 #: A session, and writes that would change its identity.
@@ -54,10 +72,11 @@ CHANGES: dict[str, tuple[dict[str, Any], Write]] = {
 async def test_a_write_that_would_change_the_identity(store: SessionStore, keyspace: Keyspace, case: str) -> None:
     """A write that would change the identity raises IdentityChanged and writes nothing, also by an old id."""
     values, write = CHANGES[case]
-    await store.set("a", {"ip": "x", "x": 1, **values}, "2h")
-    new = await store.rotate("a", grace="1m")
+    a = store.create_session_id(values.get("user_id"))
+    await store.set(a, {"ip": "x", "x": 1, **values}, "2h")
+    new = await store.rotate(a, grace="1m")
     before, ttl = await keyspace.dump(), await keyspace.ttl(f"{{{new}}}")
-    for session_id in (new, "a"):
+    for session_id in (new, a):
         with pytest.raises(IdentityChanged, match="a session keeps its identity") as raised:
             await write(store, session_id)
         assert isinstance(raised.value, SessionError)
@@ -86,58 +105,64 @@ async def test_a_write_that_keeps_the_identity(
     store: SessionStore, keyspace: Keyspace, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
     """The values 1 and "1" are the same identity, and so are None and no value."""
-    await store.set("a", {"ip": "x", **before})
-    await store.set("a", {"x": 1, **after})
-    assert await store.get("a") == {"id": "a", "ip": "x", **before, "x": 1, **after}
+    a = store.create_session_id(before.get("user_id"))
+    await store.set(a, {"ip": "x", **before})
+    await store.set(a, {"x": 1, **after})
+    assert await store.get(a) == {"id": a, "ip": "x", **before, "x": 1, **after}
     value = (before | after).get("user_id")
     dump = await keyspace.dump()
     assert {name for name in dump if name.startswith("user_id")} == ({f"user_id:{{{value}}}"} if value else set())
-    assert dump[f"ip:{{{after.get('ip', 'x')}}}"] == {"a"}
+    assert dump[f"ip:{{{after.get('ip', 'x')}}}"] == {a}
 
 
 @pytest.mark.parametrize("values", [{"user_id": None, "x": 1}, {"x": 1}])
 async def test_nobody_may_be_taken_out(store: SessionStore, keyspace: Keyspace, values: dict[str, Any]) -> None:
     """An identity that is None or absent may be removed, since the session stays anonymous."""
-    await store.set("a", values)
-    assert await store.pop("a", ["user_id"]) == {field: None for field in values if field == "user_id"}
-    await store.set("a", {"user_id": None})
-    await store.unset("a", ["user_id", "x"])
-    assert await keyspace.dump() == {"{a}": {"id": "a"}}
+    a = store.create_session_id()
+    await store.set(a, values)
+    assert await store.pop(a, ["user_id"]) == {field: None for field in values if field == "user_id"}
+    await store.set(a, {"user_id": None})
+    await store.unset(a, ["user_id", "x"])
+    assert await keyspace.dump() == {f"{{{a}}}": {"id": a}}
 
 
 async def test_a_new_session_may_have_any_identity(store: SessionStore, keyspace: Keyspace) -> None:
     """A new session may have any identity, even under the id of an expired session of another user."""
     created = await store.create({"user_id": 1})
-    await store.set("a", {"user_id": 1})
-    await store.set("b", {"user_id": 2}, expect={"user_id": None})
-    await keyspace.expire("{a}")
-    await store.set("a", {"user_id": 3})
+    a, b = store.create_session_id(1), store.create_session_id(2)
+    other = next(user for user in range(3, 3000) if home(keyspace, user) == home(keyspace, 1))
+    await store.set(a, {"user_id": 1})
+    await store.set(b, {"user_id": 2}, expect={"user_id": None})
+    await keyspace.expire(f"{{{a}}}")
+    await store.set(a, {"user_id": other})
     assert await store.ids_by("user_id", 1) == [created]
     assert await keyspace.dump() == {
         f"{{{created}}}": {"id": created, "user_id": "1"},
-        "{a}": {"id": "a", "user_id": "3"},
-        "{b}": {"id": "b", "user_id": "2"},
+        f"{{{a}}}": {"id": a, "user_id": f"{other}"},
+        f"{{{b}}}": {"id": b, "user_id": "2"},
         "user_id:{1}": {created},
-        "user_id:{2}": {"b"},
-        "user_id:{3}": {"a"},
+        "user_id:{2}": {b},
+        f"user_id:{{{other}}}": {a},
     }
 
 
 async def test_other_references_change_freely(store: SessionStore, keyspace: Keyspace) -> None:
     """References other than the identity may change freely."""
-    await store.set("a", {"user_id": 1, "ip": "x"})
-    await store.set("a", {"ip": ["y", "z"]})
-    await store.set("a", {"user_id": "1", "ip": "y"})
-    assert await store.pop("a", ["ip"]) == {"ip": "y"}
-    assert await keyspace.dump() == {"{a}": {"id": "a", "user_id": '"1"'}, "user_id:{1}": {"a"}}
+    a = store.create_session_id(1)
+    await store.set(a, {"user_id": 1, "ip": "x"})
+    await store.set(a, {"ip": ["y", "z"]})
+    await store.set(a, {"user_id": "1", "ip": "y"})
+    assert await store.pop(a, ["ip"]) == {"ip": "y"}
+    assert await keyspace.dump() == {f"{{{a}}}": {"id": a, "user_id": '"1"'}, "user_id:{1}": {a}}
 
 
 async def test_a_conflict_comes_before_the_identity(store: SessionStore, keyspace: Keyspace) -> None:
     """A write whose expectation fails raises Conflict, even if it would also change the identity."""
-    await store.set("a", {"user_id": 1})
+    a = store.create_session_id(1)
+    await store.set(a, {"user_id": 1})
     before = await keyspace.dump()
     with pytest.raises(Conflict):
-        await store.set("a", {"user_id": 2}, expect={"user_id": 3})
+        await store.set(a, {"user_id": 2}, expect={"user_id": 3})
     assert await keyspace.dump() == before
 
 
@@ -150,20 +175,21 @@ async def test_rotate_changes_the_identity(
     store: SessionStore, keyspace: Keyspace, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
     """`rotate` may change the identity; then the old id gets no grace, even if grace was asked for."""
-    await store.set("a", {"ip": "x", **before})
-    new = await store.rotate("a", after, grace="1h")
+    a = store.create_session_id(before.get("user_id"))
+    await store.set(a, {"ip": "x", **before})
+    new = await store.rotate(a, after, grace="1h")
     value = after["user_id"]
     users = {f"user_id:{{{value}}}": {new}} if value else {}
     assert await keyspace.dump() == {
-        "{a}": {"_ended": "rotated"},
+        f"{{{a}}}": {"_ended": "rotated"},
         f"{{{new}}}": {"id": new, "ip": "x", "user_id": str(value) if value else "null"},
         "ip:{x}": {new},
         **users,
     }
-    assert await keyspace.ttl("{a}") <= 300_000
-    assert await store.get("a") == {}
+    assert await keyspace.ttl(f"{{{a}}}") <= 300_000
+    assert await store.get(a) == {}
     with pytest.raises(SessionEnded, match="rotated"):
-        await store.set("a", {"x": 1})
+        await store.set(a, {"x": 1})
 
 
 @pytest.mark.parametrize(
@@ -182,9 +208,10 @@ async def test_rotate_that_keeps_the_identity_gives_grace(
     store: SessionStore, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
     """`rotate` that keeps the identity gives the old id its grace."""
-    await store.set("a", before)
-    new = await store.rotate("a", after, grace="1h")
-    assert await store.get("a") == {"id": new, **before, **after}
+    a = store.create_session_id(before.get("user_id"))
+    await store.set(a, before)
+    new = await store.rotate(a, after, grace="1h")
+    assert await store.get(a) == {"id": new, **before, **after}
 
 
 async def test_no_chain_of_grace_leads_past_a_login(store: SessionStore) -> None:
@@ -206,15 +233,20 @@ async def test_no_chain_of_grace_leads_past_a_login(store: SessionStore) -> None
 
 async def test_two_logins_of_one_session(store: SessionStore, keyspace: Keyspace) -> None:
     """Of two logins of one session, one succeeds and the other raises SessionEnded."""
-    await store.set("a", {"cart": [1]})
+    a = store.create_session_id()
+    await store.set(a, {"cart": [1]})
     results = await asyncio.gather(
-        store.rotate("a", {"user_id": 1}), store.rotate("a", {"user_id": 2}), return_exceptions=True
+        store.rotate(a, {"user_id": 1}), store.rotate(a, {"user_id": 2}), return_exceptions=True
     )
     assert [type(result) for result in results] in ([str, SessionEnded], [SessionEnded, str])
     (new,) = [result for result in results if isinstance(result, str)]
     user = results.index(new) + 1
-    assert await keyspace.dump() == {
-        "{a}": {"_ended": "rotated"},
+    dump = await keyspace.dump()
+    for name in [name for name, held in dump.items() if held == {"_ended": "deleted"}]:
+        assert keyspace.partitions
+        del dump[name]  # The copy in the partition of the other user.
+    assert dump == {
+        f"{{{a}}}": {"_ended": "rotated"},
         f"{{{new}}}": {"id": new, "cart": "[1]", "user_id": str(user)},
         f"user_id:{{{user}}}": {new},
     }
@@ -222,10 +254,11 @@ async def test_two_logins_of_one_session(store: SessionStore, keyspace: Keyspace
 
 async def test_a_write_beside_a_login(store: SessionStore) -> None:
     """A request that read the session before a login cannot write the old identity into it."""
-    await store.set("a", {"user_id": None})
-    new = await store.rotate("a", {"user_id": 1})
+    a = store.create_session_id()
+    await store.set(a, {"user_id": None})
+    new = await store.rotate(a, {"user_id": 1})
     with pytest.raises(SessionEnded):
-        await store.set("a", {"user_id": None})
+        await store.set(a, {"user_id": None})
     with pytest.raises(IdentityChanged):
         await store.set(new, {"user_id": None})
     assert await store.get(new) == {"id": new, "user_id": 1}
@@ -234,11 +267,12 @@ async def test_a_write_beside_a_login(store: SessionStore) -> None:
 async def test_an_identity_may_be_limited_and_strict(client: Redis, keyspace: Keyspace) -> None:
     """An identity may have a limit and be strict, like any reference."""
     reference = Reference(identity=True, limit=1, strict=True)
-    store = SessionStore(client, references={"user_id": reference}, prefix=keyspace.prefix)
-    await store.set("a", {"user_id": 1})
+    store = new_store(client, keyspace, references={"user_id": reference})
+    a = store.create_session_id(1)
+    await store.set(a, {"user_id": 1})
     await store.set("b", {})
     c = await store.rotate("b", {"user_id": 1})
-    assert await store.ended("a") == "evicted"
+    assert await store.ended(a) == "evicted"
     with pytest.raises(IdentityChanged):
         await store.set(c, {"user_id": 2})
     await keyspace.client.delete(store.get_reference_key("user_id", 1))
@@ -249,15 +283,16 @@ async def test_an_identity_may_be_limited_and_strict(client: Redis, keyspace: Ke
 async def test_an_identity_that_is_text(client: Redis, keyspace: Keyspace) -> None:
     """With TextCodec, 1 and "1" are the same identity."""
     references = {"user_id": Reference(identity=True)}
-    store = SessionStore(client, references=references, prefix=keyspace.prefix, codec=TextCodec())
-    await store.set("a", {"user_id": 1})
-    await store.set("a", {"user_id": "1"})
-    for write in (store.set("a", {"user_id": "2"}), store.pop("a", ["user_id"])):
+    store = new_store(client, keyspace, references=references, codec=TextCodec())
+    a = store.create_session_id(1)
+    await store.set(a, {"user_id": 1})
+    await store.set(a, {"user_id": "1"})
+    for write in (store.set(a, {"user_id": "2"}), store.pop(a, ["user_id"])):
         with pytest.raises(IdentityChanged):
             await write
-    new = await store.rotate("a", {"user_id": 2})
+    new = await store.rotate(a, {"user_id": 2})
     assert await keyspace.dump() == {
-        "{a}": {"_ended": "rotated"},
+        f"{{{a}}}": {"_ended": "rotated"},
         f"{{{new}}}": {"id": new, "user_id": "2"},
         "user_id:{2}": {new},
     }
@@ -266,37 +301,32 @@ async def test_an_identity_that_is_text(client: Redis, keyspace: Keyspace) -> No
 @pytest.mark.parametrize("value", [[1], [1, 2], []])
 async def test_an_identity_is_no_list(store: SessionStore, keyspace: Keyspace, value: list[int]) -> None:
     """A list as the identity is refused, since a session belongs to one user."""
-    await store.set("a", {"user_id": 1})
+    a = store.create_session_id(1)
+    await store.set(a, {"user_id": 1})
     before = await keyspace.dump()
     for write in (
         store.create({"user_id": value}),
-        store.set("a", {"user_id": value}),
+        store.set(a, {"user_id": value}),
         store.set("b", {"user_id": value}),
-        store.rotate("a", {"user_id": value}),
+        store.rotate(a, {"user_id": value}),
     ):
         with pytest.raises(ValueError, match="'user_id' is the identity: it has one value, not a list"):
             await write
     assert await keyspace.dump() == before
 
 
-async def test_there_is_one_identity(client: Redis) -> None:
-    """A store with two identities is refused."""
-    identity = Reference(identity=True)
-    with pytest.raises(ValueError, match="at most one reference is the identity"):
-        SessionStore(client, references={"user_id": identity, "tenant": identity})
-
-
 async def test_the_identity_may_be_any_of_the_references(client: Redis, keyspace: Keyspace) -> None:
     """The identity need not be the first of the references."""
     references = {"ip": Reference(), "tags": Reference(), "user_id": Reference(identity=True)}
-    store = SessionStore(client, references=references, prefix=keyspace.prefix)
-    await store.set("a", {"user_id": 1, "ip": "x", "tags": ["t"]})
-    await store.set("a", {"ip": "y", "tags": []})
+    store = new_store(client, keyspace, references=references)
+    a = store.create_session_id(1)
+    await store.set(a, {"user_id": 1, "ip": "x", "tags": ["t"]})
+    await store.set(a, {"ip": "y", "tags": []})
     before = await keyspace.dump()
     for write in (
-        store.set("a", {"ip": "z", "user_id": 2}),
-        store.set("a", {"tags": ["u"], "ip": "z", "user_id": 2}),
-        store.unset("a", ["ip", "tags", "user_id"]),
+        store.set(a, {"ip": "z", "user_id": 2}),
+        store.set(a, {"tags": ["u"], "ip": "z", "user_id": 2}),
+        store.unset(a, ["ip", "tags", "user_id"]),
     ):
         with pytest.raises(IdentityChanged):
             await write

@@ -28,7 +28,8 @@ from starlette.routing import Route
 
 import rss.aiohttp
 import rss.quart
-from rss import Blocked, SessionStore, StoreUnavailable
+from rss import Blocked, Codec, SessionStore, StoreUnavailable, TextCodec
+from rss.encryption import EncryptingCodec
 from rss.oidc import Answer, BackChannelLogout, InvalidLogoutToken
 from tests.integrations.serving import serve_aiohttp, serve_hypercorn, serve_uvicorn
 from tests.keyspace import Keyspace
@@ -202,6 +203,22 @@ async def test_a_token_is_used_once(store: SessionStore, logout: BackChannelLogo
         with pytest.raises(InvalidLogoutToken, match="used before"):
             await one.logout(token)
     await another.logout(provider.token(jti="twice", sid="s1"))
+
+
+@pytest.mark.parametrize("codec", [TextCodec(), EncryptingCodec([bytes(32)])], ids=["text", "encrypting"])
+async def test_the_codec_does_not_matter(client: Redis, keyspace: Keyspace, provider: Provider, codec: Codec) -> None:
+    """A token is accepted once, also if the codec stores only text, or encrypts."""
+    store = SessionStore(client, references=["oidc_sid", "oidc_sub"], prefix=keyspace.prefix, codec=codec)
+    logout = BackChannelLogout(store, issuer=provider.issuer, client_id="app")
+    session_id = await store.create(logout.values({"sid": "s1", "sub": "alice"}))
+    token = provider.token(sid="s1")
+    assert await logout.logout(token) == 1
+    with pytest.raises(InvalidLogoutToken, match="used before"):
+        await logout.logout(token)
+    token = provider.token(jti="parallel")
+    results = await asyncio.gather(*(logout.logout(token) for _ in range(3)), return_exceptions=True)
+    assert [type(result) for result in results if result] == [InvalidLogoutToken] * 2, results
+    assert await store.ended(session_id) == "oidc-logout"
 
 
 async def test_a_replay_after_a_new_login(store: SessionStore, logout: BackChannelLogout, provider: Provider) -> None:

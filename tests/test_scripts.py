@@ -16,9 +16,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from rss import Reference, SessionStore
-from rss.engine import operations, scripts
+from rss.engine import meta, operations, scripts
 from rss.engine.failures import LATER
-from rss.keys import Plain
+from rss.keys import Partitioned, Plain
 from rss.testing import RedisServer
 from tests import lint_lua
 from tests.keyspace import Keyspace
@@ -59,11 +59,11 @@ def header(name: str) -> Header:
     keys, rest = rest.split("\n  ARGV ", 1)
     arguments, returns = rest.split("\n  Returns ", 1)
     needs = re.search(r"\bNeeds ([\w, ]+)\.", about)
-    # The arguments after the words "for each session" are repeated for each session.
-    shared, _, own = arguments.partition("for each session\n")
+    # The arguments after the words "for each session", or mark or page, are repeated for each of them.
+    shared, own = [*re.split(r"for each \w+\n", arguments, maxsplit=1), ""][:2]
     return Header(
         needs=needs[1].split(", ") if needs else [],
-        keys=re.split(r"; (?:then )?", " ".join(keys.split()).removeprefix("for each session: ")),
+        keys=re.split(r"; (?:then )?", re.sub("^for each [a-z]+: ", "", " ".join(keys.split()))),
         shared=[match[1] for match in map(ARGUMENT.match, shared.splitlines()) if match],
         own=[match[1] for match in map(ARGUMENT.match, own.splitlines()) if match],
         codes=set(CODE.findall(returns)),
@@ -81,7 +81,8 @@ def body(name: str) -> str:
 
 def test_there_is_a_file_for_each_operation_and_each_part() -> None:
     """Each operation is a script, each part begins with an underscore, and there is no other file."""
-    assert {file.stem for file in FILES} == {"_store", *(f"_{part}" for part in scripts.PARTS), *OPERATIONS}
+    parts = {"_store", *(f"_{part}" for part in scripts.PARTS)}
+    assert {file.stem for file in FILES} == {*parts, *OPERATIONS, *meta.SCRIPTS}
     assert len(OPERATIONS) == len(operations.ALL)
 
 
@@ -134,6 +135,9 @@ def test_the_arguments_of_a_part_are_in_the_headers_that_need_it(part: str) -> N
 #: Errors that a script never returns, although a part of it can.
 NEVER: Final = {
     "unset_with_refs": {"RSSLIMIT", "RSSBLOCKED"},  # `unset` takes values away, and joins no set.
+    "arrive_with_refs": {"RSSENDED"},  # It leaves no set that a delete_by_ref works through.
+    "retire_with_refs": {"RSSBLOCKED"},  # It leaves sets only.
+    "confirm_with_refs": {"RSSLIMIT", "RSSBLOCKED"},  # It joins only sets that Redis has lost.
 }
 
 
@@ -179,6 +183,8 @@ class Case:
     left: dict[str, Any] = field(default_factory=dict)
     #: The highest TTLs of some keys, in milliseconds.
     ttls: dict[str, int] = field(default_factory=dict)
+    #: Whether the sessions arrive from another partition.
+    arriving: bool = False
 
 
 A: Final = {"its hash": ["{a}"]}
@@ -190,6 +196,8 @@ SEED: Final[dict[str, Any]] = {
     "ip:{x}": {"a", "b"},
 }
 TTL: Final = object()
+KEY: Final = object()
+CREATED: Final = "1700000000000"
 
 CASES: Final[Mapping[str, Case]] = {
     "get": Case(
@@ -293,6 +301,58 @@ CASES: Final[Mapping[str, Case]] = {
         },
         ttls={"{a}": 400000, "{b}": 300000, "{c}": 60000, "{d}": 70000},
     ),
+    "arrive_with_refs": Case(
+        keys=[{"the hash of its copy": ["{c}"]}, {"the hash of its copy": ["{d}"]}],
+        own=[
+            {
+                "lives": ["60000"],
+                "before": ["2", "ip", "y"],
+                "values": ["6", "user_id", "1", "ip", "y", "_created", CREATED],
+            },
+            {"lives": ["70000"], "before": ["0"], "values": ["2", "ip", "z"]},
+        ],
+        replies=[60000, 70000],
+        left={
+            **SEED,
+            "{c}": {"id": "c", "_arriving": "1", "user_id": "1", "ip": "y"},
+            "{d}": {"id": "d", "_arriving": "1", "ip": "z"},
+            "user_id:{1}": {"a", "b", "c"},
+            "ip:{y}": {"c"},
+            "ip:{z}": {"d"},
+        },
+        ttls={"{c}": 60000, "{d}": 70000},
+    ),
+    "retire_with_refs": Case(
+        keys=[A, B],
+        own=[
+            {"id": ["c"], "fields": ["10", "id", "a", "ip", "x", "n", "1", "user_id", "1", "_created", CREATED]},
+            {"id": ["d"], "fields": ["2", "id", "b"]},
+        ],
+        replies=[[TTL, [], []], "stays"],
+        left={
+            "{a}": {"_ended": "rotated"},
+            "{b}": SEED["{b}"],
+            "user_id:{1}": {"b"},
+            "ip:{x}": {"b"},
+        },
+        ttls={"{a}": 300000},
+    ),
+    "confirm_with_refs": Case(
+        keys=[A, B],
+        own=[
+            {"ttl": ["60000"], "values": ["2", "n", "7"], "gone": ["1", "ip"]},
+            {"ttl": ["renew"], "values": ["2", "m", "8"], "gone": ["1", "n"]},
+        ],
+        replies=[60000, TTL],
+        left={
+            "{a}": {"id": "a", "user_id": "1", "n": "7"},
+            "{b}": {"id": "b", "user_id": "1", "ip": "x", "m": "8"},
+            "user_id:{1}": {"a", "b"},
+            "ip:{x}": {"a", "b"},
+        },
+        ttls={"{a}": 60000},
+        arriving=True,
+    ),
     "find_by_ref": Case(
         keys=[{"the reference set": ["ip:{x}"]}],
         shared={
@@ -328,8 +388,33 @@ CASES: Final[Mapping[str, Case]] = {
         },
         ttls={"_fence:ip:{x}": 400000},
     ),
-    "count_by_ref": Case(
-        keys=[{"reference sets": ["ip:{x}"]}, {"reference sets": ["ip:{y}"]}], replies=[2, 0], left=SEED
+    "complete": Case(
+        keys=[{"the hash in a partition": ["{a}"]}, {"the hash in a partition": ["{b}"]}],
+        own=[{"field": ["n"], "token": ["1"]}, {"field": ["n"], "token": ["other"]}],
+        replies=[1, 0],
+        left={**SEED, "{a}": {"id": "a", "user_id": "1", "ip": "x"}},
+    ),
+    "inspect": Case(
+        keys=[A, {"its hash": ["ip:{x}"]}],
+        shared={"mode": ["mend"], "added": ["no", "no"]},
+        replies=[[], ["wrong type", KEY]],
+        left={name: held for name, held in SEED.items() if name != "ip:{x}"},
+    ),
+    "inspect_ref": Case(
+        keys=[{"its reference set": ["ip:{x}"]}, {"its reference set": ["{a}"]}],
+        shared={"mode": ["mend"], "page": ["50"]},
+        own=[
+            {"reference": ["2"], "cursor": ["5"], "left": ["1", "dead"]},
+            {"reference": ["1"], "cursor": ["0"], "left": ["0"]},
+        ],
+        replies=[["5", [], 1], ["0", [], 0, "wrong type"]],
+        left={name: held for name, held in SEED.items() if name != "{a}"},
+    ),
+    "inspect_fence": Case(
+        keys=[{"the fences": ["ip:{x}"]}, {"the fences": ["{a}"]}],
+        shared={"mode": ["mend"]},
+        replies=["wrong type", ""],
+        left={name: held for name, held in SEED.items() if name != "ip:{x}"},
     ),
     "blocked": Case(
         keys=[{"the fences": ["_fence:ip:{x}"]}, {"the fences": ["_fence:ip:{y}"]}], replies=[0, 0], left=SEED
@@ -340,26 +425,33 @@ CASES: Final[Mapping[str, Case]] = {
 }
 
 
-def _wire(said: Header, case: Case, prefix: str) -> tuple[list[str], list[str]]:
+#: The scripts that run only in a store with partitions.
+ARRIVING: Final = {name for name, case in CASES.items() if case.arriving} | {"arrive_with_refs"}
+
+
+def _wire(said: Header, case: Case, keyspace: Keyspace) -> tuple[list[str], list[str]]:
     """Build KEYS and ARGV in the order in which a header names them."""
     keys, own = [], []
     for session in case.keys:
         for words in said.keys:
             (word,) = [word for word in session if words.startswith(word)]
-            keys += [f"{prefix}:{key}" for key in session[word]]
+            keys += [keyspace.named(key)[0] for key in session[word]]
         assert len(said.keys) == len(session)
     for arguments in case.own:
         assert arguments.keys() == set(said.own)
         own += [value for name in said.own for value in arguments[name]]
     assert case.shared.keys() == set(said.shared)
     shared = [value for name in said.shared for value in case.shared[name]]
-    return keys, [f"{prefix}:{{", f"{prefix}:", *shared, *own]
+    layout = Partitioned(keyspace.prefix, 24, 1) if keyspace.partitions else Plain(keyspace.prefix, 24)
+    return keys, [*layout.stems(0), *shared, *own]
 
 
 def _same(found: object, expected: object) -> bool:
-    """Return whether a result is as expected; `TTL` matches any time."""
+    """Return whether a result is as expected; `TTL` matches any time, and `KEY` any key."""
     if expected is TTL:
         return isinstance(found, int) or str(found).isdigit()
+    if expected is KEY:
+        return isinstance(found, str) and ":" in found
     if isinstance(expected, list):
         return isinstance(found, list) and len(found) == len(expected) and all(map(_same, found, expected))
     if isinstance(expected, dict):
@@ -374,12 +466,16 @@ def _same(found: object, expected: object) -> bool:
 async def _try(name: str, said: Header, keyspace: Keyspace) -> None:
     """Run a script with the arguments in the order of its header, and check the results."""
     case = CASES[name]
-    store = SessionStore(keyspace.client, references=["user_id", "ip"], prefix=keyspace.prefix)
+    store = SessionStore(
+        keyspace.client, references=["user_id", "ip"], prefix=keyspace.prefix, partitions=keyspace.partitions
+    )
     await keyspace.clear()
     for session_id, n in (("a", 1), ("b", 2)):
         await store.set(session_id, {"user_id": 1, "ip": "x", "n": n})
+        for note in ("_created", *(["_arriving"] if case.arriving else [])):
+            await keyspace.client.hset(store.get_session_key(session_id), note, CREATED)
     await store.aclose()
-    keys, argv = _wire(said, case, keyspace.prefix)
+    keys, argv = _wire(said, case, keyspace)
     replies = await keyspace.client.eval(store.operations.scripts.sources[name], len(keys), *keys, *argv)
     batched = OPERATIONS[name].batched
     assert _same(replies if batched else replies[0], case.replies)
@@ -388,7 +484,11 @@ async def _try(name: str, said: Header, keyspace: Keyspace) -> None:
         assert ttl - 10_000 < await keyspace.ttl(key) <= ttl
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "keyspace"),
+    [(name, partitions) for name in OPERATIONS for partitions in (None, 1) if partitions or name not in ARRIVING],
+    indirect=["keyspace"],
+)
 async def test_a_script_takes_what_its_header_says(name: str, keyspace: Keyspace) -> None:
     """A script works with KEYS and ARGV in the order of its header."""
     await _try(name, header(name), keyspace)
@@ -405,7 +505,9 @@ def _swaps(name: str) -> Iterator[Header]:
             yield replace(right, **{place: [*names[:n], "another", *names[n + 1 :]]})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "keyspace"), [(name, 1 if name in ARRIVING else None) for name in OPERATIONS], indirect=["keyspace"]
+)
 async def test_a_wrong_header_is_noticed(name: str, keyspace: Keyspace) -> None:
     """A header with swapped or unknown names fails the test above."""
     for wrong in _swaps(name):
@@ -472,14 +574,22 @@ def test_a_schema_is_read_as_it_was_written(
         )
         for n, name in enumerate(fields)
     }
+    partitioned = not ending
     schema = scripts.schema(
-        kinds, max_age=2**41, max_lifetime=0, tombstone=7, json=json, before_value=":{", ending=ending
+        kinds,
+        max_age=2**41,
+        max_lifetime=0,
+        tombstone=7,
+        json=json,
+        before_value=":{",
+        ending=ending,
+        partitioned=partitioned,
     )
     names = "max_age, max_lifetime, tombstone, json, before_value, ending, state, references, identity"
     with BlockingRedis.from_url(redis_server.url, decode_responses=True) as client:
         found = client.eval(f"{schema} return cjson.encode({{ {names}, strict, limits, refuses }})", 0)
         (raw,) = client.eval(f"{schema} return {{ table.concat(state) .. before_value .. ending }}", 0)
-    state = ["id", "_ended", "_created", "_max_age", *fields]
+    state = ["id", "_ended", "_created", "_max_age", *fields, *(["_arriving"] if partitioned else [])]
     lists: list[list[Any]] = [
         [kind.strict for kind in kinds.values()],
         [kind.limit or 0 for kind in kinds.values()],

@@ -269,13 +269,12 @@ async def test_the_first_write_makes_a_session(sessions: Sessions, keyspace: Key
     assert re.fullmatch(r"[\w-]{32}", token)
     assert session.is_new
     assert session.id == id_of(token)
-    assert session.get_key() == f"{keyspace.prefix}:{{{id_of(token)}}}"
+    assert session.get_key() == sessions.store.get_session_key(id_of(token))
     assert session.take_cookies() == []
     assert await keyspace.dump() == {
         f"{{{id_of(token)}}}": {"id": id_of(token), "user_id": "1"},
         "user_id:{1}": {id_of(token)},
     }
-    assert sessions.get_reference_key("user_id", 1) == f"{keyspace.prefix}:user_id:{{1}}"
     assert await session.get() == {"id": session.id, "user_id": 1}
 
 
@@ -342,7 +341,7 @@ async def test_unset_and_touch_make_no_session(sessions: Sessions, keyspace: Key
 
 async def test_a_limit_refuses(client: Redis, keyspace: Keyspace) -> None:
     """A write that a limit refuses stores nothing and sets no cookie."""
-    reference = Reference(limit=1, on_limit="refuse")
+    reference = Reference(limit=1, on_limit="refuse", identity=keyspace.partitions is not None)
     sessions = Sessions(SessionStore(client, references={"user_id": reference}, prefix=keyspace.prefix))
     await signed_in(sessions)
     before = await keyspace.dump()

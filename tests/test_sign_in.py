@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -21,6 +22,7 @@ from rss import (
 )
 from rss.dict_session import DictSession
 from tests.keyspace import Keyspace
+from tests.steps import run_at
 from tests.test_session import UNKNOWN, id_of, request, token_in
 
 pytestmark = pytest.mark.usefixtures("kept_secret")
@@ -517,9 +519,7 @@ async def test_an_attribute_is_not_an_item(sessions: Sessions) -> None:
         await session.set("user_id", "alice")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-async def test_a_secure_cookie_on_http_is_told_once(
-    sessions: Sessions, caplog: pytest.LogCaptureFixture, store: SessionStore
-) -> None:
+async def test_a_secure_cookie_on_http_is_told_once(sessions: Sessions, caplog: pytest.LogCaptureFixture) -> None:
     """A secure cookie on plain HTTP is logged once, since clients drop it silently."""
     caplog.set_level(logging.WARNING, "rss")
     for scheme in ("https", "http", "ws", "http"):
@@ -529,7 +529,7 @@ async def test_a_secure_cookie_on_http_is_told_once(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "CookiePolicy(secure=False)" in caplog.text
     caplog.clear()
-    session = Sessions(store, cookie=CookiePolicy(secure=False)).create_session("", scheme="http")
+    session = Sessions(sessions.store, cookie=CookiePolicy(secure=False)).create_session("", scheme="http")
     await session.set({"n": 1})
     assert session.take_cookies()
     assert not caplog.records
@@ -552,3 +552,21 @@ async def test_ending_the_others_beside_a_rotation(sessions: Sessions, keyspace:
     assert await quick.delete_others() == 1
     assert await sessions.store.ids_by("user_id", 7) == [quick.id]
     assert await sessions.store.get(other) == {}
+
+
+@pytest.mark.parametrize("stale", [True, False])
+async def test_a_login_without_a_session_that_is_repeated(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, *, stale: bool
+) -> None:
+    """A login whose answer was lost, and which is repeated, makes one session, also with a cookie of a session gone."""
+
+    async def lose(call: Awaitable[Any]) -> None:
+        await call
+        raise StoreUnavailable("no answer")
+
+    session = sessions.create_session(f"session-id={'x' * 32}" if stale else "")
+    run_at(sessions.store, monkeypatch, "set_with_refs", lose)
+    with pytest.raises(StoreUnavailable):
+        await session.rotate({"user_id": 1})
+    await session.rotate({"user_id": 1})
+    assert await sessions.store.ids_by("user_id", 1) == [session.id]

@@ -1,5 +1,6 @@
 """The contract of the store: every method, with every kind of client, on every event loop, coalesced and not."""
 
+import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -691,6 +692,25 @@ async def test_what_is_left_out_is_counted_over_all_pages(store: SessionStore, k
     assert sorted(found) == [*range(1, 120, 2)]
 
 
+async def test_finds_of_one_moment_read_their_own_fields(store: SessionStore) -> None:
+    """Searches for different values and fields at the same moment each find their own."""
+    ids = [await store.create({"user_id": n % 3, "n": n}) for n in range(12)]
+
+    async def found(user: int, fields: list[str] | None) -> dict[str, dict[str, Any]]:
+        return {session["id"]: session async for session in store.find_by("user_id", user, fields)}
+
+    wanted = [None, ["n"], ["n", "user_id"], ["user_id", "n", "absent"]]
+    searches = [(user, fields) for fields in wanted for user in range(3)]
+    results = await asyncio.gather(*(found(user, fields) for user, fields in searches))
+    for (user, fields), sessions in zip(searches, results, strict=True):
+        own = {ids[n]: {"id": ids[n], "user_id": user, "n": n} for n in range(user, 12, 3)}
+        keep = {"id", "user_id", "n"} if fields is None else {"id", *fields}
+        assert sessions == {
+            session_id: {name: value for name, value in session.items() if name in keep}
+            for session_id, session in own.items()
+        }
+
+
 async def test_a_session_on_two_pages_is_seen_once(
     store: SessionStore, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -701,11 +721,14 @@ async def test_a_session_on_two_pages_is_seen_once(
     find_by, cursors = store.operations.find_by, list[bytes]()
 
     async def again(
-        field: str, value: object, fields: Sequence[str] | None, at: Position, *, begun: bool = False
-    ) -> Found:
-        cursors.append(at.cursor)
-        page = await find_by(field, value, fields, Position(at.partition), begun=begun)
-        return page if at.cursor == b"1" else Found(page.sessions, at._replace(cursor=b"1"))
+        field: str, value: object, fields: Sequence[str] | None, positions: Sequence[Position], *, begun: bool = False
+    ) -> list[Found]:
+        cursors.extend(at.cursor for at in positions)
+        pages = await find_by(field, value, fields, [Position(at.partition) for at in positions], begun=begun)
+        return [
+            page if at.cursor == b"1" else Found(page.sessions, at._replace(cursor=b"1"))
+            for at, page in zip(positions, pages, strict=True)
+        ]
 
     monkeypatch.setattr(store.operations, "find_by", again)
     found = []

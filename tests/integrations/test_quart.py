@@ -66,7 +66,7 @@ async def test_an_application_factory(redis_url: str, keyspace: Keyspace) -> Non
                 assert await (await client.get("/", scheme="https")).get_data(as_text=True) == "False"
             with pytest.raises(RuntimeError, match="the store is closed"):
                 await app.extensions["rss"].store.get("a")
-    assert len(await keyspace.client.smembers(f"{keyspace.prefix}:user_id:{{1}}")) == 4
+    assert len((await keyspace.dump())["user_id:{1}"]) == 4
 
 
 async def test_a_mistake_in_the_configuration_is_told(redis_url: str) -> None:

@@ -17,6 +17,12 @@ from rss import (
     SessionStore,
     TextCodec,
 )
+from rss.encryption import EncryptingCodec
+from rss.events import Event
+from rss.observe import Observation
+from rss.observe.logging import Logging
+from rss.observe.opentelemetry import OpenTelemetry
+from rss.observe.prometheus import Prometheus
 
 
 class Login(TypedDict, total=False):
@@ -36,6 +42,9 @@ async def with_a_schema(client: Redis) -> None:
     assert_type(await store.rotate("a", {"user_id": 1}), str)
     assert_type(store.find_by("user_id", 1), AsyncIterator[Login])
     assert_type(await store.ttl("a"), timedelta | None)
+    assert_type(await store.wait_ended("a"), str)
+    async with store.events() as events:
+        assert_type(await anext(events), Event)
     assert_type((await store.get("a")).get("cart"), list[str] | None)
     assert_type(await store.delete("a", expect={"user_id": 1}, reason="bye"), bool)
     assert_type(await store.delete_by("user_id", 1, keep=["a"], reason="password", block="30s"), int)
@@ -99,6 +108,23 @@ async def errors(store: SessionStore) -> None:
         print(changed.field)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def observers(client: Redis) -> None:
+    """An observer takes an observation, and may return anything. The adapters are observers."""
+
+    def both(observation: Observation) -> int:
+        assert_type(observation.error, type[BaseException] | None)
+        prometheus(observation)
+        return 1
+
+    def wrong(operation: str) -> None:
+        print(operation)
+
+    prometheus = Prometheus()
+    for observe in (both, prometheus, Logging("1s"), OpenTelemetry(), None):
+        SessionStore(client, observe=observe)
+    SessionStore(client, observe=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 class Wrong(Protocol):
     """Not a codec, since `encode` may return None."""
 
@@ -110,4 +136,6 @@ class Wrong(Protocol):
 def codecs(client: Redis, wrong: Wrong) -> list[Codec]:
     """The codecs of the package satisfy the protocol."""
     SessionStore(client, codec=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    return [JSONCodec(), TextCodec()]
+    EncryptingCodec("key", plaintext="all")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    EncryptingCodec(["key"], wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    return [JSONCodec(), TextCodec(), EncryptingCodec([EncryptingCodec.generate_key(), b"key"])]

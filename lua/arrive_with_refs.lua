@@ -1,0 +1,64 @@
+--[[
+  Write copies of sessions of another partition, under other ids. A copy counts as absent until `confirm_with_refs`.
+  Needs move.
+
+  KEYS        for each session: the hash of its copy, "rss:{<tag>}:s:<id>"
+  ARGV        the stems, then for each session
+    lives             milliseconds to live until it is confirmed
+    before            number of fields and values, then field, value, ... of the references that it has there
+    values            number of fields and values, then field, value, ... of the copy, also of fields of ours
+
+  Returns for each session its TTL in milliseconds, or
+    RSSCONFLICT       if the id was used otherwise
+    RSSLIMIT field    if a reference of that field refuses another session
+    RSSBLOCKED until reason field
+                      if a value of that field is blocked; the end of the block in milliseconds
+]]
+
+-- Return a session with the fields ARGV[first] to ARGV[last].
+local function described(first, last)
+  local session = { fields = {} }
+  for i = first, last do session.fields[i - first + 1] = ARGV[i] end
+  return session
+end
+
+-- Remove an earlier copy, of a call that is repeated.
+local function discard(copy)
+  redis.call("UNLINK", copy.key)
+  for n = 1, references do
+    for _, set in ipairs(sets_in(copy, n)) do leave(set, copy.held[1]) end
+  end
+end
+
+local function arrive()
+  local name, lives, there = KEYS[key + 1], tonumber(ARGV[arg + 1]), arg + 3
+  local first = there + ARGV[arg + 2] + 1
+  local last = first + ARGV[first - 1] - 1
+  key, arg = key + 1, last
+  spent = spent + 5 + (last - first) * 0.5
+  local copy = look(name)
+  if copy and copy.ended ~= ARRIVING then return redis.error_reply("RSSCONFLICT the id was used otherwise") end
+  if copy then discard(copy) end
+
+  local before, after = described(there, first - 2), described(first, last)
+  arrives = {}
+  for n = 1, references do
+    sets[n] = sets_in(after, n)
+    for _, set in ipairs(sets_in(before, n)) do arrives[fence_of(set)] = true end
+  end
+  local session = { key = name, held = { string.sub(name, #session_stem + 1, -1 - #ending) } }
+  local plan = plan_move(session, session.held[1], 0)
+  if plan.err then return plan end
+
+  local ttl = lifetime(session, lives)
+  enter(plan, session, name, ttl)
+  redis.call("UNLINK", name) -- A key that is neither a session nor a tombstone.
+  session.held[3] = now
+  redis.call("HSET", name, "id", session.held[1], "_arriving", 1, "_created", now)
+  spread("HSET", name, ARGV, first, last)
+  expire(session, name, nil, ttl)
+  settle(plan, session, ttl)
+  return ttl
+end
+
+return each(arrive)

@@ -1,0 +1,45 @@
+--[[
+  Confirm sessions that have arrived from another partition: write what has changed since they were copied, give them
+  their lifetime, and make room for them in sets with a limit. Needs move.
+
+  KEYS        for each session: its hash, "rss:{<tag>}:s:<id>"
+  ARGV        the stems, then for each session
+    ttl               milliseconds to live from now on; or "renew": its max_age
+    values            number of fields and values, then field, value, ... None of them is a reference
+    gone              number of fields to remove, then their names
+
+  Returns for each session its TTL in milliseconds, or
+    RSSNOTFOUND       if there is none
+    RSSENDED reason   if it was ended
+]]
+local function confirm()
+  local given, first = tonumber(ARGV[arg + 1]), arg + 3
+  local last = first + ARGV[arg + 2] - 1
+  key, arg = key + 1, last + 1 + ARGV[last + 1]
+  spent = spent + 3 + (arg - first) * 0.5
+  local session = look(KEYS[key])
+  if not session or session.ended ~= ARRIVING then
+    return refusal(session) or session.ttl -- An earlier run has confirmed it.
+  end
+  for n = 1, references do sets[n] = false end
+  local plan = plan_move(session, session.held[1], 0)
+  if plan.err then return plan end
+  for n = 1, limits and references or 0 do
+    local own = limits[n] > 0 and not (refuses and refuses[n]) and sets_in(session, n) or NONE
+    for i = 1, #own do
+      if redis.call("SCARD", own[i]) > limits[n] then make_room(plan, n, own[i]) end
+    end
+  end
+
+  local ttl = given or lifetime(session)
+  redis.call("HDEL", session.key, "_arriving") -- As the first write, it needs no memory.
+  enter(plan, session, nil, ttl)
+  spread("HSET", session.key, ARGV, first, last)
+  spread("HDEL", session.key, ARGV, last + 2, arg)
+  undo = false
+  expire(session, session.key, nil, ttl)
+  settle(plan, session, ttl)
+  return ttl
+end
+
+return each(confirm)
