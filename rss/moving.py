@@ -1,0 +1,235 @@
+"""Move all sessions to another Redis or Redis Cluster while applications use them. Nobody is signed out."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple, Unpack
+
+from redis.asyncio import Redis, RedisCluster
+
+from rss.engine.fan_out import FanOut
+from rss.engine.operations import MaxAge, Operations, Read, Renewal, Rotated, Taken
+from rss.errors import Conflict, SessionEnded, SessionNotFound
+from rss.fields import Encoded
+from rss.keys import Partitioned
+from rss.store import S, SessionStore, StoreOptions
+
+# How many sessions move at the same time.
+_AT_ONCE: Final = 100
+
+
+class Progress(NamedTuple):
+    """How many sessions and tombstones were looked at, and how many sessions of these have moved."""
+
+    seen: int
+    moved: int
+
+
+class MovingStore(SessionStore[S]):
+    """A store whose sessions come from another one, *source*, which applications have used until now.
+
+    Each operation on a session moves the session first, if it is still at the source. Operations on a reference look at
+    both. So all processes of an application can change from the source to this store one after the other. When none
+    uses the source itself any more, `move_all` moves the rest. Then the processes change to a plain `SessionStore`.
+
+    The source and this store must have the same references and codec. This store must have partitions, on one Redis
+    too. Sessions keep their ids, so if there are several partitions, it must have `partition_by_identity=False`. Grace
+    does not follow a session that moves.
+
+    The other options are those of `SessionStore`. This store does not close the source.
+    """
+
+    def __init__(
+        self, client: Redis | RedisCluster, *, source: SessionStore[S], **options: Unpack[StoreOptions]
+    ) -> None:
+        super().__init__(client, **options)
+        if not isinstance(self.operations.layout, Partitioned):
+            # Only there can a copy be told from a session. Elsewhere it would keep the lifetime of a copy: a minute.
+            raise ValueError("sessions move into partitions: give the store partitions, such as 64")  # noqa: TRY004 - it is an option
+        if self.operations.layout.identity is not None:
+            raise ValueError("sessions that move keep their ids: the store must have partition_by_identity=False")
+        if self.fields.references != source.fields.references:
+            raise ValueError("source must have the same references")
+        self._source = source
+        self._moving = _MovingOperations(source.operations, self.operations)
+        self._by_reference = _Both(self._moving, FanOut(source.operations), FanOut(self.operations))
+        self.operations: Operations = self._moving
+
+    async def move_all(
+        self, client: Redis | RedisCluster, report: Callable[[Progress], object] = lambda _: None
+    ) -> Progress:
+        """Move all sessions that are at the source, and return how many keys of sessions and tombstones were there.
+
+        *client*: a client of the source, for SCAN. *report*: called with the progress, about every hundred sessions.
+
+        Call this when no process uses the source itself any more. It may be stopped and called again.
+        """
+        progress, waiting = Progress(0, 0), list[str]()
+        layout = self._source.operations.layout
+
+        async def move() -> None:
+            nonlocal progress
+            moved = await asyncio.gather(*map(self._moving.bring, waiting), return_exceptions=True)
+            for outcome in moved:
+                if isinstance(outcome, BaseException) and not isinstance(outcome, SessionNotFound):
+                    raise outcome
+            progress = Progress(progress.seen + len(moved), progress.moved + sum(one is True for one in moved))
+            waiting.clear()
+            report(progress)
+
+        async for key in client.scan_iter(match=f"{layout.prefix}:*", count=1000):
+            name = key if isinstance(key, str) else key.decode()
+            if (parsed := layout.parse(name)).kind == "session":
+                waiting.append(parsed.name)
+                if len(waiting) == _AT_ONCE:
+                    await move()
+        if waiting:
+            await move()
+        return progress
+
+
+class _MovingOperations(Operations):
+    """The operations of the new store. Each moves its session first."""
+
+    def __init__(self, source: Operations, target: Operations) -> None:
+        self.layout, self.scripts, self.engine = target.layout, target.scripts, target.engine
+        self.fields, self.timeout = target.fields, target.timeout
+        self._source = source
+        self._target = target
+
+    async def bring(self, session_id: str) -> bool:
+        """Move a session if it is at the source, and return whether it was.
+
+        Raises `SessionEnded` if it has ended there.
+        """
+        if (await self._target.get(session_id, [], begun=True)).state != b"absent":
+            return False
+        with self._source.several(), self._target.several():
+            while True:
+                read = await self._source.get(session_id, None, begun=True)
+                if read.state == b"absent":
+                    return False
+                fields = dict(zip(read.pairs[::2], read.pairs[1::2], strict=True))
+                copied = read.pairs if fields.pop(b"id", b"") == session_id.encode() else []
+                try:
+                    if copied:
+                        pairs = [part for pair in fields.items() for part in pair]
+                        await self._target.arrive(session_id, pairs, fields)
+                    retired = await self._source.retire(session_id, session_id, copied)
+                    if retired:
+                        await self._target.confirm(session_id, str(retired.ttl), retired, (), 0)
+                        return True
+                except Conflict:  # Another call has just moved it.
+                    return False
+                except SessionNotFound:
+                    self._target.discard(session_id)
+                    raise
+
+    async def get(
+        self, session_id: str, fields: Sequence[str] | None, renewal: Renewal = (), *, begun: bool = False
+    ) -> Read:
+        """Read a session."""
+        try:
+            await self.bring(session_id)
+        except SessionEnded as error:
+            return Read([], state=b"ended", ended=error.reason)
+        return await self._target.get(session_id, fields, renewal, begun=begun)
+
+    async def set(
+        self,
+        session_id: str,
+        values: Encoded,
+        max_age: MaxAge,
+        mode: Literal["set", "update", "create"],
+        expected: Sequence[str | bytes] = (),
+        *,
+        anywhere: bool = False,
+        begun: bool = False,
+    ) -> int:
+        """Write a session."""
+        if mode != "create":
+            await self.bring(session_id)
+        return await self._target.set(session_id, values, max_age, mode, expected, anywhere=anywhere, begun=begun)
+
+    async def unset(self, session_id: str, fields: Sequence[str], max_age: MaxAge, *, repeatable: bool = True) -> Taken:
+        """Remove fields of a session."""
+        await self.bring(session_id)
+        return await self._target.unset(session_id, fields, max_age, repeatable=repeatable)
+
+    async def increment(self, session_id: str, field: str, by: int) -> int:
+        """Add to a field of a session."""
+        await self.bring(session_id)
+        return await self._target.increment(session_id, field, by)
+
+    async def touch(self, session_id: str, max_age: MaxAge) -> int:
+        """Renew a session."""
+        try:
+            await self.bring(session_id)
+        except SessionEnded:
+            return 0
+        return await self._target.touch(session_id, max_age)
+
+    async def delete(
+        self, session_id: str, reason: str, expected: Sequence[str | bytes] = (), *, replicas: int = 0
+    ) -> bool:
+        """End a session."""
+        try:
+            await self.bring(session_id)
+        except SessionEnded:
+            return False
+        return await self._target.delete(session_id, reason, expected, replicas=replicas)
+
+    async def rotate(
+        self,
+        session_id: str,
+        mint: Callable[[int | None], str],
+        values: Encoded,
+        max_age: MaxAge,
+        *,
+        grace: str = "none",
+        replicas: int = 0,
+    ) -> Rotated:
+        """Give a session a new id."""
+        await self.bring(session_id)
+        return await self._target.rotate(session_id, mint, values, max_age, grace=grace, replicas=replicas)
+
+
+class _Both(FanOut):
+    """Operations on a reference in both stores. First the source: a session that leaves it is found in the target."""
+
+    def __init__(self, operations: _MovingOperations, source: FanOut, target: FanOut) -> None:
+        super().__init__(operations)
+        self._moving = operations
+        self._source = source
+        self._target = target
+
+    async def find(
+        self, field: str, value: object, fields: Sequence[str] | None, *, begun: bool
+    ) -> AsyncGenerator[list[bytes]]:
+        """Iterate over the sessions with a value. One that moves meanwhile may come twice."""
+        for one in (self._source, self._target):
+            async for pairs in one.find(field, value, fields, begun=begun):
+                yield pairs
+
+    async def delete(self, field: str, value: object, *, keep: Mapping[int, Sequence[str]], **options: Any) -> int:
+        """End the sessions with a value, except those to keep, which move first."""
+        for session_id in (session_id for ids in keep.values() for session_id in ids):
+            await self._moving.bring(session_id)
+        ended = 0
+        if not options["required"]:
+            ended = await self._source.delete(field, value, keep={}, **options)
+            return ended + await self._target.delete(field, value, keep=keep, **options)
+        ended = await self._target.delete(field, value, keep=keep, **options)
+        ended += await self._source.delete(field, value, keep={}, **{**options, "required": False})
+        return ended + await self._target.delete(field, value, keep=keep, **{**options, "required": False})
+
+    async def count(self, field: str, value: object) -> int:
+        """Return the number of ids in the sets of a value."""
+        return await self._source.count(field, value) + await self._target.count(field, value)
+
+    async def blocked(self, field: str, value: object) -> int:
+        """Return the milliseconds until the block of a value ends. Return 0 if it is not blocked."""
+        return max(await self._source.blocked(field, value), await self._target.blocked(field, value))
+
+    async def unblock(self, field: str, value: object) -> bool:
+        """Remove the block of a value, and return whether it was blocked."""
+        return await self._source.unblock(field, value) | await self._target.unblock(field, value)

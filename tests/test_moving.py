@@ -1,0 +1,174 @@
+"""Sessions move from one Redis to a cluster while applications use them."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis, RedisCluster
+
+from rss import Reference, SessionEnded, SessionNotFound, Sessions, SessionStore
+from rss.moving import MovingStore, Progress
+from tests.keyspace import Keyspace
+
+REFERENCES = {"user_id": Reference(identity=True), "ip": Reference()}
+
+
+@pytest.fixture(name="there")
+async def _there(url: str) -> AsyncIterator[Redis]:
+    """A client of the Redis that the sessions leave. It has no other keys."""
+    async with Redis.from_url(url, decode_responses=True) as client:
+        await client.flushall()
+        yield client
+
+
+@pytest.fixture(name="source")
+async def _source(there: Redis) -> AsyncIterator[SessionStore]:
+    source = SessionStore(there, references=REFERENCES)
+    yield source
+    await source.aclose()
+
+
+@pytest.fixture(name="keyspace")
+async def _keyspace(cluster_url: str, keyspace: Keyspace) -> AsyncIterator[Keyspace]:
+    """All keys on the cluster."""
+    async with RedisCluster.from_url(cluster_url.replace("+cluster", ""), decode_responses=True) as client:
+        keyspace = Keyspace(client, keyspace.prefix, 64)  # type: ignore[arg-type]
+        yield keyspace
+        await keyspace.clear()
+
+
+@pytest.fixture(name="options")
+def _options(keyspace: Keyspace) -> dict[str, Any]:
+    return {"references": REFERENCES, "prefix": keyspace.prefix, "partition_by_identity": False, "timeout": 20}
+
+
+@pytest.fixture(name="store")
+async def _store(cluster_url: str, source: SessionStore, options: dict[str, Any]) -> AsyncIterator[MovingStore]:
+    """A store on the cluster, to which the sessions move."""
+    async with RedisCluster.from_url(cluster_url.replace("+cluster", "")) as client:
+        store = MovingStore(client, source=source, **options)
+        yield store
+        await store.aclose()
+
+
+async def test_a_session_moves_when_it_is_used(
+    store: MovingStore, source: SessionStore, there: Redis, keyspace: Keyspace
+) -> None:
+    """The first use of a session moves it with its id, fields, age and TTL. Nothing is left of it but a tombstone."""
+    await source.set("a", {"user_id": 7, "ip": ["x", "y"], "cart": [1]}, "2h")
+    created = await there.hget("rss:{a}", "_created")
+    assert await store.get("a") == {"id": "a", "user_id": 7, "ip": ["x", "y"], "cart": [1]}
+    assert await store.increment("a", "n") == 1
+    assert await store.ttl("a") > timedelta(minutes=119)  # type: ignore[operator]
+    assert await keyspace.client.hget(store.get_session_key("a"), "_created") == created
+    dump = await keyspace.dump()
+    assert {name: held for name, held in dump.items() if isinstance(held, set)} == {
+        "user_id:{7}": {"a"},
+        "ip:{x}": {"a"},
+        "ip:{y}": {"a"},
+    }
+    assert sorted(await there.keys("*")) == ["rss:_meta", "rss:{a}"]
+    assert await source.ended("a") == "rotated"
+
+
+@pytest.mark.parametrize("moved", [True, False])
+async def test_every_operation(store: MovingStore, source: SessionStore, *, moved: bool) -> None:
+    """Each operation has the same result, whether its session has moved already or not."""
+    for session_id in "abcdefghi":
+        await source.set(session_id, {"user_id": 1, "ip": "x", "n": 1})
+        if moved:
+            await store.get(session_id)
+    await source.delete("i", reason="bye") if not moved else await store.delete("i", reason="bye")
+    assert await store.set("a", {"n": 2}, create=False) == {"n": 2}
+    assert await store.pop("b", ["n"]) == {"n": 1}
+    await store.unset("c", ["ip"])
+    assert await store.increment("d", "n", 4) == 5
+    assert await store.touch("e")
+    assert await store.delete("f")
+    new = await store.rotate("g", {"user_id": 2})
+    assert await store.ended("g") == "rotated"
+    assert set(await store.ids_by("user_id", 1)) == set("abcdeh")
+    assert await store.count_by("user_id", 1, exact=False) >= 6
+    assert await store.get("i") == {}
+    assert await store.ended("i") == "bye"
+    assert not await store.touch("i")
+    assert not await store.delete("i")
+    with pytest.raises(SessionEnded, match="bye"):
+        await store.set("i", {"n": 1})
+    with pytest.raises(SessionNotFound):
+        await store.increment("nobody", "n")
+    assert await store.delete_by("user_id", 1, keep=["a"], keep_required=True, block="1m") == 5
+    assert await store.blocked("user_id", 1)
+    assert await store.unblock("user_id", 1)
+    assert await store.ids_by("user_id", 1) == ["a"]
+    assert set(await store.ids_by("ip", "x")) == {"a", new}
+    assert await store.set("made", {"user_id": 1})
+    created = await store.create({"user_id": 1})
+    assert set(await store.ids_by("user_id", 1)) == {"a", "made", created}
+
+
+async def test_a_store_that_cannot_take_them(cluster_url: str, source: SessionStore) -> None:
+    """A store that would need other ids, or has other references, is refused."""
+    client = RedisCluster.from_url(cluster_url.replace("+cluster", ""))
+    with pytest.raises(ValueError, match="must have partition_by_identity=False"):
+        MovingStore(client, source=source, references=REFERENCES)
+    with pytest.raises(ValueError, match="the same references"):
+        MovingStore(client, source=source, references=["user_id"])
+    with pytest.raises(ValueError, match="give the store partitions"):
+        MovingStore(Redis.from_url("redis://localhost"), source=source, references=REFERENCES)
+    references = {"user_id": Reference(identity=True, limit=3)}
+    with pytest.raises(ValueError, match="cannot have a limit"):
+        SessionStore(client, references=references, partition_by_identity=False)
+
+
+async def test_all_move_under_load(
+    store: MovingStore, source: SessionStore, there: Redis, options: dict[str, Any], cluster_url: str
+) -> None:
+    """While visitors log in, write and leave, all sessions move. No write is lost, and nobody is signed out."""
+    tokens, sessions = dict[str, dict[str, Any]](), Sessions(source)
+    for n in range(1500):
+        session = sessions.create_session()
+        await session.set({"user_id": n % 300, "ip": f"{n % 7}", "n": 0})
+        tokens[session.take_cookies()[0].partition("=")[2].partition(";")[0]] = {"user_id": n % 300, "n": 0}
+    stop, made = asyncio.Event(), 0
+
+    async def visit(mine: list[str], number: int) -> None:
+        nonlocal made
+        rnd, now = random.Random(number), Sessions(store)
+        while not stop.is_set():
+            token = rnd.choice(mine)
+            session = now.create_session(f"session-id={token}")
+            held = tokens[token]
+            found = await session.get()
+            assert found["user_id"] == held["user_id"], "signed out"
+            assert found["n"] == held["n"], "a write is lost"
+            if rnd.random() < 0.5:
+                held["n"] += 1
+                assert await store.increment(str(session.id), "n") == held["n"]
+            elif rnd.random() < 0.3:
+                await session.rotate({"n": held["n"]})
+                new = session.take_cookies()[0].partition("=")[2].partition(";")[0]
+                tokens[new] = tokens.pop(token)
+                mine[mine.index(token)] = new
+            made += 1
+
+    every = [*tokens]
+    visiting = [asyncio.create_task(visit(every[n::20], n)) for n in range(20)]
+    seen: list[Progress] = []
+    await store.move_all(there, seen.append)
+    again = await store.move_all(there)
+    stop.set()
+    await asyncio.gather(*visiting)
+    assert again.moved == 0
+    assert seen[-1].moved <= 1500
+    assert made > 20
+    assert not any([await there.hexists(key, "id") for key in await there.keys("rss:{*")])
+    async with SessionStore.from_url(cluster_url, **options) as plain:  # The source is needed no more.
+        for token, held in tokens.items():
+            session = Sessions(plain).create_session(f"session-id={token}")
+            found = await session.get()
+            assert (found["user_id"], found["n"]) == (held["user_id"], held["n"])
+        assert await plain.count_by("user_id", 7) == 5
