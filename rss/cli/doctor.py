@@ -1,0 +1,266 @@
+"""Examine a Redis, and what its user may do there: each line says that something is right, or what to do."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import secrets
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import redis.exceptions
+from redis.asyncio.connection import AbstractConnection
+
+from rss.cli.opening import Store
+from rss.engine.meta import ask, connected
+from rss.engine.operations import Position
+from rss.errors import SessionError, StoreUnavailable
+
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+_CALLS: Final = 20
+# Milliseconds. A request usually makes two calls.
+_SLOW: Final = 20
+_OLDEST: Final = (6, 2)
+
+Level = Literal["ok", "warning", "error"]
+
+
+class Line(NamedTuple):
+    """One line: what was examined, how it is, and a sentence about it."""
+
+    level: Level
+    what: str
+    sentence: str
+
+
+async def examine(store: Store, url: str) -> AsyncIterator[Line]:
+    """Iterate over all lines."""
+    yield _transport(url)
+    yield _distribution()
+    masters = store.operations.engine.servers.masters
+    for node in masters:
+        async with asyncio.timeout(store.operations.timeout), connected(node.make_connection) as connection:
+            where = f" of {_address(connection)}" if len(masters) > 1 else ""
+            for line in await _server(connection, url):
+                yield line._replace(what=line.what + where)
+    for line in await _scripts(store):
+        yield line
+    yield await _latency(store)
+    async for line in _references(store):
+        yield line
+
+
+def _address(connection: AbstractConnection) -> str:
+    return f"{getattr(connection, 'host', '')}:{getattr(connection, 'port', '')}"
+
+
+def _transport(url: str) -> Line:
+    parts = urlsplit(url)
+    if parts.scheme.startswith("rediss"):
+        return Line("ok", "transport", "The connection is encrypted by TLS.")
+    hosts = [host.rpartition(":")[0] or host for host in parts.netloc.rpartition("@")[2].split(",")]
+    if parts.scheme == "unix" or all(host.strip("[]") in _LOOPBACK for host in hosts):
+        return Line("ok", "transport", "The connection does not leave this machine.")
+    return Line("warning", "transport", "The connection is not encrypted: use rediss://.")
+
+
+def _distribution() -> Line:
+    owners = set(importlib.metadata.packages_distributions().get("rss", ())) - {"redis-session-sets"}
+    if owners:
+        return Line("error", "module rss", f"Another distribution has a module rss too: uninstall {', '.join(owners)}.")
+    return Line("ok", "module rss", "No other distribution has a module rss.")
+
+
+async def _server(connection: AbstractConnection, url: str) -> list[Line]:
+    """Examine one server. A user without the right to ask is told so once."""
+    try:
+        info = _info(await ask(connection, "INFO"))
+    except redis.exceptions.ResponseError:
+        return [Line("warning", "server", "This user may not run INFO, so the server was not examined.")]
+    return [*_version(info, url), *_eviction(info), *_persistence(info), await _lazy_expiry(connection)]
+
+
+def _info(reply: bytes) -> dict[str, str]:
+    text = reply.decode(errors="replace")
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+def _version(info: dict[str, str], url: str) -> Iterator[Line]:
+    name, version = "Valkey", info.get("valkey_version", "")
+    if not version:
+        name, version = "Redis", info.get("redis_version", "0")
+    kind = "Redis Cluster" if "cluster" in (info.get("redis_mode"), info.get("server_mode")) else "one server"
+    if "+sentinel" in url:
+        kind = "one server behind Sentinels"
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if numbers < _OLDEST:
+        yield Line("error", "server", f"{name} {version} is too old: install Redis 6.2 or newer, or Valkey.")
+    else:
+        yield Line("ok", "server", f"{name} {version}, {kind}.")
+
+
+def _eviction(info: dict[str, str]) -> Iterator[Line]:
+    policy, limit = info.get("maxmemory_policy", ""), int(info.get("maxmemory", 0))
+    if policy == "noeviction":
+        yield Line("ok", "maxmemory-policy", "It is noeviction: Redis evicts no session and no tombstone.")
+    else:
+        yield Line(
+            "error" if limit else "warning",
+            "maxmemory-policy",
+            f"It is {policy}, so Redis may evict sessions and tombstones"
+            f"{'' if limit else ' once maxmemory is set'}: set noeviction.",
+        )
+
+
+def _persistence(info: dict[str, str]) -> Iterator[Line]:
+    if "err" in (info.get("rdb_last_bgsave_status"), info.get("aof_last_write_status")):
+        yield Line("error", "persistence", "Redis could not write to disk, and may refuse writes: see its log.")
+    elif info.get("aof_enabled") == "1":
+        yield Line("ok", "persistence", "The append-only file is on.")
+    else:
+        yield Line(
+            "warning", "persistence", "A restart loses what is newer than the last snapshot: set appendonly yes."
+        )
+
+
+async def _lazy_expiry(connection: AbstractConnection) -> Line:
+    what = "lazyfree-lazy-expire"
+    try:
+        reply = await ask(connection, "CONFIG", "GET", what)
+    except redis.exceptions.ResponseError:
+        return Line("warning", what, "This user may not run CONFIG GET, so this was not examined.")
+    pairs = reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+    if b"yes" in pairs.values():
+        return Line("ok", what, "A large key that expires does not stop Redis.")
+    return Line("warning", what, "A large reference set that expires stops Redis for a moment: set it to yes.")
+
+
+async def _scripts(store: Store) -> list[Line]:
+    """Try every script on a session of its own, and remove its keys. Then try what maintenance needs."""
+    trial, lines = _Trial(store), list[Line]()
+    try:
+        for name, call in trial.calls():
+            try:
+                await call()
+            except StoreUnavailable:
+                raise
+            except SessionError as error:
+                lines.append(Line("error", f"script {name}", f"{str(error).capitalize()}."))
+    finally:
+        left = await trial.clear()
+    if left:
+        lines.append(Line("error", "trial", "The keys of the trial were not removed: they expire within a minute."))
+    if not lines:
+        lines.append(Line("ok", "scripts", "This user may run every script."))
+    node = store.operations.engine.servers.masters[0]
+    async with asyncio.timeout(store.operations.timeout), connected(node.make_connection) as connection:
+        for command in (("SCAN", "0", "MATCH", f"{store.operations.layout.prefix}:*", "COUNT", "1"), ("DBSIZE",)):
+            try:
+                await ask(connection, *command)
+            except redis.exceptions.ResponseError:
+                why = "so check, repair, reindex, sweep, stats and copy cannot run as this user."
+                lines.append(Line("warning", f"command {command[0]}", f"This user may not run it, {why}"))
+    return lines
+
+
+class _Trial:
+    """A session of a value that no application uses, and the calls of all scripts on it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._operations = store.operations
+        layout = self._operations.layout
+        self._field = layout.identity or next(iter(store.fields.references), None)
+        self._value = f"doctor-{secrets.token_hex(16)}"
+        self._values: dict[str, Any] = {self._field: self._value} if self._field else {}
+        home = layout.home([(self._field, self._value)] if self._field else [])
+        self._ids = [layout.mint(home)]
+        self._partition = layout.place(self._ids[0])[1]
+        self._ids += [layout.mint(self._partition) for _ in range(2)]
+
+    def calls(self) -> Iterator[tuple[str, Callable[[], Awaitable[object]]]]:
+        """Iterate over the name and the call of each script."""
+        store, operations, field, (one, two, other) = self._store, self._operations, self._field, self._ids
+        yield "set_with_refs", lambda: store.set(one, {**self._values, "n": 1, "x": "y"}, "1m")
+        yield "get", lambda: store.get(one)
+        yield "get_and_renew", lambda: store.get(one, touch=True)
+        yield "touch", lambda: store.touch(one)
+        yield "increment", lambda: store.increment(one, "n")
+        yield "unset_with_refs", lambda: store.unset(one, ["x"])
+        yield "inspect", lambda: operations.inspect(one, self._partition, (), mend=False)
+        if field:
+            layout = operations.layout
+            names = [make(field, self._value, self._partition) for make in (layout.reference, layout.fence)]
+            position = Position(self._partition)
+            yield "find_by_ref", lambda: store.ids_by(field, self._value)
+            yield "blocked", lambda: store.blocked(field, self._value)
+            yield "inspect_ref", lambda: operations.inspect_set(names[0], field, position, mend=False)
+            yield "inspect_fence", lambda: operations.inspect_fence(names[1], self._partition, mend=False)
+        yield "rotate_with_refs", self._rotate
+        yield "arrive, retire, confirm", lambda: self._move(two, other)
+        yield "delete_with_refs", lambda: store.delete(other)
+        if field:
+            yield "delete_by_ref", lambda: store.block(field, self._value, "1m")
+            yield "unblock", lambda: store.unblock(field, self._value)
+        yield "complete", lambda: operations.complete(secrets.token_hex(8), "x", self._partition)
+
+    async def _rotate(self) -> None:
+        encoded = self._store.fields.encode({})
+        await self._operations.rotate(self._ids[0], lambda _: self._ids[1], encoded, "keep")
+
+    async def _move(self, session_id: str, other: str) -> None:
+        """Move the session to another id, as a change of its partition does."""
+        copied = (await self._operations.get(session_id, None)).pairs
+        fields = dict(zip(copied[::2], copied[1::2], strict=True))
+        fields.pop(b"id", None)
+        await self._operations.arrive(other, [part for pair in fields.items() for part in pair], fields)
+        retired = await self._operations.retire(session_id, other, copied)
+        if retired:
+            await self._operations.confirm(other, "60000", retired, (), 0)
+
+    async def clear(self) -> bool:
+        """Remove all keys of the trial. Return whether that failed."""
+        layout = self._operations.layout
+        names = [layout.place(one)[0] for one in self._ids]
+        for partition in layout.with_value(self._field, self._value) if self._field else ():
+            names += [make(self._field or "", self._value, partition) for make in (layout.reference, layout.fence)]
+        try:
+            for name in names:
+                async with self._operations.engine.servers.connect(name) as connection:
+                    await ask(connection, "UNLINK", name)
+        except (OSError, redis.exceptions.RedisError):
+            return True
+        return False
+
+
+async def _latency(store: Store) -> Line:
+    taken = list[float]()
+    with contextlib.suppress(SessionError):  # A right is missing, which another line says.
+        for _ in range(_CALLS):
+            begun = time.perf_counter()
+            await store.ended(store.operations.layout.mint())
+            taken.append((time.perf_counter() - begun) * 1000)
+    if not taken:
+        return Line("warning", "latency", "It could not be measured.")
+    median, longest = statistics.median(taken), max(taken)
+    numbers = f"{len(taken)} calls took {median:.1f} ms in the median, and {longest:.1f} ms at most"
+    if median > _SLOW:
+        return Line("warning", "latency", f"{numbers}: run the application nearer to Redis.")
+    return Line("ok", "latency", f"{numbers}.")
+
+
+async def _references(store: Store) -> AsyncIterator[Line]:
+    for name, kind in store.fields.references.items():
+        what = f"reference {name}"
+        try:
+            with store.operations.incompleteness(name, 0) as incomplete:
+                marked = await incomplete
+        except SessionError as error:
+            yield Line("error", what, f"{str(error).capitalize()}.")
+            continue
+        if marked:
+            yield Line("warning", what, "Its sets may lack sessions: run rss reindex.")
+        else:
+            yield Line("ok", what, f"It is complete{' and strict' if kind.strict else ''}.")
