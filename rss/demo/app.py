@@ -1,7 +1,6 @@
 """A small application with a page of devices: who is signed in where, and how to end it."""
 
 import asyncio
-import contextlib
 import hmac
 import time
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ _SYSTEMS: Final = {
     "Debian": "linux",
 }
 
-pages = Blueprint("pages", __name__)
+pages: Final = Blueprint("pages", __name__)
 
 
 def create_app(sessions: Sessions[Any]) -> Quart:
@@ -244,18 +243,26 @@ async def _password_form(user: str, wrong: str = "") -> str:
 async def live() -> None:
     """Tell an open page that its session has ended."""
     if websocket.headers.get("Origin", "").partition("://")[2] != websocket.host:
-        abort(403)  # Pages of other sites may open a WebSocket here, too.
+        # Pages of other sites may open a WebSocket here, too. Hypercorn fails if a client uses the connection again.
+        abort(Response("", 403, {"Connection": "close"}))
     await websocket.accept()
     signed_in = bool((await session.get()).get("user"))
     store, session_id = session.sessions.store, session.id
     ending: asyncio.Event = current_app.extensions["ending"]
-    # The session ends in Redis, so ask there. The questions of all open pages share a script.
-    while signed_in and session_id and await store.ttl(session_id):
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ending.wait(), 0.5)
+    reason = session.ended
+    if session_id and signed_in:
+        waits = [asyncio.ensure_future(one) for one in (store.wait_ended(session_id), ending.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # Also if the page was closed.
+            for one in waits:
+                one.cancel()
+        if ending.is_set():
             await websocket.close(1001)
             return
-    reason = await store.ended(session_id) if session_id else session.ended
+        reason = str(await waits[0])
+    elif session_id:
+        reason = await store.ended(session_id)
     await websocket.send_json({"notice": _WHY.get(reason or "", "You are signed out.")})
     await websocket.close(1000)
 
