@@ -7,14 +7,14 @@ import asyncio
 import itertools
 import json
 import secrets
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from rss import SessionStore
+from rss import Reference, SessionStore
 
 OPERATIONS = ("get", "set", "move", "touch", "rotate", "create", "delete")
 MAX_AGE = 28 * 86400
@@ -96,10 +96,17 @@ class Store(Contender):
 
     name = "redis-session-sets"
 
-    def __init__(self, url: str, prefix: str, padding: int = 0) -> None:
-        """Make a store."""
+    def __init__(
+        self,
+        url: str,
+        prefix: str,
+        padding: int = 0,
+        references: Iterable[str] | Mapping[str, Reference] = REFERENCES,
+        **options: Any,
+    ) -> None:
+        """Make a store. *options*: more arguments of the store."""
         super().__init__(url, prefix, padding)
-        self.store = SessionStore.from_url(url, references=REFERENCES, prefix=prefix)
+        self.store: SessionStore = SessionStore.from_url(url, references=references, prefix=prefix, **options)
 
     async def aclose(self) -> None:
         """Close the store."""

@@ -1,4 +1,4 @@
-"""Draws the picture of the README: calls a second by the number of tasks."""
+"""Draws the pictures: calls a second by the number of tasks, and the cost of a call by the number of partitions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +48,37 @@ def throughput(cells: Sequence[Cell], path: Path) -> None:
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(axis="y", linewidth=0.4, color="#cccccc")
     panels[0].set_ylabel("calls a second, one process")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def growth(found: Sequence[tuple[int, int, Cell]], path: Path) -> None:
+    """Draw the processor time of get, and the time of a fan-out, by masters and partitions."""
+    partitions = sorted({n for _, n, _ in found})
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for panel, operation, what, title in (
+        (panels[0], "get", "cpu", "read a session, 200 tasks: client us"),
+        (panels[1], "fan_out", "p50", "find ids in all partitions, alone: ms"),
+    ):
+        for masters, color in zip(
+            sorted({masters for masters, _, _ in found}), ("#003049", "#c1121f", "#4f772d"), strict=True
+        ):
+            line = [
+                (n, cell.median(what)) for count, n, cell in found if (count, cell.operation) == (masters, operation)
+            ]
+            panel.plot(
+                *zip(*line, strict=True),
+                label="1 master" if masters == 1 else f"{masters} masters",
+                color=color,
+                marker="o",
+                markersize=4,
+            )
+        panel.set(xscale="log", title=title, xlabel="partitions")
+        panel.set_ylim(bottom=0)
+        panel.set_xticks(partitions, [str(n) for n in partitions])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.grid(axis="y", linewidth=0.4, color="#cccccc")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

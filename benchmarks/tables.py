@@ -39,7 +39,7 @@ def calls(cells: Sequence[Cell]) -> str:
         rows = _by_contender(cell for cell in cells if cell.operation == operation)
         if rows:
             head = [f"{operation}: calls/s, client + Redis us", *map(_tasks, tasks), f"p99, {_tasks(tasks[-1])}"]
-            parts.append(table(head, ([name, *map(_cell, row), _p99(row[-1])] for name, row in rows.items())))
+            parts.append(table(head, ([name, *map(cell, row), _p99(row[-1])] for name, row in rows.items())))
     return "\n".join(parts)
 
 
@@ -143,8 +143,9 @@ def _tasks(number: int) -> str:
     return "1 task" if number == 1 else f"{number} tasks"
 
 
-def _cell(cell: Cell) -> str:
-    return f"{cell.median():,.0f}<br>{cell.median('cpu'):.1f} + {cell.median('server'):.1f}"
+def cell(one: Cell) -> str:
+    """Return the calls a second, and the processor time of a call."""
+    return f"{one.median():,.0f}<br>{one.median('cpu'):.1f} + {one.median('server'):.1f}"
 
 
 def _p99(cell: Cell) -> str:

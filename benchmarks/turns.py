@@ -6,7 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -53,6 +53,14 @@ class Cell:
     server: list[float] = field(default_factory=list)  # Microseconds a call: processor time of Redis.
     p50: list[float] = field(default_factory=list)  # Milliseconds.
     p99: list[float] = field(default_factory=list)
+
+    def add(self, turn: Mapping[str, float], spent: float) -> None:
+        """Add a turn. *spent*: the processor time of Redis, in seconds."""
+        self.rates.append(turn["calls"] / turn["seconds"])
+        self.cpu.append(turn["cpu"] / turn["calls"] * 1e6)
+        self.server.append(spent / turn["calls"] * 1e6)
+        self.p50.append(turn["p50"] * 1e3)
+        self.p99.append(turn["p99"] * 1e3)
 
     def median(self, what: str = "rates") -> float:
         """Return the median of the rounds."""
@@ -185,7 +193,7 @@ class Workers:
                 for worker in row[first:] + row[:first]:
                     self._turn(worker, found[worker], seconds, keep=turn >= 0)
             cells += found.values()
-            _print([*found.values()])
+            show([*found.values()])
         return cells
 
     def _turn(self, worker: Worker, cell: Cell, seconds: float, *, keep: bool) -> None:
@@ -198,11 +206,7 @@ class Workers:
         turn = worker.ask(operation=cell.operation, tasks=cell.tasks, seconds=seconds)
         spent = server.seconds(self._admin) - before
         if keep:
-            cell.rates.append(turn["calls"] / turn["seconds"])
-            cell.cpu.append(turn["cpu"] / turn["calls"] * 1e6)
-            cell.server.append(spent / turn["calls"] * 1e6)
-            cell.p50.append(turn["p50"] * 1e3)
-            cell.p99.append(turn["p99"] * 1e3)
+            cell.add(turn, spent)
 
 
 def _node() -> list[str]:
@@ -218,7 +222,8 @@ def _node() -> list[str]:
     return [node, str(folder / "worker.js")]
 
 
-def _print(row: Sequence[Cell]) -> None:
+def show(row: Sequence[Cell]) -> None:
+    """Print a row of the results, compared with its first cell."""
     tasks = "1 task" if row[0].tasks == 1 else f"{row[0].tasks} tasks"
     print(f"\n{row[0].operation}, {tasks}: medians of the rounds, (quartiles) of the ratios to the first")
     for cell in row:

@@ -1,0 +1,83 @@
+"""Check, sweep and reindex many sessions while another client measures delays: `python -m benchmarks.maintaining`.
+
+A tenth of the sessions has expired, so their ids are stale. A second store adds a reference.
+"""
+
+import argparse
+import asyncio
+import resource
+import sys
+import time
+from collections import Counter
+from typing import Final
+
+from redis.asyncio import Redis
+
+from benchmarks.bystander import Bystander
+from rss import Reference, SessionStore
+from rss.testing import local_server, server_binary
+
+REFERENCES: Final = {"user_id": Reference(identity=True), "ip": Reference()}
+#: How many sessions are made at the same time.
+AT_ONCE: Final = 500
+
+
+async def fill(store: SessionStore, client: Redis, sessions: int) -> None:
+    """Make the sessions, three of each user, and let every tenth expire."""
+    for first in range(0, sessions, AT_ONCE):
+        rows = [{"user_id": n // 3, "ip": f"10.{n % 1000}", "team": n % 5000} for n in range(first, first + AT_ONCE)]
+        ids = await asyncio.gather(*map(store.create, rows))
+        await client.unlink(*map(store.get_session_key, ids[::10]))
+
+
+async def run(sessions: int) -> None:
+    """Measure, and print a table."""
+    binary = server_binary()
+    assert binary
+    with local_server(binary) as url, Bystander(url) as bystander:
+        async with Redis.from_url(url) as client, SessionStore.from_url(url, references=REFERENCES) as store:
+            await fill(store, client, sessions)
+            with bystander.pinging():
+                await asyncio.sleep(10)
+            print(f"{sessions:,} sessions, of which a tenth has expired, on {(await about(client))}\n")
+            print("| | seconds | worst PING of another client in ms | memory of the process in MB | result |")
+            print("|---|---:|---:|---:|---|")
+            print(f"| at rest | 10 | {bystander.longest:.1f} | {_memory():.0f} | |")
+            later = SessionStore.from_url(url, references={**REFERENCES, "team": Reference()})
+            for name, work in (
+                ("check", lambda: _kinds(store)),
+                ("sweep", store.maintenance.sweep),
+                ("reindex", later.maintenance.reindex),
+            ):
+                began = time.perf_counter()
+                with bystander.pinging():
+                    result = await work()
+                spent = time.perf_counter() - began
+                print(f"| {name} | {spent:.0f} | {bystander.longest:.1f} | {_memory():.0f} | {result} |", flush=True)
+            await later.aclose()
+
+
+async def about(client: Redis) -> str:
+    """Return the name and the version of the server."""
+    info = await client.info("server")
+    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
+
+
+async def _kinds(store: SessionStore) -> dict[str, int]:
+    return dict(Counter([finding.kind async for finding in store.maintenance.check()]))
+
+
+def _memory() -> float:
+    """Return the most memory that the process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    """Read the options, and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.maintaining", description=__doc__)
+    parser.add_argument("--sessions", type=int, default=1_000_000, help="how many sessions, a multiple of 500")
+    asyncio.run(run(parser.parse_args().sessions))
+
+
+if __name__ == "__main__":
+    main()
