@@ -1,4 +1,5 @@
-# What needs nothing but python3 (3.11 or newer), pip and make: `make demo`, `make serve` and `make test`.
+# What needs nothing but python3 (3.11 or newer), pip and make: `make demo`, `make serve`, `make serve-cluster` and
+# `make test`.
 .DEFAULT_GOAL := all
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SOURCES := rss tests benchmarks
 # A crash ends the run: pytest-xdist would repeat the test that crashed.
 WORKERS := -n 4 --dist loadfile --max-worker-restart 0
 
-.PHONY: all demo serve test coverage lowest bench bench-quick lint format dist clean
+.PHONY: all demo serve serve-cluster test coverage lowest bench bench-quick chaos lint format dist release-check clean
 .PRECIOUS: $(VENV)/.%
 
 all: lint test
@@ -18,9 +19,12 @@ all: lint test
 demo: $(VENV)/.demo
 	$(IN)/python -m rss.demo.story
 
-# A page of one's devices, to open in two browsers.
+# A page of one's devices, to open in two browsers; the same on a Redis Cluster of three masters.
 serve: $(VENV)/.serve
 	$(IN)/python -m rss.demo $(ARGS)
+
+serve-cluster: $(VENV)/.serve
+	RSS_SERVER=cluster $(IN)/python -m rss.demo $(ARGS)
 
 test: $(VENV)/.test
 	$(IN)/python -m pytest $(WORKERS) $(ARGS)
@@ -44,6 +48,10 @@ bench: $(VENV)/.bench
 bench-quick: $(VENV)/.bench
 	$(IN)/python -m benchmarks --quick
 
+# Faults of one Redis, of a Redis behind Sentinels and of a cluster: ten minutes, or two with ARGS=--quick.
+chaos: $(VENV)/.bench
+	$(IN)/python -m benchmarks.chaos $(ARGS)
+
 lint: $(VENV)/.lint
 	$(IN)/ruff format --check $(SOURCES)
 	$(IN)/ruff check $(SOURCES)
@@ -51,16 +59,26 @@ lint: $(VENV)/.lint
 	$(IN)/pyright --pythonpath $(IN)/python
 	$(IN)/python -m tests.lint_lua
 	$(IN)/python -m tests.documents
+	$(IN)/zizmor --offline --quiet --strict-collection --min-severity medium .github/workflows
 
 format: $(VENV)/.lint
 	$(IN)/ruff format $(SOURCES)
 	$(IN)/ruff check --fix $(SOURCES)
 
-# Wheel and sdist; then the wheel alone, in an environment of its own and outside the checkout.
+# Wheel and sdist; then the wheel alone, in an environment of its own and outside the checkout. Then its SBOM.
 dist: $(VENV)/.dist
 	rm -rf dist
 	$(IN)/python -m build
+	$(IN)/twine check --strict dist/*
 	$(PYTHON) tests/smoke.py dist/*.whl
+	$(IN)/python tests/sbom.py dist/*.whl
+
+# What a release must pass besides `make all`. With TAG=v1.2.3, the version and the changelog must agree with the tag.
+# Last, every public name must have a type. For that, pyright takes the Python on PATH: it ignores --pythonpath.
+release-check: $(VENV)/.lint
+	$(PYTHON) tests/release.py
+	$(MAKE) dist
+	PATH="$(abspath $(IN)):$$PATH" pyright --verifytypes rss --ignoreexternal
 
 # A stamp for each group of dependencies that is installed.
 $(VENV)/.%: pyproject.toml | $(VENV)
