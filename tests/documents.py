@@ -46,8 +46,9 @@ def main() -> None:
         for n, example in enumerate(files):
             (folder / f"example{n}").mkdir()
             (folder / f"example{n}" / f"{example.file}.py").write_text(example.source)
-        for one in folder.iterdir():
-            subprocess.run([sys.executable, "-m", "mypy", "--strict", *one.glob("*.py")], cwd=one, check=True)
+        mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder / "cache")]
+        for one in sorted(folder.glob("example*")):
+            subprocess.run([*mypy, *one.glob("*.py")], cwd=one, check=True)
         command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, name]
         subprocess.run(command, check=True)
 
