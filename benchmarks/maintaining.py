@@ -5,21 +5,25 @@ A tenth of the sessions has expired, so their ids are stale. A second store adds
 
 import argparse
 import asyncio
+import os
 import resource
 import sys
 import time
 from collections import Counter
 from typing import Final
 
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
 from benchmarks.bystander import Bystander
+from benchmarks.server import own_server, pin, version
 from rss import Reference, SessionStore
-from rss.testing import local_server, server_binary
 
 REFERENCES: Final = {"user_id": Reference(identity=True), "ip": Reference()}
 #: How many sessions are made at the same time.
 AT_ONCE: Final = 500
+#: The seconds at rest that are compared.
+REST: Final = 30
 
 
 async def fill(store: SessionStore, client: Redis, sessions: int) -> None:
@@ -30,37 +34,28 @@ async def fill(store: SessionStore, client: Redis, sessions: int) -> None:
         await client.unlink(*map(store.get_session_key, ids[::10]))
 
 
-async def run(sessions: int) -> None:
+async def run(sessions: int, url: str, about: str, bystander: Bystander) -> None:
     """Measure, and print a table."""
-    binary = server_binary()
-    assert binary
-    with local_server(binary) as url, Bystander(url) as bystander:
-        async with Redis.from_url(url) as client, SessionStore.from_url(url, references=REFERENCES) as store:
-            await fill(store, client, sessions)
+    async with Redis.from_url(url) as client, SessionStore.from_url(url, references=REFERENCES) as store:
+        await fill(store, client, sessions)
+        with bystander.pinging():
+            await asyncio.sleep(REST)
+        print(f"{sessions:,} sessions, of which a tenth has expired, on {about}\n")
+        print("| | seconds | worst PING of another client in ms | memory of the process in MB | result |")
+        print("|---|---:|---:|---:|---|")
+        print(f"| at rest | {REST} | {bystander.longest:.1f} | {_memory():.0f} | |")
+        later = SessionStore.from_url(url, references={**REFERENCES, "team": Reference()})
+        for name, work in (
+            ("check", lambda: _kinds(store)),
+            ("sweep", store.maintenance.sweep),
+            ("reindex", later.maintenance.reindex),
+        ):
+            began = time.perf_counter()
             with bystander.pinging():
-                await asyncio.sleep(10)
-            print(f"{sessions:,} sessions, of which a tenth has expired, on {(await about(client))}\n")
-            print("| | seconds | worst PING of another client in ms | memory of the process in MB | result |")
-            print("|---|---:|---:|---:|---|")
-            print(f"| at rest | 10 | {bystander.longest:.1f} | {_memory():.0f} | |")
-            later = SessionStore.from_url(url, references={**REFERENCES, "team": Reference()})
-            for name, work in (
-                ("check", lambda: _kinds(store)),
-                ("sweep", store.maintenance.sweep),
-                ("reindex", later.maintenance.reindex),
-            ):
-                began = time.perf_counter()
-                with bystander.pinging():
-                    result = await work()
-                spent = time.perf_counter() - began
-                print(f"| {name} | {spent:.0f} | {bystander.longest:.1f} | {_memory():.0f} | {result} |", flush=True)
-            await later.aclose()
-
-
-async def about(client: Redis) -> str:
-    """Return the name and the version of the server."""
-    info = await client.info("server")
-    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
+                result = await work()
+            spent = time.perf_counter() - began
+            print(f"| {name} | {spent:.0f} | {bystander.longest:.1f} | {_memory():.0f} | {result} |", flush=True)
+        await later.aclose()
 
 
 async def _kinds(store: SessionStore) -> dict[str, int]:
@@ -76,7 +71,12 @@ def main() -> None:
     """Read the options, and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.maintaining", description=__doc__)
     parser.add_argument("--sessions", type=int, default=1_000_000, help="how many sessions, a multiple of 500")
-    asyncio.run(run(parser.parse_args().sessions))
+    sessions = parser.parse_args().sessions
+    with own_server() as url, SyncRedis.from_url(url) as admin:
+        if others := pin(admin):
+            os.sched_setaffinity(0, others)  # Also for the bystander.
+        with Bystander(url) as bystander:
+            asyncio.run(run(sessions, url, version(admin), bystander))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, cast
@@ -16,9 +16,11 @@ import redis.exceptions
 from rss.durations import Duration, milliseconds
 from rss.engine.failures import failure_of
 from rss.engine.lane import Node
-from rss.engine.meta import NEW, ask, connected, forget, mark
+from rss.engine.line import line_to
+from rss.engine.meta import NEW, forget, mark
 from rss.engine.operations import Operations, Position
 from rss.engine.scan import scan
+from rss.engine.scripts import pack
 from rss.errors import IncompleteReference, SessionError
 from rss.keys import Parsed
 
@@ -143,7 +145,7 @@ class Maintenance:
         async with _step():
             await servers.ready()
         async with _step():
-            await forget(layout, self._operations.fields.references, servers.connect)
+            await forget(layout, self._operations.fields.references, servers.master_of)
         names = [*await self._incomplete()]
         for _ in range(_TRIES):
             if not (left := await self._incomplete()):
@@ -151,7 +153,7 @@ class Maintenance:
             token = layout.mint()
             for name, kind in left.items():
                 async with _step():
-                    await mark(layout, [name], f"{kind} {token}", servers.connect)
+                    await mark(layout, [name], f"{kind} {token}", servers.master_of)
             new = [name for name, kind in left.items() if kind == NEW]
             async for _ in self._inspect(report, ("session",), "hash", added=new):
                 pass
@@ -212,14 +214,10 @@ class Maintenance:
                 if one.kind in kinds and one.kind not in _KNOWN:
                     strays.add(name, one, page.node)
             report(page.share)
-        for name, kind, node in strays:
-            mended = False
-            if mend:
-                with contextlib.suppress(SessionError):  # The slot has moved, or Redis is away.
-                    async with _step(), connected(node.make_connection) as connection:
-                        await ask(connection, "UNLINK", name)
-                        mended = True
-            yield Finding(kind, name.decode(errors="backslashreplace"), mended)
+        for node, keys in strays.by_server():
+            removed = await _remove(node, list(keys)) if mend else set()
+            for name, kind in keys.items():
+                yield Finding(kind, name.decode(errors="backslashreplace"), name in removed)
         report(1)
 
     def _parse(self, name: bytes) -> Parsed:
@@ -272,16 +270,31 @@ class _Strays:
     """The keys that are stray or misplaced, without those of other stores whose prefixes begin with the same one."""
 
     def __init__(self) -> None:
-        self._keys: dict[bytes, tuple[Kind, Node]] = {}
+        self._keys: dict[Node, dict[bytes, Kind]] = {}
+        self._count = 0
         self._stems: set[bytes] = set()  # The beginnings of the keys of other stores.
 
     def add(self, name: bytes, parsed: Parsed, node: Node) -> None:
         if name.endswith(b":_meta"):
             self._stems.add(name.removesuffix(b"_meta"))
-        elif len(self._keys) < _MOST_STRAYS:
-            self._keys[name] = cast("Kind", parsed.kind), node
+        elif self._count < _MOST_STRAYS:
+            self._count += 1
+            self._keys.setdefault(node, {})[name] = cast("Kind", parsed.kind)
 
-    def __iter__(self) -> Iterator[tuple[bytes, Kind, Node]]:
-        for name, (kind, node) in self._keys.items():
-            if not any(map(name.startswith, self._stems)):
-                yield name, kind, node
+    def by_server(self) -> Iterator[tuple[Node, dict[bytes, Kind]]]:
+        for node, keys in self._keys.items():
+            yield node, {name: kind for name, kind in keys.items() if not any(map(name.startswith, self._stems))}
+
+
+async def _remove(node: Node, names: Sequence[bytes]) -> set[bytes]:
+    """Remove keys, and return those that were removed: not all if a slot has moved, or the server is away."""
+    removed = set[bytes]()
+    with contextlib.suppress(OSError, redis.exceptions.RedisError):
+        async with line_to(node) as line:
+            for start in range(0, len(names), _AT_ONCE):
+                some = names[start : start + _AT_ONCE]
+                replies = await line.ask_each(*(pack("UNLINK", name) for name in some))
+                removed.update(
+                    name for name, reply in zip(some, replies, strict=True) if not isinstance(reply, Exception)
+                )
+    return removed

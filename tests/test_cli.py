@@ -411,7 +411,7 @@ async def test_the_options_of_references_are_kept(redis_url: str, keyspace: Keys
         place, meta = Place(redis_url, keyspace.prefix, store, admin), store.operations.layout.meta
 
         async def held() -> Held | None:
-            return await held_by(store.operations.layout, store.operations.engine.servers.connect)
+            return await held_by(store.operations.layout, store.operations.engine.servers.master_of)
 
         assert await held() == Held("1", None, None, {"a": Reference()}, json=True)
         await admin.hset(meta, "reference:a", "")

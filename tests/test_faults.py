@@ -795,9 +795,10 @@ async def test_no_id_and_no_value_in_logs_and_errors(
     """No id and no value appears in errors or logs, at any log level."""
     caplog.set_level(logging.DEBUG)
     await plant(own, "{SECRET-b}")
-    await everywhere(own.client, "CONFIG SET", "maxmemory", 1)
     errors: list[BaseException] = []
     async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(everywhere, own.client, "CONFIG SET", "maxmemory", 0)
+        await everywhere(own.client, "CONFIG SET", "maxmemory", 1)
         proxy, store = await stack.enter_async_context(behind_proxy(url, timeout=0.3))
         bare = stack.enter_context(own_server("--rename-command", "EVALSHA", ""))
         without = await stack.enter_async_context(Redis.from_url(bare))
@@ -813,7 +814,6 @@ async def test_no_id_and_no_value_in_logs_and_errors(
             with pytest.raises((StoreUnavailable, SessionError, SessionNotFound)) as raised:
                 await call()
             errors.append(raised.value)
-    await everywhere(own.client, "CONFIG SET", "maxmemory", 0)
     while errors:
         error = errors.pop()
         assert "SECRET" not in str(error)

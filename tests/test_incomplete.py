@@ -1,6 +1,7 @@
 """Stores with different references share a prefix: no session is lost silently, and none refuses to start."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import sys
@@ -168,16 +169,16 @@ async def test_the_mark_is_written_before_the_reference_is_known(make: Make, mon
     await make("user_id").create({"ip": "x"})
     store = make("user_id", "ip")
     servers: Servers = store.operations.engine.servers
-    connect, calls = servers.connect, 0
+    master_of, calls = servers.master_of, 0
 
     def fail_later(key: str) -> object:
         nonlocal calls
         calls += 1
         if calls > 1:
             raise OSError("no more")
-        return connect(key)
+        return master_of(key)
 
-    monkeypatch.setattr(servers, "connect", fail_later)
+    monkeypatch.setattr(servers, "master_of", fail_later)
     with pytest.raises((SessionError, OSError)):
         async with asyncio.timeout(20):
             await servers.ready()
@@ -198,6 +199,7 @@ class Processes:
     def __init__(self, url: str, prefix: str) -> None:
         self._command = [sys.executable, "-m", "tests.process", url, prefix]
         self._running: list[asyncio.subprocess.Process] = []
+        self._all: list[asyncio.subprocess.Process] = []
         #: The sessions of processes that have ended, and how often they met each error.
         self.live: dict[str, dict[str, Any]] = {}
         self.errors = Counter[str]()
@@ -207,6 +209,7 @@ class Processes:
         made = await asyncio.create_subprocess_exec(
             *self._command, names, cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
+        self._all.append(made)
         assert made.stdout
         assert await made.stdout.readline() == b"begun\n"
         self._running.append(made)
@@ -227,25 +230,35 @@ class Processes:
             await asyncio.sleep(0.2)
             await self.end()
 
+    async def kill(self) -> None:
+        """Kill those that still run, because the test has failed."""
+        for one in self._all:
+            with contextlib.suppress(ProcessLookupError):
+                one.kill()
+            await one.wait()
 
+
+@pytest.mark.timeout(180)  # It starts twelve processes.
 async def test_a_rolling_deploy_and_its_rollback(
     make: Make, keyspace: Keyspace, request: pytest.FixtureRequest
 ) -> None:
     """Under load, no process meets another error than IncompleteReference, and reindexing finds every session."""
     url = request.getfixturevalue("cluster_url" if keyspace.partitions == 64 else "redis_url")
-    processes = Processes(url, keyspace.prefix)
-    for _ in range(3):
-        await processes.start("user_id")
-    for names in ("user_id,ip", "user_id", "user_id,ip"):
-        await processes.deploy(names)
-        store = make(*names.split(","))
-        assert await store.maintenance.reindex() == (["ip"] if "ip" in names else [])
-        for session_id, values in processes.live.items():
-            for name in names.split(","):
-                assert session_id in await store.ids_by(name, values[name])
-        await store.aclose()
-    for _ in range(3):
-        await processes.end()
+    async with contextlib.AsyncExitStack() as stack:
+        processes = Processes(url, keyspace.prefix)
+        stack.push_async_callback(processes.kill)
+        for _ in range(3):
+            await processes.start("user_id")
+        for names in ("user_id,ip", "user_id", "user_id,ip"):
+            await processes.deploy(names)
+            store = make(*names.split(","))
+            assert await store.maintenance.reindex() == (["ip"] if "ip" in names else [])
+            for session_id, values in processes.live.items():
+                for name in names.split(","):
+                    assert session_id in await store.ids_by(name, values[name])
+            await store.aclose()
+        for _ in range(3):
+            await processes.end()
     assert processes.errors["IncompleteReference"] > 0
     assert len(processes.live) > 10
 

@@ -41,7 +41,7 @@ async def examine(store: Store, url: str) -> AsyncIterator[Line]:
     yield _distribution()
     masters = store.operations.engine.servers.masters
     for node in masters:
-        async with asyncio.timeout(store.operations.timeout), connected(node.make_connection) as connection:
+        async with asyncio.timeout(store.operations.timeout), connected(node) as connection:
             where = f" of {_address(connection)}" if len(masters) > 1 else ""
             for line in await _server(connection, url):
                 yield line._replace(what=line.what + where)
@@ -155,7 +155,7 @@ async def _scripts(store: Store) -> list[Line]:
     if not lines:
         lines.append(Line("ok", "scripts", "This user may run every script."))
     node = store.operations.engine.servers.masters[0]
-    async with asyncio.timeout(store.operations.timeout), connected(node.make_connection) as connection:
+    async with asyncio.timeout(store.operations.timeout), connected(node) as connection:
         for command in (("SCAN", "0", "MATCH", f"{store.operations.layout.prefix}:*", "COUNT", "1"), ("DBSIZE",)):
             try:
                 await ask(connection, *command)
@@ -228,7 +228,7 @@ class _Trial:
             names += [make(self._field or "", self._value, partition) for make in (layout.reference, layout.fence)]
         try:
             for name in names:
-                async with self._operations.engine.servers.connect(name) as connection:
+                async with connected(self._operations.engine.servers.master_of(name)) as connection:
                     await ask(connection, "UNLINK", name)
         except (OSError, redis.exceptions.RedisError):
             return True

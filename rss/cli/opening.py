@@ -93,7 +93,7 @@ async def read_meta(client: Client, prefix: str) -> Held | None:
         await engine.connect()
         async with asyncio.timeout(store.operations.timeout):
             await engine.servers.ready()
-            return await held_by(store.operations.layout, engine.servers.connect)
+            return await held_by(store.operations.layout, engine.servers.master_of)
     except (OSError, redis.exceptions.RedisError) as error:
         raise failure_of(error) from error
     finally:

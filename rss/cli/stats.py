@@ -121,7 +121,7 @@ class Statistics:
         """Ask for the size of a key, and whether some ids of a set are stale. Do nothing if Redis refuses to answer."""
         try:
             if id(node) not in self._connections:
-                self._connections[id(node)] = await stack.enter_async_context(connected(node.make_connection))
+                self._connections[id(node)] = await stack.enter_async_context(connected(node))
             connection = self._connections[id(node)]
             if kind.startswith("set "):
                 await self._sample_set(kind.removeprefix("set "), name, connection)

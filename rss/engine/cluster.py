@@ -10,7 +10,6 @@ import contextvars
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, cast
 
 import redis.exceptions
@@ -90,13 +89,13 @@ class Cluster:
         """The servers that together have all keys."""
         return [self._node(address) for address in dict.fromkeys(self._masters.values())]
 
-    def connect(self, key: str) -> AbstractAsyncContextManager[AbstractConnection]:
-        """Return a connection to the master of a key, for a few commands. Raises the errors of redis-py."""
+    def master_of(self, key: str) -> Node:
+        """Return the master of a key. Raises `ClusterDownError` of redis-py if there is none."""
         number = slot(tag_in(key))
         address = next((address for slots, address in self._masters.items() if number in slots), None)
         if address is None:
             raise redis.exceptions.ClusterDownError("CLUSTERDOWN a slot has no master")
-        return connected(self._node(address).make_connection)
+        return self._node(address)
 
     @property
     def volleys(self) -> int:
@@ -175,7 +174,7 @@ class Cluster:
         for address in self._candidates(doubts) if candidates is None else candidates:
             node = self._node(address)
             try:
-                async with asyncio.timeout(_PATIENCE), connected(node.make_connection) as connection:
+                async with asyncio.timeout(_PATIENCE), connected(node) as connection:
                     masters, replicas = self._read(address[0], await ask(connection, "CLUSTER", "SLOTS"))
             except Exception as failure:  # noqa: BLE001 - another server may give a topology that can be read
                 error = failure
@@ -220,7 +219,7 @@ class Cluster:
         if self._references is None:
             return
         try:
-            await open_store(self._layout, self._references, self.connect)
+            await open_store(self._layout, self._references, self.master_of)
         except redis.exceptions.AskError as error:  # MovedError is a kind of it.
             raise redis.exceptions.TryAgainError("TRYAGAIN the slot of the meta key moves") from error
 

@@ -6,7 +6,6 @@ import contextvars
 import functools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol
 
 import redis.exceptions
@@ -63,8 +62,8 @@ class Servers(Protocol):
         """The maximum number of volleys in flight in the lane `main` to one server."""
         ...
 
-    def connect(self, key: str) -> AbstractAsyncContextManager[AbstractConnection]:
-        """Return a connection to the server of a key, for a few commands."""
+    def master_of(self, key: str) -> "Node":
+        """Return the server of a key."""
         ...
 
     async def ready(self) -> None:

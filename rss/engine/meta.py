@@ -6,7 +6,6 @@ The commands run before the first call of a store, or beside its calls, on conne
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, NamedTuple
 
 import redis.exceptions
@@ -14,13 +13,14 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from rss.engine.lane import Node
 from rss.engine.scripts import read, sha
 from rss.errors import SessionError
 from rss.keys import Layout, Partitioned
 from rss.references import Reference
 
-#: Returns a connection to the server of a key, for a few commands.
-Connect = Callable[[str], AbstractAsyncContextManager[AbstractConnection]]
+#: Returns the master of a key.
+MasterOf = Callable[[str], Node]
 
 #: The beginning of a mark: the stores before lacked the reference, or some store lacked one that others had.
 NEW: Final = "new"
@@ -39,9 +39,9 @@ _OTHER: Final = {
 
 
 @contextlib.asynccontextmanager
-async def connected(make_connection: Callable[[], AbstractConnection]) -> AsyncIterator[AbstractConnection]:
-    """Open a connection for a few commands, and close it."""
-    connection = make_connection()
+async def connected(node: Node) -> AsyncIterator[AbstractConnection]:
+    """Open a connection to a server for a few commands, and close it."""
+    connection = node.make_connection()
     connection.retry = Retry(NoBackoff(), 0)
     try:
         await connection.connect()  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ async def _run(connection: AbstractConnection, script: str, key: str, *args: str
     return await ask(connection, "EVALSHA", sha(script), "1", key, *args)
 
 
-async def open_store(layout: Layout, references: Mapping[str, str], connect: Connect) -> None:
+async def open_store(layout: Layout, references: Mapping[str, str], master_of: MasterOf) -> None:
     """Compare a store with those that had its prefix before, and mark the references that only some of them have.
 
     A store makes no entries in the sets of a reference that it lacks. So if the stores before it lacked one of its
@@ -77,7 +77,7 @@ async def open_store(layout: Layout, references: Mapping[str, str], connect: Con
         "partitions": str(layout.partitions) if isinstance(layout, Partitioned) else "",
         "identity": layout.identity or "",
     }
-    async with connect(layout.meta) as connection:
+    async with connected(master_of(layout.meta)) as connection:
         options = (part for pair in references.items() for part in pair)
         try:
             reply = await _run(connection, _OPEN, layout.meta, *own.values(), *options)
@@ -90,7 +90,7 @@ async def open_store(layout: Layout, references: Mapping[str, str], connect: Con
         added, missing = ([name.decode() for name in names] for names in reply)
         for names, kind in ((added, NEW), (missing, LACKED)):
             if names:
-                await mark(layout, names, kind, connect)
+                await mark(layout, names, kind, master_of)
         for name in added:  # After the marks: if this is interrupted, the next store adds them again.
             await _run(connection, _MARK, layout.meta, f"reference:{name}", references[name])
     for names, text in ((added, "new"), (missing, "missing in this store")):
@@ -118,9 +118,9 @@ class Held(NamedTuple):
     json: bool | None
 
 
-async def held_by(layout: Layout, connect: Connect) -> Held | None:
+async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
     """Read the meta key. Return None if no store has used the prefix. Raises the errors of redis-py."""
-    async with connect(layout.meta) as connection:
+    async with connected(master_of(layout.meta)) as connection:
         reply = await ask(connection, "HGETALL", layout.meta)
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)  # RESP3, RESP2
     held = {name.decode(): value.decode() for name, value in pairs}
@@ -137,27 +137,37 @@ async def held_by(layout: Layout, connect: Connect) -> Held | None:
     )
 
 
-async def mark(layout: Layout, references: Iterable[str], value: str, connect: Connect) -> None:
+async def mark(layout: Layout, references: Iterable[str], value: str, master_of: MasterOf) -> None:
     """Mark references as incomplete, in each partition. *value*: any text. Raises the errors of redis-py."""
     fields = [part for name in references for part in (incomplete(name), value)]
-    for partition in range(layout.partitions):
-        key = layout.mark(partition)
-        async with connect(key) as connection:
-            await _run(connection, _MARK, key, *fields)
+    for node, keys in _marks(layout, master_of):
+        async with connected(node) as connection:
+            await ask(connection, "SCRIPT", "LOAD", _MARK)
+            for key in keys:
+                await ask(connection, "EVALSHA", sha(_MARK), "1", key, *fields)
 
 
-async def forget(layout: Layout, references: Container[str], connect: Connect) -> None:
+async def forget(layout: Layout, references: Container[str], master_of: MasterOf) -> None:
     """Forget all references of earlier stores except these. Raises the errors of redis-py."""
-    async with connect(layout.meta) as connection:
+    async with connected(master_of(layout.meta)) as connection:
         known = [field.decode() for field in await ask(connection, "HKEYS", layout.meta)]
         others = [name for field in known if (name := field.removeprefix("reference:")) != field]
         others = [name for name in others if name not in references]
-        for partition in range(layout.partitions if others else 0):
-            key = layout.mark(partition)
-            async with connect(key) as other:
-                await ask(other, "HDEL", key, *map(incomplete, others))
-        if others:
-            await ask(connection, "HDEL", layout.meta, *(f"reference:{name}" for name in others))
+        if not others:
+            return
+        for node, keys in _marks(layout, master_of):
+            async with connected(node) as other:
+                for key in keys:
+                    await ask(other, "HDEL", key, *map(incomplete, others))
+        await ask(connection, "HDEL", layout.meta, *(f"reference:{name}" for name in others))
+
+
+def _marks(layout: Layout, master_of: MasterOf) -> Iterable[tuple[Node, list[str]]]:
+    """Return the masters, and the keys of marks that each of them has."""
+    found: dict[Node, list[str]] = {}
+    for key in map(layout.mark, range(layout.partitions)):
+        found.setdefault(master_of(key), []).append(key)
+    return found.items()
 
 
 def incomplete(reference: str) -> str:

@@ -1,26 +1,21 @@
 """Iterate over the keys of a store, on all of its servers."""
 
-import asyncio
 import re
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
 from typing import Final, NamedTuple
 
 import redis.exceptions
-from redis.asyncio.connection import AbstractConnection
 
-from rss.engine.failures import error_for, failure_of
+from rss.engine.failures import failure_of
 from rss.engine.lane import Node, Servers
-from rss.engine.meta import ask, connected
+from rss.engine.line import Attempts, line_to
+from rss.engine.scripts import pack
 from rss.errors import StoreUnavailable
 
 # The approximate number of keys that one SCAN looks at. It keeps Redis busy for about a tenth of a millisecond.
 _COUNT: Final = 250
-# How often in a row to try again, and the seconds in between.
-_TRIES: Final = 20
-_PAUSE: Final = 0.25
-# Seconds for one command.
-_PATIENCE: Final = 2.0
+# The maximum number of failures in a row. They take about five seconds.
+_FAILURES: Final = 25
 
 
 class Keys(NamedTuple):
@@ -60,25 +55,19 @@ async def scan(servers: Servers, prefix: str, kind: str | None = None) -> AsyncG
 
 async def _scan_one(node: Node, options: Sequence[str]) -> AsyncGenerator[tuple[list[bytes], float]]:
     """Iterate over the keys of a server. If the connection breaks, begin anew: it may be another server then."""
-    cursor, seen, size, failures = b"0", 0, 1, 0
-    connection: AbstractConnection | None = None
-    async with AsyncExitStack() as stack:
-        while True:
-            try:
-                async with asyncio.timeout(_PATIENCE):
-                    if connection is None:
-                        connection = await stack.enter_async_context(connected(node.make_connection))
-                        cursor, seen, size = b"0", 0, max(await ask(connection, "DBSIZE"), 1)
-                    cursor, names = await ask(connection, "SCAN", cursor.decode(), *options)
-            except (OSError, redis.exceptions.RedisError) as error:  # TimeoutError is an OSError.
-                connection, failures = None, failures + 1
-                if final := error_for(error):
-                    raise final from error
-                if failures == _TRIES:
-                    raise StoreUnavailable("a server does not answer, so its keys cannot be listed") from error
-                await asyncio.sleep(_PAUSE)
-                continue
-            failures, seen = 0, seen + _COUNT
-            yield names, min(seen / size, 1)
-            if cursor == b"0":
-                return
+    attempts = Attempts()
+    while True:
+        try:
+            async with line_to(node) as line:
+                cursor, seen, (size,) = b"0", 0, await line.ask(pack("DBSIZE"))
+                while True:
+                    ((cursor, names),) = await line.ask(pack("SCAN", cursor, *options))
+                    attempts.failures, seen = 0, seen + _COUNT
+                    yield names, min(seen / max(size, 1), 1)
+                    if cursor == b"0":
+                        return
+        except (OSError, redis.exceptions.RedisError) as error:  # TimeoutError is an OSError.
+            if final := await attempts.failed(error):
+                raise final from error
+            if attempts.failures == _FAILURES:
+                raise StoreUnavailable("a server does not answer, so its keys cannot be listed") from error

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -13,7 +12,7 @@ from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 
 from rss.engine.coalesce import Batch
 from rss.engine.lane import VOLLEYS, Lane, Node
-from rss.engine.meta import connected, open_store
+from rss.engine.meta import open_store
 from rss.engine.scripts import Scripts
 from rss.keys import Layout
 
@@ -55,7 +54,7 @@ class OneServer:
     async def ready(self) -> None:
         """Compare the store once with those before it. Raises `SessionError` if the keys have another layout."""
         if not self._opened and self._references is not None:
-            await open_store(self._layout, self._references, self.connect)
+            await open_store(self._layout, self._references, self.master_of)
             self._opened = True
 
     @property
@@ -63,10 +62,10 @@ class OneServer:
         """The servers that together have all keys."""
         return (self._node,)
 
-    def connect(self, key: str) -> AbstractAsyncContextManager[AbstractConnection]:
-        """Return a connection for a few commands on a key."""
+    def master_of(self, key: str) -> Node:
+        """Return the server: it has all keys."""
         del key
-        return connected(self._node.make_connection)
+        return self._node
 
     def redirect(self, lane: Lane, batch: Batch, error: Exception) -> bool:
         """Leave the batch in its lane."""

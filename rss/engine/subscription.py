@@ -4,102 +4,26 @@ import asyncio
 import contextvars
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 import redis.exceptions
 
-from rss.engine.channel import Channel, Listener
-from rss.engine.coalesce import backoff
-from rss.engine.failures import error_for, failure_of
-from rss.engine.lane import Node, Servers
+from rss.engine.failures import failure_of
+from rss.engine.lane import Servers
+from rss.engine.line import PING, Attempts, Line, line_to
 from rss.engine.scripts import pack
 from rss.errors import StoreUnavailable
 from rss.keys import Layout, Partitioned
 
-# Seconds between two checks of the connections, and for each reply.
+# Seconds between two checks of the connections.
 _EVERY: Final = 1.0
-_PATIENCE: Final = 2.0
-# Seconds for connecting to a server.
-_CONNECTING: Final = 10.0
 # The maximum number of messages that wait for the reader.
 _WAITING: Final = 10_000
-
-_PING: Final = pack("PING")
 # Sharded channels are new in this version of Redis.
 _SHARDED: Final = 7
 
 Message = bytes
-
-
-class _Subscriber(Listener):
-    """A connection to one server that is subscribed to the channels of some partitions."""
-
-    def __init__(self, node: Node, channels: Sequence[str], subscription: "Subscription", *, sharded: bool) -> None:
-        self.node = node
-        self._channels = channels
-        self._subscription = subscription
-        self._sharded = sharded
-        self._channel: Channel | None = None
-        self._replied = asyncio.Event()
-        self._error: Exception | None = None
-
-    async def open(self) -> None:
-        """Connect and subscribe. Raises the errors of redis-py."""
-        async with asyncio.timeout(_CONNECTING):
-            self._channel = await self.node.open(self)
-        about = await self._ask(pack("HELLO", 3))
-        new = isinstance(about, dict) and int(about[b"version"].split(b".")[0]) >= _SHARDED
-        command = "SSUBSCRIBE" if self._sharded and new else "SUBSCRIBE"
-        # A successful SUBSCRIBE has no reply, only pushes. A reply that comes before that to PING is its error.
-        await self._ask(b"".join(pack(command, name) for name in self._channels) + _PING)
-
-    async def check(self) -> None:
-        """Raise an error if the connection is lost, or the server does not answer."""
-        await self._ask(_PING)
-
-    async def _ask(self, command: bytes) -> Any:
-        replies: list[Any] = []
-
-        def note(reply: Any) -> None:
-            replies.append(reply)
-            self._replied.set()
-
-        self._replied.clear()
-        if self._channel is None or not self._channel.usable:
-            raise self._error or redis.exceptions.ConnectionError("the connection was lost")
-        self._channel.send(command, [note])
-        async with asyncio.timeout(_PATIENCE):
-            await self._replied.wait()
-        reply = replies[0] if replies else self._error
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-    def close(self) -> None:
-        """Close the connection."""
-        channel, self._channel = self._channel, None
-        if channel:
-            channel.abort()
-
-    # Events of the channel.
-
-    def pushed(self, message: Sequence[Any]) -> None:
-        """Take a message. If a slot has moved, the server ends the subscription, so the connection is of no use."""
-        kind = message[0]
-        if kind in (b"message", b"smessage"):
-            self._subscription.put(message[2])
-        elif kind in (b"unsubscribe", b"sunsubscribe"):
-            self._break(redis.exceptions.ConnectionError("the slot of a channel has moved"))
-
-    def lost(self, channel: Channel, error: Exception | None) -> None:
-        """Note that messages may be missed from now on."""
-        del channel
-        self._break(error or redis.exceptions.ConnectionError("the connection was lost"))
-
-    def _break(self, error: Exception) -> None:
-        self._error = error
-        self._replied.set()
 
 
 class Subscription:
@@ -136,36 +60,43 @@ class Subscription:
 
     async def serve(self, begun: asyncio.Event) -> None:
         """Keep connections to all servers, until this is cancelled. *begun*: set when all are subscribed."""
-        failures = 0
+        attempts = Attempts()
         while not self._is_closed():
-            listeners: list[_Subscriber] = []
             try:
-                await self._servers.ready()
-                owners = list(self._servers.owners)
-                for node in dict.fromkeys(owners):
-                    names = [self._layout.events(n) for n, owner in enumerate(owners) if owner is node]
-                    listeners.append(_Subscriber(node, names, self, sharded=isinstance(self._layout, Partitioned)))
-                    await listeners[-1].open()
-                if begun.is_set():
-                    self.put(None)
-                begun.set()
-                failures = 0
-                while list(self._servers.owners) == owners and not self._is_closed():
-                    for listener in listeners:
-                        await listener.check()
-                    await asyncio.sleep(_EVERY)
+                async with AsyncExitStack() as stack:
+                    await self._servers.ready()
+                    owners = list(self._servers.owners)
+                    lines: list[Line] = []
+                    for node in dict.fromkeys(owners):
+                        lines.append(await stack.enter_async_context(line_to(node, self._pushed)))
+                        await self._subscribe(lines[-1], [n for n, owner in enumerate(owners) if owner is node])
+                    if begun.is_set():
+                        self.put(None)
+                    begun.set()
+                    while list(self._servers.owners) == owners and not self._is_closed():
+                        await asyncio.gather(*(line.stay(_EVERY) for line in lines))
+                        attempts.failures = 0
             except Exception as error:  # noqa: BLE001 - a retry may help after any error, even of a hook of the user
-                failures, self.failure = failures + 1, error
-                if final := error_for(error):
+                self.failure = error
+                if final := await attempts.failed(error):
                     self._end(final, begun)
                     return
-                for listener in listeners:
-                    listener.node.doubt()
-                await asyncio.sleep(backoff(failures))
-            finally:
-                for listener in listeners:
-                    listener.close()
         self._end(StoreUnavailable("the store was closed"), begun)
+
+    async def _subscribe(self, line: Line, partitions: Sequence[int]) -> None:
+        (about,) = await line.ask(pack("HELLO", 3))
+        new = isinstance(about, dict) and int(about[b"version"].split(b".")[0]) >= _SHARDED
+        command = "SSUBSCRIBE" if isinstance(self._layout, Partitioned) and new else "SUBSCRIBE"
+        channels = (pack(command, self._layout.events(partition)) for partition in partitions)
+        # A successful SUBSCRIBE has no reply, only pushes. A reply that comes before that to PING is its error.
+        await line.ask(b"".join(channels) + PING)
+
+    def _pushed(self, message: Sequence[Any]) -> None:
+        """Take a message. If a slot has moved, the server ends the subscription, so the line is of no use."""
+        if message[0] in (b"message", b"smessage"):
+            self.put(message[2])
+        elif message[0] in (b"unsubscribe", b"sunsubscribe"):
+            raise redis.exceptions.ConnectionError("the slot of a channel has moved")
 
     def _end(self, error: Exception, begun: asyncio.Event) -> None:
         self._error = error
