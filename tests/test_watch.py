@@ -173,6 +173,23 @@ async def test_a_user_without_the_right(url: str) -> None:
         await store.aclose()
 
 
+async def test_a_user_that_may_not_ping(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is checked by a command. A refusal of that shows that the server answers."""
+    monkeypatch.setattr("rss.engine.watch._EVERY", 0.01)
+    async with client_of(url) as admin:
+        await admin.execute_command("ACL", "SETUSER", "poor", "reset", "on", ">pw", "~*", "+@all", "-ping")
+        store = SessionStore.from_url(url.replace("://", "://poor:pw@"))
+        session_id = await store.create()
+        tasks = await waiting(store, session_id)
+        before = {one["id"] for one in await connections(admin)}
+        await asyncio.sleep(0.1)
+        assert {one["id"] for one in await connections(admin)} == before
+        await store.delete(session_id)
+        assert await reasons(tasks) == ["deleted"]
+        await store.aclose()
+        await admin.execute_command("ACL", "DELUSER", "poor")
+
+
 async def test_a_session_whose_slot_moves(servers: Cluster, keyspace: Keyspace) -> None:
     """Callers are told by the master that has the slot then, after a migration and after a failover of clients."""
     async with SessionStore.from_url(servers.url, prefix=keyspace.prefix, timeout=20) as store:

@@ -6,7 +6,7 @@ import importlib.metadata
 import secrets
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,6 +14,7 @@ import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
 
 from rss.cli.opening import Store
+from rss.engine.lane import Node
 from rss.engine.meta import ask, connected
 from rss.engine.operations import Position
 from rss.errors import SessionError, StoreUnavailable
@@ -40,13 +41,13 @@ async def examine(store: Store, url: str) -> AsyncIterator[Line]:
     yield _transport(url)
     yield _distribution()
     masters = store.operations.engine.servers.masters
-    for node in masters:
+    for node in masters:  # Each has users and settings of its own.
         async with asyncio.timeout(store.operations.timeout), connected(node) as connection:
             where = f" of {_address(connection)}" if len(masters) > 1 else ""
-            for line in await _server(connection, url):
+            for line in [*await _server(connection, url), *await _commands(store, connection)]:
                 yield line._replace(what=line.what + where)
-    for line in await _scripts(store):
-        yield line
+        for line in await _scripts(store, node):
+            yield line._replace(what=line.what + where)
     yield await _latency(store)
     async for line in _references(store):
         yield line
@@ -137,9 +138,24 @@ async def _lazy_expiry(connection: AbstractConnection) -> Line:
     return Line("warning", what, "A large reference set that expires stops Redis for a moment: set it to yes.")
 
 
-async def _scripts(store: Store) -> list[Line]:
-    """Try every script on a session of its own, and remove its keys. Then try what maintenance needs."""
-    trial, lines = _Trial(store), list[Line]()
+async def _commands(store: Store, connection: AbstractConnection) -> list[Line]:
+    """Try the plain commands that maintenance needs."""
+    lines = list[Line]()
+    for command in (("SCAN", "0", "MATCH", f"{store.operations.layout.prefix}:*", "COUNT", "1"), ("DBSIZE",)):
+        try:
+            await ask(connection, *command)
+        except redis.exceptions.ResponseError:
+            why = "so check, repair, reindex, sweep, stats and copy cannot run as this user."
+            lines.append(Line("warning", f"command {command[0]}", f"This user may not run it, {why}"))
+    return lines
+
+
+async def _scripts(store: Store, node: Node) -> list[Line]:
+    """Try every script on a session of its own, and remove its keys."""
+    partitions = {number for number, owner in enumerate(store.operations.engine.servers.owners) if owner is node}
+    if not partitions:
+        return []
+    trial, lines = _Trial(store, partitions), list[Line]()
     try:
         for name, call in trial.calls():
             try:
@@ -147,38 +163,35 @@ async def _scripts(store: Store) -> list[Line]:
             except StoreUnavailable:
                 raise
             except SessionError as error:
-                lines.append(Line("error", f"script {name}", f"{str(error).capitalize()}."))
+                lines.append(Line("error", f"script {name}", _sentence(error)))
     finally:
         left = await trial.clear()
     if left:
         lines.append(Line("error", "trial", "The keys of the trial were not removed: they expire within a minute."))
-    if not lines:
-        lines.append(Line("ok", "scripts", "This user may run every script."))
-    node = store.operations.engine.servers.masters[0]
-    async with asyncio.timeout(store.operations.timeout), connected(node) as connection:
-        for command in (("SCAN", "0", "MATCH", f"{store.operations.layout.prefix}:*", "COUNT", "1"), ("DBSIZE",)):
-            try:
-                await ask(connection, *command)
-            except redis.exceptions.ResponseError:
-                why = "so check, repair, reindex, sweep, stats and copy cannot run as this user."
-                lines.append(Line("warning", f"command {command[0]}", f"This user may not run it, {why}"))
-    return lines
+    return lines or [Line("ok", "scripts", "This user may run every script.")]
+
+
+def _sentence(error: SessionError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 class _Trial:
-    """A session of a value that no application uses, and the calls of all scripts on it."""
+    """A session in one of some partitions, of a value that no application uses, and the calls of all scripts on it."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, partitions: Collection[int]) -> None:
         self._store = store
         self._operations = store.operations
         layout = self._operations.layout
         self._field = layout.identity or next(iter(store.fields.references), None)
-        self._value = f"doctor-{secrets.token_hex(16)}"
+        while True:
+            self._value = f"doctor-{secrets.token_hex(16)}"
+            home = layout.home([(self._field, self._value)] if self._field else [])
+            if home is None or home in partitions:  # The value of an identity determines its partition.
+                break
         self._values: dict[str, Any] = {self._field: self._value} if self._field else {}
-        home = layout.home([(self._field, self._value)] if self._field else [])
-        self._ids = [layout.mint(home)]
-        self._partition = layout.place(self._ids[0])[1]
-        self._ids += [layout.mint(self._partition) for _ in range(2)]
+        self._partition = min(partitions) if home is None else home
+        self._ids = [layout.mint(self._partition) for _ in range(3)]
 
     def calls(self) -> Iterator[tuple[str, Callable[[], Awaitable[object]]]]:
         """Iterate over the name and the call of each script."""
@@ -258,7 +271,7 @@ async def _references(store: Store) -> AsyncIterator[Line]:
             with store.operations.incompleteness(name, 0) as incomplete:
                 marked = await incomplete
         except SessionError as error:
-            yield Line("error", what, f"{str(error).capitalize()}.")
+            yield Line("error", what, _sentence(error))
             continue
         if marked:
             yield Line("warning", what, "Its sets may lack sessions: run rss reindex.")

@@ -106,7 +106,7 @@ class Line(Listener):
     async def stay(self, seconds: float) -> None:
         """Wait, and check then that the server still answers. A lost connection is noticed at once."""
         await asyncio.wait((self._lost,), timeout=seconds)
-        await self.ask(PING)
+        await self.ask_each(PING)  # The refusal of a user without this right is an answer too.
 
     def _send(self, data: bytes, answers: Sequence[Answer]) -> None:
         if self._channel and not self._lost.done():

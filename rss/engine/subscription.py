@@ -73,9 +73,9 @@ class Subscription:
                     if begun.is_set():
                         self.put(None)
                     begun.set()
+                    attempts.failures = 0
                     while list(self._servers.owners) == owners and not self._is_closed():
                         await asyncio.gather(*(line.stay(_EVERY) for line in lines))
-                        attempts.failures = 0
             except Exception as error:  # noqa: BLE001 - a retry may help after any error, even of a hook of the user
                 self.failure = error
                 if final := await attempts.failed(error):

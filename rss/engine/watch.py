@@ -66,9 +66,9 @@ class Watch:
                     self._line = line
                     for name in self._waiting:
                         self._look(line, name)
+                    attempts.failures = 0
                     while True:
                         await line.stay(_EVERY)
-                        attempts.failures = 0
             except Exception as error:  # noqa: BLE001 - a retry may help after any error, even of a hook of the user
                 self._line = None
                 if final := await attempts.failed(error):
