@@ -27,7 +27,7 @@ _PASSING: Final = {
 }  # fmt: skip
 _LASTING: Final = {"OOM", "MISCONF", "AUTH"}
 #: The server is a node of a cluster. It does not have the slot, or will lose it, or there are several slots.
-_REDIRECTED: Final = {"MOVED", "ASK", "CROSSSLOT"}
+REDIRECTED: Final = {"MOVED", "ASK", "CROSSSLOT"}
 #: The code of a script that needs a key which a moving slot may have on the other master.
 LATER: Final = "RSSLATER"
 #: The server is not the master. A new connection may reach the master.
@@ -47,7 +47,7 @@ _CLASSES: Final[dict[type[Exception], str]] = {
 }
 _ALIASES: Final = {"NOAUTH": "AUTH", "WRONGPASS": "AUTH"}
 # Redis 6.2 and 7.0 put other words before the code if a command inside a script fails.
-_CODE: Final = re.compile(rf"(?:^|[ :]-|ERR )({'|'.join([*_PASSING, *_LASTING, *_ALIASES, *_REDIRECTED])})\b")
+_CODE: Final = re.compile(rf"(?:^|[ :]-|ERR )({'|'.join([*_PASSING, *_LASTING, *_ALIASES, *REDIRECTED])})\b")
 # Errors without a code. Redis replies the first one instead of NOAUTH to a large command.
 _WORDS: Final = {
     "unauthenticated": "AUTH",
@@ -99,7 +99,7 @@ def error_for(error: BaseException) -> Exception | None:
         return with_cause(type(error)(*error.args), error.__cause__)
     if code in _PASSING or (not code and not isinstance(error, redis.exceptions.ResponseError)):
         return None
-    if code and code not in _REDIRECTED:
+    if code and code not in REDIRECTED:
         return with_cause(StoreUnavailable(f"Redis refuses: {code}"), error)
     if refusal := _REFUSALS.get(_first_word(error)):
         return refusal(text.removeprefix("ERR ").partition(" ")[2])

@@ -9,7 +9,7 @@ import redis.exceptions
 
 from rss.engine.channel import Answer, Channel, Listener
 from rss.engine.coalesce import backoff
-from rss.engine.failures import error_for
+from rss.engine.failures import REDIRECTED, code_of, error_for
 from rss.engine.scripts import pack
 
 #: A command that always has a reply.
@@ -133,7 +133,8 @@ class Attempts:
 
     async def failed(self, error: Exception) -> Exception | None:
         """Wait until the next attempt, and return None. If no attempt can help, return the error for the caller."""
-        if final := error_for(error):
+        # A redirection tells that the servers of a cluster have changed: the next attempt goes to the right one.
+        if (final := error_for(error)) and code_of(error) not in REDIRECTED:
             return final
         self.failures += 1
         await asyncio.sleep(backoff(self.failures))
