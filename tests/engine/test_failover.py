@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,33 +59,43 @@ async def test_a_master_that_is_demoted(url: str) -> None:
                 one.cancel()
             back.close()
 
+    async with (
+        replicated_pair(ports) as (first, second),
+        serving(relay) as port,
+        SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=40) as store,
+    ):
+        await store.set("a", {"n": 0})
+        done, counted = asyncio.Event(), list[bool]()
+        counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
+        while len(counted) < 50:
+            await asyncio.sleep(0.01)
+        while await second.hget("rss:{a}", "n") is None:
+            await asyncio.sleep(0.01)
+        # For a moment no master accepts writes. Then the replica takes over.
+        await first.replicaof("127.0.0.1", str(ports[0]))
+        await until(first, "replication", "role", "slave")
+        acknowledged = len(counted)
+        await second.replicaof("NO", "ONE")
+        target = ports[1]
+        while len(counted) < acknowledged + 50:
+            await asyncio.sleep(0.01)
+        done.set()
+        await outcomes(counting)
+        assert all(counted)  # Refused calls were retried, so each ran once.
+        assert (await store.get("a", ["n"]))["n"] <= len(counted)
+        assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
+
+
+@contextlib.asynccontextmanager
+async def replicated_pair(ports: Sequence[int]) -> AsyncIterator[tuple[Redis, Redis]]:
+    """Start a master and its replica, and yield clients of both."""
     with (
         own_server("--port", str(ports[0]), *REPLICATED),
         own_server("--port", str(ports[1]), *REPLICATED, "--replicaof", "127.0.0.1", str(ports[0])),
     ):
-        async with serving(relay) as port, Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
+        async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
             await until(second, "replication", "master_link_status", "up")
-            async with SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=40) as store:
-                await store.set("a", {"n": 0})
-                done, counted = asyncio.Event(), list[bool]()
-                counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
-                while len(counted) < 50:
-                    await asyncio.sleep(0.01)
-                while await second.hget("rss:{a}", "n") is None:
-                    await asyncio.sleep(0.01)
-                # For a moment no master accepts writes. Then the replica takes over.
-                await first.replicaof("127.0.0.1", str(ports[0]))
-                await until(first, "replication", "role", "slave")
-                acknowledged = len(counted)
-                await second.replicaof("NO", "ONE")
-                target = ports[1]
-                while len(counted) < acknowledged + 50:
-                    await asyncio.sleep(0.01)
-                done.set()
-                await outcomes(counting)
-                assert all(counted)  # Refused calls were retried, so each ran once.
-                assert (await store.get("a", ["n"]))["n"] <= len(counted)
-                assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
+            yield first, second
 
 
 @contextlib.asynccontextmanager
@@ -102,32 +112,29 @@ async def watched(folder: Path, master: int) -> AsyncIterator[tuple[Redis, Redis
 async def test_a_failover_by_sentinels(tmp_path: Path) -> None:
     """After a failover by sentinels, writes go to the new master, and no increment is counted twice."""
     ports = [free_port(), free_port()]
-    with (
-        own_server("--port", str(ports[0]), *REPLICATED),
-        own_server("--port", str(ports[1]), *REPLICATED, "--replicaof", "127.0.0.1", str(ports[0])),
+    async with (
+        replicated_pair(ports) as (first, second),
+        # A sentinel asks a master for its replicas when the watch begins, and then only every ten seconds.
+        watched(tmp_path, ports[0]) as (guard, client),
     ):
-        async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
-            await until(second, "replication", "master_link_status", "up")
-            # A sentinel asks a master for its replicas when the watch begins, and then only every ten seconds.
-            async with watched(tmp_path, ports[0]) as (guard, client):
-                store = SessionStore(client, timeout=40)
-                await store.set("a", {"n": 0})
-                done, counted = asyncio.Event(), list[bool]()
-                counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
-                while len(counted) < 50:
-                    await asyncio.sleep(0.01)
-                while await second.hget("rss:{a}", "n") is None:
-                    await asyncio.sleep(0.01)
-                await _fail_over(guard)
-                await until(first, "replication", "role", "slave")
-                await until(second, "replication", "role", "master")
-                await until(first, "replication", "master_link_status", "up")
-                done.set()
-                await outcomes(counting, within=50)
-                # Until it is demoted, the old master acknowledges writes that are lost with it.
-                assert await store.increment("a", "n") <= len(counted) + 1
-                assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
-                await store.aclose()
+        store = SessionStore(client, timeout=40)
+        await store.set("a", {"n": 0})
+        done, counted = asyncio.Event(), list[bool]()
+        counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
+        while len(counted) < 50:
+            await asyncio.sleep(0.01)
+        while await second.hget("rss:{a}", "n") is None:
+            await asyncio.sleep(0.01)
+        await _fail_over(guard)
+        await until(first, "replication", "role", "slave")
+        await until(second, "replication", "role", "master")
+        await until(first, "replication", "master_link_status", "up")
+        done.set()
+        await outcomes(counting, within=50)
+        # Until it is demoted, the old master acknowledges writes that are lost with it.
+        assert await store.increment("a", "n") <= len(counted) + 1
+        assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
+        await store.aclose()
 
 
 async def test_a_master_that_is_replaced_but_lives(tmp_path: Path) -> None:
@@ -213,35 +220,33 @@ async def _info(server: ClusterServer, section: str) -> dict[str, Any]:
 async def test_a_master_that_wakes_up_replaced(tmp_path: Path, pause: float) -> None:
     """No write is lost that a master acknowledges after a pause, if the sentinels have another master by then."""
     ports = [free_port(), free_port()]
-    with (
-        own_server("--port", str(ports[0]), *REPLICATED),
-        own_server("--port", str(ports[1]), *REPLICATED, "--replicaof", "127.0.0.1", str(ports[0])),
+    async with (
+        replicated_pair(ports) as (first, second),
+        watched(tmp_path, ports[0]) as (guard, client),
+        SessionStore(client, timeout=20) as store,
     ):
-        async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
-            await until(second, "replication", "master_link_status", "up")
-            async with watched(tmp_path, ports[0]) as (guard, client), SessionStore(client, timeout=20) as store:
-                writers = Writers(store, [await store.create({"n": 0}) for _ in range(40)])
-                await writers.until_all_have_written()
-                process = (await first.info("server"))["process_id"]
-                await first.client_pause(500, all=False)
-                await until_replicated(first.info, second.info)
-                os.kill(process, signal.SIGSTOP)
-                try:
-                    await asyncio.sleep(0.1)  # Calls are in flight.
-                    await second.replicaof("NO", "ONE")
-                    await guard.sentinel_remove("main")
-                    await guard.sentinel_monitor("main", "127.0.0.1", ports[1], 1)
-                    time.sleep(0.6)  # noqa: ASYNC251 - the store must not ask the sentinels before the replies come
-                    await asyncio.sleep(pause)  # Now it may.
-                finally:
-                    os.kill(process, signal.SIGCONT)
-                key = store.get_session_key(next(iter(writers.acknowledged)))
-                held = await second.hget(key, "n")
-                async with asyncio.timeout(10):
-                    while await second.hget(key, "n") == held:  # Until the store has changed over.
-                        await asyncio.sleep(0.01)
-                await writers.until_all_have_written()
-                await writers.stop()
+        writers = Writers(store, [await store.create({"n": 0}) for _ in range(40)])
+        await writers.until_all_have_written()
+        process = (await first.info("server"))["process_id"]
+        await first.client_pause(500, all=False)
+        await until_replicated(first.info, second.info)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(0.1)  # Calls are in flight.
+            await second.replicaof("NO", "ONE")
+            await guard.sentinel_remove("main")
+            await guard.sentinel_monitor("main", "127.0.0.1", ports[1], 1)
+            time.sleep(0.6)  # noqa: ASYNC251 - the store must not ask the sentinels before the replies come
+            await asyncio.sleep(pause)  # Now it may.
+        finally:
+            os.kill(process, signal.SIGCONT)
+        key = store.get_session_key(next(iter(writers.acknowledged)))
+        held = await second.hget(key, "n")
+        async with asyncio.timeout(10):
+            while await second.hget(key, "n") == held:  # Until the store has changed over.
+                await asyncio.sleep(0.01)
+        await writers.until_all_have_written()
+        await writers.stop()
 
 
 async def test_a_master_of_a_cluster_that_wakes_up_replaced() -> None:
@@ -268,39 +273,33 @@ async def test_a_master_of_a_cluster_that_wakes_up_replaced() -> None:
 async def test_durable_revocations_survive_the_master(tmp_path: Path) -> None:
     """A revocation that was acknowledged as durable is one on the new master too, when the old one is killed."""
     ports = [free_port(), free_port()]
-    with (
-        own_server("--port", str(ports[0]), *REPLICATED),
-        own_server("--port", str(ports[1]), *REPLICATED, "--replicaof", "127.0.0.1", str(ports[0])),
-    ):
-        async with Redis(port=ports[0]) as first, Redis(port=ports[1]) as second:
-            await until(second, "replication", "master_link_status", "up")
-            async with watched(tmp_path, ports[0]) as (guard, client):
-                store = SessionStore(client, references=["user_id"], timeout=8)
-                ids = [await store.create({"user_id": n}) for n in range(400)]
-                ended, killed = list[str](), asyncio.Event()
+    async with replicated_pair(ports) as (first, second), watched(tmp_path, ports[0]) as (guard, client):
+        store = SessionStore(client, references=["user_id"], timeout=8)
+        ids = [await store.create({"user_id": n}) for n in range(400)]
+        ended, killed = list[str](), asyncio.Event()
 
-                async def revoke(ids: list[str]) -> None:
-                    for session_id in ids:
-                        # After a retry it may not know that it was the one that ended the session.
-                        await store.delete(session_id, durable=1)
-                        ended.append(session_id)
-                        if killed.is_set():
-                            return
+        async def revoke(ids: list[str]) -> None:
+            for session_id in ids:
+                # After a retry it may not know that it was the one that ended the session.
+                await store.delete(session_id, durable=1)
+                ended.append(session_id)
+                if killed.is_set():
+                    return
 
-                revoking = [asyncio.create_task(revoke(ids[n::4])) for n in range(4)]
-                while len(ended) < 100:
-                    await asyncio.sleep(0)
-                while not (await guard.sentinel_slaves("main")):
-                    await asyncio.sleep(0.05)
-                server = await first.info("server")
-                os.kill(server["process_id"], signal.SIGKILL)
-                killed.set()
-                await outcomes(revoking, within=50)
-                await until(second, "replication", "role", "master")
-                held = [await second.hget(store.get_session_key(session_id), "_ended") for session_id in ended]
-                assert held == [b"deleted"] * len(ended)
-                assert 100 <= len(ended) <= len(ids)
-                await store.aclose()
+        revoking = [asyncio.create_task(revoke(ids[n::4])) for n in range(4)]
+        while len(ended) < 100:
+            await asyncio.sleep(0)
+        while not (await guard.sentinel_slaves("main")):
+            await asyncio.sleep(0.05)
+        server = await first.info("server")
+        os.kill(server["process_id"], signal.SIGKILL)
+        killed.set()
+        await outcomes(revoking, within=50)
+        await until(second, "replication", "role", "master")
+        held = [await second.hget(store.get_session_key(session_id), "_ended") for session_id in ended]
+        assert held == [b"deleted"] * len(ended)
+        assert 100 <= len(ended) <= len(ids)
+        await store.aclose()
 
 
 async def _fail_over(guard: Redis) -> None:
