@@ -9,7 +9,7 @@ SOURCES := rss tests benchmarks
 
 # Most tests wait: for a server, a deadline, a browser. The tests of a file share a server and stay together.
 # A crash ends the run: pytest-xdist would repeat the test that crashed.
-WORKERS := -n 4 --dist loadfile --max-worker-restart 0
+WORKERS := -n 3 --dist loadfile --max-worker-restart 0
 
 .PHONY: all demo serve serve-cluster test coverage lowest bench bench-quick chaos lint format dist release-check clean
 .PRECIOUS: $(VENV)/.%
