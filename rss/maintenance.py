@@ -169,9 +169,7 @@ class Maintenance:
         found: dict[str, str] = {}
 
         async def ask_for(name: str, partition: int) -> None:
-            with self._operations.incompleteness(name, partition) as mark_of:
-                kind = (await mark_of).partition(" ")[0]
-            if kind:
+            if kind := (await self._operations.incompleteness(name, partition)).partition(" ")[0]:
                 found[name] = min(kind, found.get(name, NEW))
 
         partitions, names = range(self._layout.partitions), self._operations.fields.references

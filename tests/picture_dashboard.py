@@ -108,7 +108,7 @@ def _ask(url: str, query: str, began: float) -> list[dict[str, Any]]:
 
 
 def _draw(url: str, began: float, panels: list[dict[str, Any]]) -> None:
-    figure, axes = plt.subplots(len(panels) // 2, 2, figsize=(12, 9.5), layout="constrained")
+    figure, axes = plt.subplots(len(panels) // 2, 2, figsize=(13, 9), layout="constrained")
     for panel, place in zip(panels, axes.flat, strict=True):
         for target in panel["targets"]:
             for series in _ask(url, target["expr"], began):
@@ -122,7 +122,7 @@ def _draw(url: str, began: float, panels: list[dict[str, Any]]) -> None:
         if panel["fieldConfig"]["defaults"]["unit"] == "s":
             place.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds * 1000:,.0f} ms"))
         place.grid(axis="y", linewidth=0.4, color="#cccccc")
-        place.legend(fontsize=7, loc="upper left", frameon=False)
+        place.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(GUIDES / "rss-dashboard.svg", metadata={"Date": None})
 
 

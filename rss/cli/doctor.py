@@ -268,8 +268,7 @@ async def _references(store: Store) -> AsyncIterator[Line]:
     for name, kind in store.fields.references.items():
         what = f"reference {name}"
         try:
-            with store.operations.incompleteness(name, 0) as incomplete:
-                marked = await incomplete
+            marked = await store.operations.incompleteness(name, 0)
         except SessionError as error:
             yield Line("error", what, _sentence(error))
             continue

@@ -5,8 +5,8 @@ of each script describes its arguments.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple
 
@@ -510,20 +510,15 @@ class Operations:
         keys = (self.layout.reference(field, value, partition),)
         return self.engine.run(COUNT_BY, keys, partition=partition, begun=begun)
 
-    @contextmanager
-    def incompleteness(self, field: str, partition: int, *, begun: bool = False) -> Iterator[Awaitable[str]]:
+    def incompleteness(self, field: str, partition: int, *, begun: bool = False) -> Awaitable[str]:
         """Ask for the mark of a reference whose sets may lack sessions, beside other calls. "": they are complete.
 
-        All partitions have the same answer, but for a moment.
+        All partitions have the same answer, but for a moment. If another call fails first, nobody has to wait for it.
 
         *begun*: ask even while the store closes. See `several`.
         """
         keys = (self.layout.mark(partition), incomplete(field))
-        call = self.engine.run(IS_INCOMPLETE, keys, partition=partition, begun=begun)
-        try:
-            yield _unheeded(call)
-        finally:
-            call.cancel()  # If another call has failed, nobody waits for this one.
+        return _unheeded(self.engine.run(IS_INCOMPLETE, keys, partition=partition, begun=begun))
 
     def complete(self, field: str, token: str, partition: int) -> Awaitable[int]:
         """Remove the mark of a reference in a partition, and return 1. Return 0 if it does not hold the token."""

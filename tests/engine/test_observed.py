@@ -55,6 +55,21 @@ async def test_a_call_is_observed_before_its_caller_continues(store: SessionStor
     assert 0 <= duration < took + 0.002  # The clock of uvloop counts milliseconds.
 
 
+async def test_a_search_that_stops_early_has_no_error(store: SessionStore, seen: list[Observation]) -> None:
+    """A caller that wants only the first session found causes no error of a call beside it."""
+    await store.set("a", {"user_id": 1})
+
+    async def search() -> None:
+        async with aclosing(store.find_by("user_id", 1)) as sessions:
+            assert await anext(sessions)
+
+    for _ in range(20):
+        await asyncio.gather(*(search() for _ in range(20)))
+    await store.aclose()
+    assert [observation.operation for observation in seen].count("hget") == 400
+    assert {observation.error for observation in seen} == {None}
+
+
 async def test_a_wait_counts(store: SessionStore, admin: Redis, seen: list[Observation]) -> None:
     """The duration includes the time for which the server stands still."""
     async with stopped(admin):
