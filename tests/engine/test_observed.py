@@ -60,8 +60,9 @@ async def test_a_search_that_stops_early_has_no_error(store: SessionStore, seen:
     await store.set("a", {"user_id": 1})
 
     async def search() -> None:
-        async with aclosing(store.find_by("user_id", 1)) as sessions:
-            assert await anext(sessions)
+        sessions: Any = store.find_by("user_id", 1)
+        assert await anext(sessions)
+        await sessions.aclose()
 
     for _ in range(20):
         await asyncio.gather(*(search() for _ in range(20)))
