@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import redis.exceptions
 from redis import Redis as SyncRedis
 
-from rss import IncompleteReference, Reference, SessionStore, TextCodec
-from rss.cli import main, opening
+from rss import IncompleteReference, PartlyDone, Reference, SessionStore, TextCodec
+from rss.cli import doctor, main, opening, output
 from rss.encryption import EncryptingCodec
 from rss.engine.meta import Held, held_by
 from tests.keyspace import Keyspace
@@ -241,8 +242,9 @@ async def test_stats(place: Place) -> None:
     for one in gone:
         await place.admin.unlink(place.store.get_session_key(one))
     await place.admin.set(f"{place.prefix}:thing", "x", ex=600)
+    await place.admin.set(place.store.get_session_key("a-string"), "x", ex=600)
     [told] = (await place.rss("stats", "--json")).lines
-    assert (told["sessions"], told["tombstones"], told["other"]) == (34, 1, 1)
+    assert (told["sessions"], told["tombstones"], told["other"]) == (34, 1, 2)
     assert told["fences"] > 0
     assert told["references"]["user_id"]["largest"] == [{"value": "7", "ids": 29}, {"value": "8", "ids": 10}]
     assert told["references"]["user_id"]["ids"] == 39
@@ -502,6 +504,37 @@ async def test_a_server_that_stops(url: str) -> None:
     assert "cannot connect to Redis" in result.err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PartlyDone(3, 1, 16), 3, "run it again"),
+        (IncompleteReference("user_id"), 1, "rss reindex"),
+        (TimeoutError(), 3, "Redis does not answer"),
+        (redis.exceptions.ConnectionError("127.0.0.1 hung up"), 3, "Redis does not answer"),
+        (ValueError("a bad argument"), 2, "a bad argument"),
+    ],
+)
+async def test_an_error_is_a_sentence(
+    place: Place, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str
+) -> None:
+    """Each error becomes one sentence and an exit code."""
+    await place.store.create({"user_id": 7})
+
+    async def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(SessionStore, "count_by", fail)
+    result = await place.rss("count", "user_id=7", expect=code)
+    assert result.err.count("\n") == 1
+    assert words in result.err
+
+
+def test_numbers_for_people() -> None:
+    """Sizes have units, and a time that is none is left out."""
+    assert [output.size(count) for count in (7, 2048, 5e6, 5e9)] == ["7 B", "2.05 kB", "5 MB", "5 GB"]
+    assert output.date(b"soon") is None
+
+
 def test_the_extra_is_missing() -> None:
     """Without click or rich, one sentence says how to install them."""
     for name in ("click", "rich"):
@@ -691,6 +724,42 @@ async def test_the_doctor_of_a_master_with_other_rights(place: Place) -> None:
     ], [line for line in result.lines if line["level"] == "error"]
 
 
+async def test_the_doctor_of_a_bad_server(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old server, a disk that is full, a slow network and a foreign module of the same name are told."""
+    info = {"redis_version": "6.0.16", "aof_last_write_status": "err", "maxmemory_policy": "noeviction"}
+    monkeypatch.setattr("rss.cli.doctor._info", lambda _: info)
+    monkeypatch.setattr("rss.cli.doctor._SLOW", -1)
+    owners = {"rss": ["redis-session-sets", "another"]}
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
+    told = {
+        line["what"]: (line["level"], line["sentence"])
+        for line in (await place.rss("doctor", "--json", expect=1)).lines
+    }
+    assert told["server"] == ("error", "Redis 6.0.16 is too old: install Redis 6.2 or newer, or Valkey.")
+    assert told["persistence"] == ("error", "Redis could not write to disk, and may refuse writes: see its log.")
+    assert told["module rss"] == ("error", "Another distribution has a module rss too: uninstall another.")
+    assert told["latency"][0] == "warning"
+    assert told["latency"][1].endswith("run the application nearer to Redis.")
+
+
+@pytest.mark.parametrize(
+    ("url", "level", "words"),
+    [
+        ("rediss://redis.example:6379", "ok", "encrypted by TLS"),
+        ("rediss+cluster://redis.example", "ok", "encrypted by TLS"),
+        ("redis://user:pw@redis.example", "warning", "use rediss://"),
+        ("redis+sentinel://127.0.0.1:1,redis.example:2/main", "warning", "use rediss://"),
+        ("redis://[::1]:6379", "ok", "does not leave this machine"),
+        ("unix:///run/redis.sock", "ok", "does not leave this machine"),
+    ],
+)
+async def test_the_doctor_of_a_transport(place: Place, url: str, level: str, words: str) -> None:
+    """A connection to another machine must be encrypted."""
+    line = await anext(doctor.examine(place.store, url))
+    assert (line.what, line.level) == ("transport", level)
+    assert words in line.sentence
+
+
 async def test_the_doctor_of_a_server_that_evicts() -> None:
     """A server that may evict sessions is an error; without a limit of memory, a warning."""
     limited = ("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
@@ -733,6 +802,11 @@ async def test_the_doctor_of_a_user_without_rights(url: str) -> None:
             assert {name for name in lines if lines[name]["level"] == "error"} >= set(list(what)[:1])
             assert sorted(await admin.keys("*")) == before
         assert "This user of Redis has no permission" in str(lines)
+        for rule, line in (("-hget", "reference user_id"), ("-unlink", "trial")):
+            await admin.execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *ACL_RULE.split(), rule)
+            result = await asyncio.to_thread(run, "doctor", "--url", user, "--json")
+            assert {one["what"]: one["level"] for one in result.lines}.get(line) in ("error", "warning"), result
+        await admin.execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *ACL_RULE.split())
         await admin.execute_command("ACL", "SETUSER", "app", "+info", "+scan", "+dbsize")
         result = await asyncio.to_thread(run, "doctor", "--url", user, "--json")
         assert "may not run CONFIG GET" in result.out

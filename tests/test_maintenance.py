@@ -13,7 +13,8 @@ from redis.asyncio import Redis, RedisCluster
 from rss import Reference, SessionError, SessionStore, StoreUnavailable
 from rss.maintenance import Finding, Maintenance
 from tests.keyspace import Keyspace
-from tests.servers import own_server
+from tests.servers import client_of, own_server
+from tests.test_acl import ACL_RULE
 
 REFERENCES = {"user_id": Reference(identity=True), "ip": Reference()}
 
@@ -311,6 +312,38 @@ async def test_a_sweeper_survives_a_failure(
             while outcomes:
                 await asyncio.sleep(0.01)
     assert "the sweep failed: no answer" in caplog.text
+
+
+async def test_a_sweeper_of_a_closed_store(store: SessionStore) -> None:
+    """A sweeper ends quietly when the store is closed."""
+    async with store.maintenance.sweeper("10ms"):
+        await store.aclose()
+        async with asyncio.timeout(20):
+            while len(asyncio.all_tasks()) > 1:
+                await asyncio.sleep(0.01)
+
+
+async def test_names_that_are_no_text(url: str) -> None:
+    """A key whose name is not UTF-8 is stray. It is found and removed."""
+    async with client_of(url) as admin, SessionStore.from_url(url, prefix="raw") as store:
+        session_id = await store.create()
+        await admin.set(b"raw:\xff\xfe", "x")
+        [finding] = await listed(store.maintenance.check())
+        assert (finding.kind, finding.key, finding.mended) == ("stray", "raw:\\xff\\xfe", False)
+        assert [found.mended for found in await listed(store.maintenance.repair())] == [True]
+        assert await listed(store.maintenance.check()) == []
+        assert await store.get(session_id)
+
+
+async def test_a_user_without_the_right(url: str) -> None:
+    """A user that may not list keys is told which right is missing."""
+    async with client_of(url) as admin:
+        await admin.execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *ACL_RULE.split())
+        store = SessionStore.from_url(url.replace("://", "://app:secret@"))
+        with pytest.raises(SessionError, match="no permission for the command dbsize"):
+            await listed(store.maintenance.check())
+        await store.aclose()
+        await admin.execute_command("ACL", "DELUSER", "app")
 
 
 async def test_a_server_that_is_away_is_told() -> None:

@@ -74,6 +74,15 @@ async def test_a_session_moves_when_it_is_used(
     assert await source.ended("a") == "rotated"
 
 
+async def test_sessions_of_both_sides_end(store: MovingStore, source: SessionStore) -> None:
+    """`delete_by` ends the sessions at both sides, except those to keep."""
+    ids = [await source.create({"user_id": 7}) for _ in range(4)]
+    assert await store.get(ids[0])
+    assert await store.delete_by("user_id", 7, keep=[ids[1]]) == 3
+    assert [bool(await store.get(session_id)) for session_id in ids] == [False, True, False, False]
+    assert await store.delete_by("user_id", 7) == 1
+
+
 @pytest.mark.parametrize("moved", [True, False])
 async def test_every_operation(store: MovingStore, source: SessionStore, *, moved: bool) -> None:
     """Each operation has the same result, whether its session has moved already or not."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -448,6 +448,21 @@ async def test_nobody_has_no_sessions(sessions: Sessions, keyspace: Keyspace) ->
         assert await session.delete_all() == 0
         assert session.take_cookies() == []
     assert await keyspace.dump() == before
+
+
+async def test_a_search_without_redis(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If Redis does not answer a search, the session says so, as after each other call."""
+    session = request(sessions, await begin(sessions, user_id=7))
+
+    async def fail(*_: object) -> AsyncIterator[dict[str, Any]]:
+        raise StoreUnavailable("no answer")
+        yield {}
+
+    monkeypatch.setattr(sessions.store, "find_by", fail)
+    with pytest.raises(StoreUnavailable):
+        await anext(session.find_all())
+    assert isinstance(session.failure, StoreUnavailable)
+    assert sessions.get_reference_key("user_id", 7) == sessions.store.get_reference_key("user_id", 7)
 
 
 async def test_a_store_without_an_identity_says_so(store: SessionStore) -> None:

