@@ -11,7 +11,9 @@ import pytest
 from redis.asyncio import Redis, RedisCluster
 
 from rss import Reference, SessionError, SessionStore, StoreUnavailable
+from rss.engine.scan import scan
 from rss.maintenance import Finding, Maintenance
+from rss.testing import Cluster
 from tests.keyspace import Keyspace
 from tests.servers import client_of, own_server
 from tests.test_acl import ACL_RULE
@@ -344,6 +346,27 @@ async def test_a_user_without_the_right(url: str) -> None:
             await listed(store.maintenance.check())
         await store.aclose()
         await admin.execute_command("ACL", "DELUSER", "app")
+
+
+async def test_a_slot_that_moves_during_a_check(servers: Cluster, keyspace: Keyspace) -> None:
+    """If a slot moves while keys are listed, they are listed anew, so that none is missed."""
+    async with SessionStore.from_url(servers.url, prefix=keyspace.prefix, timeout=20) as store:
+        layout: Any = store.operations.layout
+        ids = [layout.mint(number) for number in range(layout.partitions) for _ in range(10)]
+        await asyncio.gather(*(store.set(session_id, {"n": 1}) for session_id in ids))
+        *_, last = dict.fromkeys(store.operations.engine.servers.masters)
+        moving = store.operations.engine.servers.owners.index(last)
+        slot, seen, moved = layout.slots[moving], set[bytes](), False
+        owner = servers.owner(slot)
+        target = servers.owner(layout.slots[0])
+        async for page in scan(store.operations.engine.servers, keyspace.prefix):
+            if not moved:  # The target is listed already, or is being listed.
+                await asyncio.to_thread(servers.migrate, slot, target)
+                await store.set(ids[10 * moving], {"n": 2})
+                moved = True
+            seen.update(page.names)
+        assert seen >= {store.get_session_key(session_id).encode() for session_id in ids}
+        await asyncio.to_thread(servers.migrate, slot, owner)
 
 
 async def test_a_server_that_is_away_is_told() -> None:
