@@ -169,7 +169,9 @@ class Maintenance:
         found: dict[str, str] = {}
 
         async def ask_for(name: str, partition: int) -> None:
-            if kind := (await self._operations.incompleteness(name, partition)).partition(" ")[0]:
+            with self._operations.incompleteness(name, partition) as mark_of:
+                kind = (await mark_of).partition(" ")[0]
+            if kind:
                 found[name] = min(kind, found.get(name, NEW))
 
         partitions, names = range(self._layout.partitions), self._operations.fields.references

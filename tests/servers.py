@@ -356,7 +356,7 @@ def sentinel(folder: Path, master: int) -> Iterator[int]:
     config.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
         f"sentinel monitor main 127.0.0.1 {master} 1\n"
-        "sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 3000\n"
+        "sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 3000\n"
     )
     process = subprocess.Popen([binary, str(config), "--sentinel"], stdout=subprocess.DEVNULL)
     try:

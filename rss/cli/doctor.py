@@ -264,7 +264,8 @@ async def _references(store: Store) -> AsyncIterator[Line]:
     for name, kind in store.fields.references.items():
         what = f"reference {name}"
         try:
-            marked = await store.operations.incompleteness(name, 0)
+            with store.operations.incompleteness(name, 0) as incomplete:
+                marked = await incomplete
         except SessionError as error:
             yield Line("error", what, _sentence(error))
             continue

@@ -24,16 +24,16 @@ class FanOut:
         Raises `IncompleteReference` at the end if sessions may be missing.
         """
         partitions = self._layout.with_value(field, value)
-        incomplete = self._operations.incompleteness(field, partitions[0], begun=begun)
-        positions = await self._beginnings(field, value, begun=begun)
-        while positions:
-            pages = await self._operations.find_by(field, value, fields, positions, begun=begun)
-            for page in pages:
-                for pairs in page.sessions:
-                    yield pairs
-            positions = [page.position for page in pages if not page.position.done]
-        if await incomplete:
-            raise IncompleteReference(field)
+        with self._operations.incompleteness(field, partitions[0], begun=begun) as incomplete:
+            positions = await self._beginnings(field, value, begun=begun)
+            while positions:
+                pages = await self._operations.find_by(field, value, fields, positions, begun=begun)
+                for page in pages:
+                    for pairs in page.sessions:
+                        yield pairs
+                positions = [page.position for page in pages if not page.position.done]
+            if await incomplete:
+                raise IncompleteReference(field)
 
     async def delete(
         self,
@@ -79,34 +79,34 @@ class FanOut:
                 if position.done:
                     return
 
-        incomplete = self._operations.incompleteness(field, partitions[0], begun=True)
-        for again in range(1 + moving):
-            token, first = self._layout.mint(), [*keep] if required and not again else []
-            for partition in first:  # They may raise that nothing is to end.
-                await end(partition, token, required=True)
-            rest = [partition for partition in partitions if partition not in first]
-            sizes: Sequence[int | BaseException] = [1] * len(rest)
-            if block == "open" and len(rest) > 1:  # A block must reach the partitions without a set, too.
-                calls = (self._operations.count_by(field, value, partition, begun=True) for partition in rest)
-                sizes = await asyncio.gather(*calls, return_exceptions=True)
-            endings = [
-                end(partition, token, required=False)
-                for partition, size in zip(rest, sizes, strict=True)
-                if size and not isinstance(size, BaseException)
-            ]
-            outcomes = await asyncio.gather(*endings, return_exceptions=True)
-            _raise_first([*sizes, *outcomes], ended, len(partitions))
-        if await incomplete:
-            raise IncompleteReference(field, ended)
+        with self._operations.incompleteness(field, partitions[0], begun=True) as incomplete:
+            for again in range(1 + moving):
+                token, first = self._layout.mint(), [*keep] if required and not again else []
+                for partition in first:  # They may raise that nothing is to end.
+                    await end(partition, token, required=True)
+                rest = [partition for partition in partitions if partition not in first]
+                sizes: Sequence[int | BaseException] = [1] * len(rest)
+                if block == "open" and len(rest) > 1:  # A block must reach the partitions without a set, too.
+                    calls = (self._operations.count_by(field, value, partition, begun=True) for partition in rest)
+                    sizes = await asyncio.gather(*calls, return_exceptions=True)
+                endings = [
+                    end(partition, token, required=False)
+                    for partition, size in zip(rest, sizes, strict=True)
+                    if size and not isinstance(size, BaseException)
+                ]
+                outcomes = await asyncio.gather(*endings, return_exceptions=True)
+                _raise_first([*sizes, *outcomes], ended, len(partitions))
+            if await incomplete:
+                raise IncompleteReference(field, ended)
         return ended
 
     async def count(self, field: str, value: object) -> int:
         """Return the number of ids in the sets of a value. Raises `IncompleteReference` if ids may be missing."""
         partitions = self._layout.with_value(field, value)
-        incomplete = self._operations.incompleteness(field, partitions[0])
-        sizes = await asyncio.gather(*(self._operations.count_by(field, value, p) for p in partitions))
-        if await incomplete:
-            raise IncompleteReference(field)
+        with self._operations.incompleteness(field, partitions[0]) as incomplete:
+            sizes = await asyncio.gather(*(self._operations.count_by(field, value, p) for p in partitions))
+            if await incomplete:
+                raise IncompleteReference(field)
         return sum(sizes)
 
     async def blocked(self, field: str, value: object) -> int:

@@ -5,8 +5,8 @@ of each script describes its arguments.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple
 
@@ -510,15 +510,23 @@ class Operations:
         keys = (self.layout.reference(field, value, partition),)
         return self.engine.run(COUNT_BY, keys, partition=partition, begun=begun)
 
-    def incompleteness(self, field: str, partition: int, *, begun: bool = False) -> Awaitable[str]:
+    @contextmanager
+    def incompleteness(self, field: str, partition: int, *, begun: bool = False) -> Iterator[Awaitable[str]]:
         """Ask for the mark of a reference whose sets may lack sessions, beside other calls. "": they are complete.
 
-        All partitions have the same answer, but for a moment. If another call fails first, nobody has to wait for it.
+        All partitions have the same answer, but for a moment.
 
         *begun*: ask even while the store closes. See `several`.
         """
         keys = (self.layout.mark(partition), incomplete(field))
-        return _unheeded(self.engine.run(IS_INCOMPLETE, keys, partition=partition, begun=begun))
+        call = self.engine.run(IS_INCOMPLETE, keys, partition=partition, begun=begun)
+        try:
+            yield _unheeded(call)
+        except GeneratorExit:  # The caller has found enough, which is no failure that an observer should see.
+            raise
+        except BaseException:  # Nobody waits for this call any more, so it must not keep a connection busy.
+            call.cancel()
+            raise
 
     def complete(self, field: str, token: str, partition: int) -> Awaitable[int]:
         """Remove the mark of a reference in a partition, and return 1. Return 0 if it does not hold the token."""
