@@ -599,6 +599,25 @@ async def test_watching(url: str, *, as_json: bool) -> None:
             assert words[3] == f"ended    {second} of 7 stolen"
 
 
+async def test_watching_a_reason(url: str) -> None:
+    """`watch --reason` leaves out what has another reason."""
+    async with client_of(url) as admin, SessionStore.from_url(url, references=REFERENCES, events=True) as store:
+        await admin.flushall()
+        async with SessionStore.from_url(url, references=REFERENCES):
+            pass
+        process = command("watch", "--url", url, "--json", "--reason", "password")
+        assert process.stdout
+        while not await admin.pubsub_channels():
+            await asyncio.sleep(0.01)
+        first, second = [await store.create({"user_id": 7}) for _ in range(2)]
+        await store.delete(first, reason="logout")
+        await store.delete(second, reason="password")
+        event = json.loads(await asyncio.to_thread(process.stdout.readline))
+        process.send_signal(signal.SIGINT)
+        await asyncio.to_thread(process.communicate, None, 30)
+        assert (event["kind"], event["session_id"]) == ("ended", second)
+
+
 async def test_an_interrupted_sweep(url: str) -> None:
     """After a Ctrl-C in a long sweep, the command says how far it got, and nothing is broken."""
     async with client_of(url) as admin, SessionStore.from_url(url, references=["ip"]) as store:
