@@ -60,8 +60,8 @@ class Bystander:
 
 def main() -> None:
     """Serve the requests on stdin."""
-    # Where the user may, run before all other processes of this core. Otherwise a PING that waits for a core would look
-    # like one that waits for Redis.
+    # A PING that waits for a core would look like one that waits for Redis. So this process goes before all others on
+    # its core, if the user has the right.
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     with Redis.from_url(sys.argv[1]) as client:

@@ -6,7 +6,7 @@ import io
 import random
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from unittest import mock
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.terminal_theme import MONOKAI
 
 from rss import Reference, SessionStore
 from rss.cli import main, output
-from tests.servers import own_server
+from tests.servers import client_of, own_server
 
 GUIDES: Final = Path(__file__).parents[1] / "rss" / "guides"
 _REFERENCES: Final = {"user_id": Reference(identity=True), "ip": Reference(), "team": Reference(strict=True)}
@@ -30,7 +30,7 @@ _COMMANDS: Final = {
 async def _fill(url: str) -> None:
     """Make sessions and some damage."""
     chance = random.Random(7)
-    async with SessionStore.from_url(url, references=_REFERENCES) as store:
+    async with SessionStore.from_url(url, references=_REFERENCES) as store, client_of(url) as client:
         devices = ["Firefox on Linux", "Safari on iPhone", "Chrome on Windows"]
         ids = [
             await store.create(
@@ -38,7 +38,6 @@ async def _fill(url: str) -> None:
             )
             for n in range(1200)
         ]
-        client: Any = store._owned
         for one in ids[100:130]:
             await client.unlink(store.get_session_key(one))
         for one in ids[7:10]:

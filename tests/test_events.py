@@ -146,7 +146,7 @@ async def test_without_the_option_nothing_is_told(
 @on_both
 async def test_each_is_told_once_or_a_gap_is(store: SessionStore, client: Redis | RedisCluster) -> None:
     """While connections are cut, each login and each end is told once, or a gap is told. None is told twice."""
-    done: dict[tuple[str, str], int] = {}  # What was done, and how many events had been read before.
+    done: dict[tuple[str, str], int] = {}  # For each thing done: how many events had been read before it.
 
     async def work(reader: Reader, number: int) -> None:
         for n in range(LOGINS // 20):

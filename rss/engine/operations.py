@@ -522,9 +522,11 @@ class Operations:
         call = self.engine.run(IS_INCOMPLETE, keys, partition=partition, begun=begun)
         try:
             yield _unheeded(call)
-        except GeneratorExit:  # The caller has found enough, which is no failure that an observer should see.
+        except GeneratorExit:  # The caller has found enough. An observer should not see that as a failed call.
             raise
-        except BaseException:  # Nobody waits for this call any more, so it must not keep a connection busy.
+        except (
+            BaseException
+        ):  # Nobody waits for this call any more. Without this, it would be retried until its deadline.
             call.cancel()
             raise
 

@@ -31,7 +31,7 @@ class Watch:
         self._server = server
         self._loop = loop
         self._waiting: dict[bytes, set[_Future]] = {}
-        self._line: Line | None = None  # Where Redis says which keys have changed.
+        self._line: Line | None = None  # Its pushes name the keys that have changed.
         self._serving: asyncio.Task[None] | None = None
 
     async def ended(self, key: str) -> str | None:

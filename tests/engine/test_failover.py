@@ -21,6 +21,19 @@ from tests.engine.callers import outcomes
 from tests.servers import free_port, own_server, sentinel, serving, until
 
 
+async def _begin_to_count(
+    store: SessionStore, replica: Redis, done: asyncio.Event, counted: list[bool]
+) -> list[asyncio.Task[None]]:
+    """Let five tasks count in a session, and return them when the replica has it."""
+    await store.set("a", {"n": 0})
+    counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
+    while len(counted) < 50:
+        await asyncio.sleep(0.01)
+    while await replica.hget("rss:{a}", "n") is None:
+        await asyncio.sleep(0.01)
+    return counting
+
+
 async def _count(store: SessionStore, until_done: asyncio.Event, outcomes: list[bool], pause: float = 0.005) -> None:
     """Increment a field of session "a" until the event is set. A failed increment may have been counted."""
     while not until_done.is_set():
@@ -64,13 +77,8 @@ async def test_a_master_that_is_demoted(url: str) -> None:
         serving(relay) as port,
         SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=40) as store,
     ):
-        await store.set("a", {"n": 0})
         done, counted = asyncio.Event(), list[bool]()
-        counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
-        while len(counted) < 50:
-            await asyncio.sleep(0.01)
-        while await second.hget("rss:{a}", "n") is None:
-            await asyncio.sleep(0.01)
+        counting = await _begin_to_count(store, second, done, counted)
         # For a moment no master accepts writes. Then the replica takes over.
         await first.replicaof("127.0.0.1", str(ports[0]))
         await until(first, "replication", "role", "slave")
@@ -118,13 +126,8 @@ async def test_a_failover_by_sentinels(tmp_path: Path) -> None:
         watched(tmp_path, ports[0]) as (guard, client),
     ):
         store = SessionStore(client, timeout=40)
-        await store.set("a", {"n": 0})
         done, counted = asyncio.Event(), list[bool]()
-        counting = [asyncio.create_task(_count(store, done, counted)) for _ in range(5)]
-        while len(counted) < 50:
-            await asyncio.sleep(0.01)
-        while await second.hget("rss:{a}", "n") is None:
-            await asyncio.sleep(0.01)
+        counting = await _begin_to_count(store, second, done, counted)
         await _fail_over(guard, second)
         await until(first, "replication", "role", "slave")
         await until(first, "replication", "master_link_status", "up")
