@@ -201,7 +201,7 @@ class Machine(RuleBasedStateMachine):
         strict=st.booleans(),
         limit=st.sampled_from([(0, "evict"), (2, "evict"), (1, "evict"), (2, "refuse")]),
         text=st.booleans(),
-        identity=st.sampled_from([False, False, True]),
+        identity=st.booleans(),
         lifetime=st.sampled_from([None, "90m"]),
         page=st.sampled_from(["50", "1"]),
     )
@@ -439,12 +439,26 @@ class Machine(RuleBasedStateMachine):
                 self.model.live[new].ttl = session.ttl
         self.check()
 
-    @rule(name=NAMES, value=ONE, keep=st.lists(IDS, max_size=2), which=STORES, block=st.none() | st.none() | BLOCK)
-    def delete_by(self, name: str, value: str | int, keep: list[int], which: int, block: str | None) -> None:
-        """End all sessions with a value except some, which may have other values, and perhaps block the value."""
+    @rule(
+        name=NAMES,
+        value=ONE,
+        keep=st.lists(IDS, max_size=2),
+        which=STORES,
+        block=st.none() | st.none() | BLOCK,
+        again=st.booleans(),
+    )
+    def delete_by(
+        self, name: str, value: str | int, keep: list[int], which: int, block: str | None, *, again: bool
+    ) -> None:
+        """End all sessions with a value except some, which may have other values, and perhaps block the value.
+
+        If again, end what an earlier call kept of a value that it blocked.
+        """
         given = [self.pick(n) for n in keep]
         for text in self.model.texts(name, self.model.values(self.model.follow(given[0]))) if keep else ():
             value = text
+        for blocked in self.model.blocks if again else ():
+            name, value = blocked.removesuffix("}").split(":{", 1)
         self.delete_by_keeping(given, name, value, which, block)
 
     def delete_by_keeping(self, given: list[str], name: str, value: str | int, which: int, block: str | None) -> None:
