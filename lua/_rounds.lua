@@ -52,8 +52,8 @@ end
 local function finish(fence, token, round)
   local open = string.gsub((redis.call("HGET", fence, "open") or "") .. " ", " " .. round .. " ", " ", 1)
   open = string.sub(open, 1, -2)
+  redis.call("HDEL", fence, "reason:" .. round) -- First: it frees memory.
   if open == "" then forget(fence) else redis.call("HSET", fence, "open", open) end
-  redis.call("HDEL", fence, "reason:" .. round)
   redis.call("HSET", fence, "call:" .. token, "done")
   keep_fence(fence)
 end

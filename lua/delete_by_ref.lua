@@ -5,7 +5,7 @@
   KEYS        the reference set, "rss:<field>:{<value>}"; its fence, "rss:_fence:<field>:{<value>}"
   ARGV        the stems, then
     reference         the number of its reference
-    cursor            "0", or what the last page returned
+    cursor            "0", or what the last page returned. "end": all pages are done
     page              the approximate number of sessions in a page
     left              number of ids that the last page left, then the ids. If there are any, they are this page
     token             the name of this call, the same for all of its pages
@@ -15,7 +15,8 @@
     keep              number of ids to keep, then the ids
 
   Returns the cursor of the next page, "0" after the last; the ids that this page left, because its time was spent; and
-  the number of sessions that it ended; or, on the first page
+  the number of sessions that it ended. After several pages, the cursor is "end", not "0". The caller sends it back if
+  all cursors came from one server. On the first page, it may return
     RSSNOTFOUND       if there is no session with a required id
     RSSENDED reason   if it was ended
 
@@ -63,7 +64,8 @@ local function delete_by()
   local size = redis.pcall("SCARD", set)
   if type(size) == "table" then return size end
   local round, ended, spared = redis.call("HGET", fence, "call:" .. token), 0, {}
-  if round == "done" then return { "0", {}, 0 } end
+  if round and round ~= "done" and cursor == "end" then finish(fence, token, round) end
+  if round == "done" or cursor == "end" then return { "0", {}, 0 } end
   local keep = read_keep(not round)
   if keep.err then return keep end
   for _, id in ipairs(keep) do spared[id] = true end
@@ -84,7 +86,7 @@ local function delete_by()
     if not session.ended then ended = ended + 1 end
   end)
   if #rest > 0 and not round then begin(fence, token, reason, keep) end
-  if #rest == 0 and round and cursor == "0" then finish(fence, token, round) end
+  if #rest == 0 and round and cursor == "0" then cursor = "end" end
   return { cursor, rest, ended }
 end
 

@@ -3,18 +3,18 @@
 
   KEYS        for each session: its hash, "rss:{<id>}"
   ARGV        the stems, then
-    mode              "check", or "mend"
+    mode              "check"; "mend"; or "mend_and_remove", which also removes the keys that cannot be mended
     added             for each reference "yes" if a session that its sets lack is added although the reference is
                       strict; otherwise "no"
 
   Returns for each session a list of what was wrong, each as a word and a key:
-    "wrong type", key the key holds another type of data: it is removed
+    "wrong type", key the key holds another type of data: it is removed if wanted
     "endless", key    the key has no TTL: it gets one
     "outside", set    the set lacks the session, which is added
     "short", set      the set would expire before the session: it lives longer
-    "stray", key      the hash is neither a session nor a tombstone: it is removed
+    "stray", key      the hash is neither a session nor a tombstone: it is removed if wanted
 ]]
-local mends = ARGV[3] == "mend"
+local mends, removes = ARGV[3] ~= "check", ARGV[3] == "mend_and_remove"
 spent = ENOUGH - 500 -- A batch ends after half a millisecond, because nobody waits for it.
 
 local function inspect()
@@ -30,7 +30,8 @@ local function inspect()
   if held.err then
     surely(held, name)
     wrong_type(held)
-    if report("wrong type", name) then redis.call("UNLINK", name) end
+    report("wrong type", name)
+    if removes then redis.call("UNLINK", name) end
     return found
   end
   local id, ended, ttl = held[1], held[2], redis.call("PTTL", name)
@@ -41,7 +42,8 @@ local function inspect()
   end
   local arrives = partitioned and held[5 + references]
   if not ended and id ~= string.sub(name, #session_stem + 1, -1 - #ending) then
-    if report("stray", name) then redis.call("UNLINK", name) end
+    report("stray", name)
+    if removes then redis.call("UNLINK", name) end
     return found
   end
   local session = { key = name, ttl = ttl, held = held }
@@ -56,16 +58,18 @@ local function inspect()
       local set = sets[i]
       local member = redis.pcall("SISMEMBER", set, id)
       if member ~= 1 then surely(member, set) end
-      if type(member) == "table" then
+      local unusable = type(member) == "table"
+      if unusable then
         wrong_type(member)
-        if report("wrong type", set) then redis.call("UNLINK", set) end
+        report("wrong type", set)
+        if removes then redis.call("UNLINK", set) end
         member = 0
       end
       local before = redis.call("PTTL", set)
       if member == 1 and before >= 0 and before < session.ttl then
         if report("short", set) then outlive(set, session.ttl, before) end
       elseif member == 0 and (not strict or not strict[n] or ARGV[3 + n] == "yes") then
-        if report("outside", set) then
+        if report("outside", set) and (removes or not unusable) then
           redis.call("SADD", set, id)
           outlive(set, session.ttl, before)
         end

@@ -3,13 +3,13 @@
 
   KEYS        the fences, "rss:_fence:<field>:{<value>}"
   ARGV        the stems, then
-    mode              "check", or "mend"
+    mode              "check", or "mend_and_remove"
 
   Returns for each fence what was wrong, or an empty text:
     "wrong type"      the key holds another type of data: it is removed
     "endless"         the fence has no TTL: it gets one
 ]]
-local mends = ARGV[3] == "mend"
+local mends = ARGV[3] == "mend_and_remove"
 
 local function inspect_fence()
   key = key + 1

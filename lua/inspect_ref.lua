@@ -3,7 +3,7 @@
 
   KEYS        for each page: its reference set, "rss:<field>:{<value>}"
   ARGV        the stems, then
-    mode              "check", or "mend"
+    mode              "check"; "mend"; or "mend_and_remove", which also removes the keys that cannot be mended
     page              the approximate number of ids in a page; then for each page
     reference         the number of its reference
     cursor            "0", or what the last page returned
@@ -11,12 +11,12 @@
 
   Returns for each page the cursor of the next one, "0" after the last; the ids that this page left, because its time
   was spent; how many ids of it belong to no session that names the set, which are removed; then what else was wrong:
-    "wrong type"      the key holds another type of data: it is removed
+    "wrong type"      the key holds another type of data: it is removed if wanted
     "endless"         the set has no TTL: it gets one
     "short"           the set would expire before a session in it: it lives longer
     If it is not certain that an id belongs to no session, the id stays.
 ]]
-local mends, page = ARGV[3] == "mend", ARGV[4]
+local mends, page = ARGV[3] ~= "check", ARGV[4]
 spent = ENOUGH - 500 -- A batch ends after half a millisecond, because nobody waits for it.
 arg = 4
 
@@ -32,7 +32,7 @@ local function inspect_ref()
     if scanned.err then
       surely(scanned, set)
       wrong_type(scanned)
-      if mends then redis.call("UNLINK", set) end
+      if ARGV[3] == "mend_and_remove" then redis.call("UNLINK", set) end
       return { "0", {}, 0, "wrong type" }
     end
     cursor, ids = scanned[1], scanned[2]

@@ -7,6 +7,7 @@ import pytest
 
 from rss import SessionStore
 from rss.engine.coalesce import Operation
+from rss.engine.operations import Deleted, Position
 
 
 class Stop(BaseException):
@@ -27,3 +28,17 @@ def run_at(
         return call
 
     monkeypatch.setattr(store.operations.engine, "run", run)
+
+
+def between_pages(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch, others: Callable[[Position], Awaitable[object]]
+) -> None:
+    """Let others do something after each page of a `delete_by` of this store. They get the position of the page."""
+    delete_by = store.operations.delete_by
+
+    async def delete_by_and_let_others(field: str, value: object, at: Position, **options: Any) -> Deleted:
+        page = await delete_by(field, value, at, **options)
+        await others(at)
+        return page
+
+    monkeypatch.setattr(store.operations, "delete_by", delete_by_and_let_others)

@@ -461,6 +461,44 @@ async def test_the_rights_that_the_guide_names_are_enough(
         server("ACL", "DELUSER", "app")
 
 
+@pytest.mark.parametrize("how", ["delete_by", "find_by", "ids_by", "sweep"])
+async def test_a_large_set_moves_between_its_pages(servers: Cluster, keyspace: Keyspace, how: str) -> None:
+    """No session is missed if the set is on another master for each page, which orders the ids in its own way."""
+    reference = {"user_id": Reference(identity=True)}
+    async with SessionStore.from_url(servers.url, references=reference, prefix=keyspace.prefix) as store:
+        operations, ids = store.operations, await asyncio.gather(*(store.create({"user_id": 1}) for _ in range(1000)))
+        layout: Any = operations.layout
+        (partition,) = layout.with_value("user_id", 1)
+        slot, moves = layout.slots[partition], 4
+
+        def moving(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def run_and_move(*args: Any, **options: Any) -> Any:
+                nonlocal moves
+                page = await method(*args, **options)
+                if moves:
+                    moves -= 1
+                    others = [one for one in servers.servers if one is not servers.owner(slot)]
+                    await asyncio.to_thread(servers.migrate, slot, others[moves % 2])
+                return page
+
+            return run_and_move
+
+        for name in ("find_by", "delete_by", "inspect_set"):
+            setattr(operations, name, moving(getattr(operations, name)))
+        if how == "delete_by":
+            assert await store.delete_by("user_id", 1) == 1000
+            assert await keyspace.client.smembers(store.get_reference_key("user_id", 1)) == set()
+        elif how == "find_by":
+            assert sorted([session["id"] async for session in store.find_by("user_id", 1)]) == sorted(ids)
+        elif how == "ids_by":
+            assert sorted(await store.ids_by("user_id", 1)) == sorted(ids)
+        else:
+            await asyncio.gather(*(keyspace.client.unlink(store.get_session_key(one)) for one in ids[::2]))
+            await store.maintenance.sweep()
+            assert await keyspace.client.smembers(store.get_reference_key("user_id", 1)) == set(ids[1::2])
+        assert moves == 0
+
+
 async def test_a_client_of_one_server_is_not_enough(servers: Cluster, keyspace: Keyspace) -> None:
     """A plain client on a server of a cluster raises an error that names the right client."""
     async with Redis.from_url(servers.url.replace("+cluster", "")) as client:

@@ -1,7 +1,6 @@
 """`delete_by` ends exactly the sessions that were there, page by page, whatever others do meanwhile."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -13,9 +12,10 @@ from redis.exceptions import ResponseError
 
 from rss import Blocked, SessionEnded, SessionStore
 from rss.engine import operations, scripts
-from rss.engine.coalesce import Operation
+from rss.engine.operations import Position
 from tests.bugs import found
 from tests.keyspace import Keyspace
+from tests.steps import between_pages
 
 SESSIONS = 1000  # Twenty pages.
 
@@ -27,23 +27,6 @@ async def _crowd(store: SessionStore, number: int = SESSIONS) -> list[str]:
     return ids
 
 
-def _between_pages(
-    store: SessionStore, monkeypatch: pytest.MonkeyPatch, others: Callable[[], Awaitable[object]]
-) -> None:
-    """Let others do something after each page of this store."""
-    run = store.operations.engine.run
-
-    def run_and_let_others(operation: Operation, *args: Any, **options: Any) -> Awaitable[Any]:
-        async def run_page() -> Any:
-            reply = await run(operation, *args, **options)
-            await others()
-            return reply
-
-        return run_page() if operation is operations.DELETE_BY else run(operation, *args, **options)
-
-    monkeypatch.setattr(store.operations.engine, "run", run_and_let_others)
-
-
 async def test_all_end_that_were_there_and_none_that_came(
     store: SessionStore, client: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +36,7 @@ async def test_all_end_that_were_there_and_none_that_came(
     await others.set("anonymous", {"ip": "y"})
     came: list[str] = []
 
-    async def come() -> None:
+    async def come(_: Position) -> None:
         came.append(await others.create({"user_id": 1}))
         anonymous = await others.create({"ip": "y"})
         await others.set(anonymous, {"user_id": 1})
@@ -61,7 +44,7 @@ async def test_all_end_that_were_there_and_none_that_came(
         came.append(await others.rotate(await others.create({"user_id": 2}), {"user_id": 1}))
         came.append(await others.rotate(came.pop(0)))  # A session that came later is spared under a new id, too.
 
-    _between_pages(store, monkeypatch, come)
+    between_pages(store, monkeypatch, come)
     assert await store.delete_by("user_id", 1, keep=ids[:2], reason="password") == SESSIONS - 2
     assert sorted(await others.ids_by("user_id", 1)) == sorted([*ids[:2], *came])
     assert len(came) >= 3 * SESSIONS // 200
@@ -79,14 +62,14 @@ async def test_none_slips_away_under_a_new_id(
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     kept = ids[0]
 
-    async def slip() -> None:
+    async def slip(_: Position) -> None:
         nonlocal kept
         for session_id in [i for i in await others.ids_by("user_id", 1) if i != kept][:3]:
             with pytest.raises(SessionEnded, match="stolen"):
                 await others.rotate(session_id)
         kept = await others.rotate(kept)
 
-    _between_pages(store, monkeypatch, slip)
+    between_pages(store, monkeypatch, slip)
     ended = await store.delete_by("user_id", 1, keep=[kept], reason="stolen")
     assert 0 < ended < SESSIONS  # The others ended when they were rotated.
     assert await others.ids_by("user_id", 1) == [kept]
@@ -101,7 +84,7 @@ async def test_none_steps_aside(
     await _crowd(store)
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
 
-    async def step_aside() -> None:
+    async def step_aside(_: Position) -> None:
         for session_id in (await others.ids_by("user_id", 1))[:3]:
             await others.set(session_id, {"ip": "y", "user_id": 1})
             with pytest.raises(SessionEnded, match="deleted"):
@@ -109,7 +92,7 @@ async def test_none_steps_aside(
                     others.set(session_id, {"user_id": 2}) if way == "set" else others.unset(session_id, ["user_id"])
                 )
 
-    _between_pages(store, monkeypatch, step_aside)
+    between_pages(store, monkeypatch, step_aside)
     assert 0 < await store.delete_by("user_id", 1) < SESSIONS
     for value in (1, 2):
         assert await others.ids_by("user_id", value) == []
@@ -126,19 +109,19 @@ async def test_two_at_once_each_end_what_was_there(
     pages: list[str] = []
     later: list[str] = []
 
-    async def between_pages_of_the_second() -> None:
+    async def between_pages_of_the_second(_: Position) -> None:
         if not later:
             later.append(await third.create({"user_id": 1}))
 
-    async def between_pages_of_the_first() -> None:
+    async def between_pages_of_the_first(_: Position) -> None:
         if not pages:
             pages.append(await third.create({"user_id": 1}))
             await second.delete_by("user_id", 1)
             assert await third.get(pages[0]) == {}
             assert await third.ids_by("user_id", 1) == later
 
-    _between_pages(store, monkeypatch, between_pages_of_the_first)
-    _between_pages(second, monkeypatch, between_pages_of_the_second)
+    between_pages(store, monkeypatch, between_pages_of_the_first)
+    between_pages(second, monkeypatch, between_pages_of_the_second)
     await store.delete_by("user_id", 1)
     assert await third.ids_by("user_id", 1) == later
 
@@ -193,7 +176,7 @@ async def test_what_one_call_keeps_another_one_ends(
         ids = set(await _crowd(store, 500))
         left: list[str] = []
 
-        async def between(ids: set[str] = ids, left: list[str] = left, *, rotates: bool = rotates) -> None:
+        async def between(_: Position, ids: set[str] = ids, left: list[str] = left, *, rotates: bool = rotates) -> None:
             if not left:
                 left += [session_id for session_id in ids if await others.ttl(session_id)][-1:]
                 assert await others.delete_by("user_id", 1, keep=left, reason="others")
@@ -202,7 +185,7 @@ async def test_what_one_call_keeps_another_one_ends(
                         await others.rotate(left[0])
 
         with monkeypatch.context() as patch:
-            _between_pages(store, patch, between)
+            between_pages(store, patch, between)
             assert await store.block("user_id", 1, "1h") >= 1
         assert left
         assert await others.ids_by("user_id", 1) == []
@@ -249,7 +232,7 @@ async def test_nothing_joins_a_blocked_value_while_it_runs(
     await others.set("anonymous", {"ip": "y"})
     kept = ids[0]
 
-    async def come() -> None:
+    async def come(_: Position) -> None:
         nonlocal kept
         for join in (
             others.create({"user_id": 1}),
@@ -263,9 +246,9 @@ async def test_nothing_joins_a_blocked_value_while_it_runs(
         kept = await others.rotate(kept, {"user_id": 1})
         await others.create({"user_id": 2})
 
-    _between_pages(store, monkeypatch, come)
+    between_pages(store, monkeypatch, come)
     assert await store.delete_by("user_id", 1, keep=[kept], reason="password", block="1h") == 299
-    await come()
+    await come(Position())
     assert await others.ids_by("user_id", 1) == [kept]
     assert await others.unblock("user_id", 1)
     await others.set("anonymous", {"user_id": 1})
@@ -280,11 +263,11 @@ async def test_a_block_that_is_lifted_while_it_runs(
     others = SessionStore(client, references=["user_id", "ip"], prefix=keyspace.prefix)
     came: list[str] = []
 
-    async def lift() -> None:
+    async def lift(_: Position) -> None:
         await others.unblock("user_id", 1)
         came.append(await others.create({"user_id": 1}))
 
-    _between_pages(store, monkeypatch, lift)
+    between_pages(store, monkeypatch, lift)
     await store.delete_by("user_id", 1, block="1h")
     assert await others.blocked("user_id", 1) is None
     assert sorted(await others.ids_by("user_id", 1)) == sorted(came)
@@ -374,15 +357,14 @@ def _interleave(url: str, steps: list[tuple[str, int]], sessions: int, keep: set
             kept = {session_id for n, session_id in enumerate(ids) if n in keep}
             others, left = Others(another, Keyspace(admin, "rss"), ids, kept), list(steps)
 
-            async def between() -> None:
-                for _ in range(at_once):
-                    if left:
-                        await others.step(*left.pop())
+            async def between(_: Position) -> None:
+                for step in [left.pop() for _ in range(min(at_once, len(left)))]:
+                    await others.step(*step)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(operations, "_PAGE", "1")
-                _between_pages(store, patch, between)
-                _between_pages(second, patch, between)
+                between_pages(store, patch, between)
+                between_pages(second, patch, between)
                 others.second = second
                 await store.delete_by("user_id", 1, keep=kept)
 

@@ -21,10 +21,11 @@ from rss import (
 )
 from rss.engine import operations
 from rss.engine.coalesce import Operation
+from rss.engine.operations import Deleted, Position
 from rss.keys import Partitioned
 from tests.keyspace import Keyspace
 from tests.servers import proxied
-from tests.steps import Stop, run_at
+from tests.steps import Stop, between_pages, run_at
 
 #: A minute, in which the other seconds of the timeout are included.
 ARRIVAL: Final = 90_000
@@ -558,25 +559,20 @@ async def test_the_second_look_is_a_call_of_its_own(
     layout = Partitioned(keyspace.prefix, 24, keyspace.partitions or 1, "user_id")
     home, away = layout.with_value("user_id", 1)[0], layout.place(anonymous)[1]
     await asyncio.gather(*(store.set(layout.mint(home), {"ip": "x"}) for _ in range(120)))  # Several pages.
-    original, done, moved = store.operations.engine.run, asyncio.Event(), list[str]()
+    original, done, moved = store.operations.delete_by, asyncio.Event(), list[str]()
 
-    def run(operation: Operation, *args: Any, **options: Any) -> Any:
-        if operation is not operations.DELETE_BY or done.is_set():
-            return original(operation, *args, **options)
-        return (at_home if options["partition"] == home else later)(operation, *args, **options)
-
-    async def at_home(*args: Any, **options: Any) -> Any:
-        cursor, left, ended = await original(*args, **options)
-        if cursor == b"0" and not left:
+    async def delete_by(field: str, value: object, at: Position, **options: Any) -> Deleted:
+        if done.is_set():
+            return await original(field, value, at, **options)
+        if at.partition != home:
+            await done.wait()
+        page = await original(field, value, at, **options)
+        if at.partition == home and page.position.done:
             moved.append(await store.rotate(anonymous, {"user_id": 1}))
             done.set()
-        return [cursor, left, ended]
+        return page
 
-    async def later(*args: Any, **options: Any) -> Any:
-        await done.wait()
-        return await original(*args, **options)
-
-    monkeypatch.setattr(store.operations.engine, "run", run)
+    monkeypatch.setattr(store.operations, "delete_by", delete_by)
     assert away != home
     assert await store.delete_by("ip", "x") == 121
     assert await store.get(moved[0]) == {}
@@ -586,22 +582,15 @@ async def test_a_session_to_keep_may_end_before_the_second_look(
     store: SessionStore, anonymous: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once `delete_by` has ended sessions, it does not raise because the session to keep ends, too."""
-    original, looks = store.operations.engine.run, list[int]()
+    looks = list[int]()
 
-    def run(operation: Operation, *args: Any, **options: Any) -> Any:
-        if operation is operations.DELETE_BY:
-            looks.append(options["partition"])
-            if len(looks) == 1:
-                return end_after(operation, *args, **options)
-        return original(operation, *args, **options)
+    async def end_after(at: Position) -> None:
+        looks.append(at.partition)
+        if len(looks) == 1:
+            await store.delete(anonymous)
+            await store.set(store.operations.layout.mint(at.partition), {"ip": "x"})  # So its set stays.
 
-    async def end_after(*args: Any, **options: Any) -> Any:
-        reply = await original(*args, **options)
-        await store.delete(anonymous)
-        await store.set(store.operations.layout.mint(options["partition"]), {"ip": "x"})  # So its set stays.
-        return reply
-
-    monkeypatch.setattr(store.operations.engine, "run", run)
+    between_pages(store, monkeypatch, end_after)
     assert await store.delete_by("ip", "x", keep=[anonymous], keep_required=True) == 1
     assert len(looks) == 2
 
@@ -647,19 +636,14 @@ async def test_a_session_cannot_leave_a_user_whose_sessions_end(
     layout = store.operations.layout
     user = next(n for n in range(2, 1000) if layout.with_value("user_id", n) != layout.with_value("user_id", 1))
     ids = await asyncio.gather(*(store.create({"user_id": user}) for _ in range(150)))
-    original, outcomes = store.operations.engine.run, list[BaseException | str]()
+    outcomes = list[BaseException | str]()
 
-    def run(operation: Operation, *args: Any, **options: Any) -> Any:
-        return (page if operation is operations.DELETE_BY else original)(operation, *args, **options)
-
-    async def page(*args: Any, **options: Any) -> Any:
-        reply = await original(*args, **options)
+    async def leave(_: Position) -> None:
         alive = [session_id for session_id in ids if await store.get(session_id)]
         if not outcomes and alive:
             outcomes.extend(await asyncio.gather(store.rotate(alive[0], {"user_id": 1}), return_exceptions=True))
-        return reply
 
-    monkeypatch.setattr(store.operations.engine, "run", run)
+    between_pages(store, monkeypatch, leave)
     await store.delete_by("user_id", user, reason="reset")
     assert [str(outcome) for outcome in outcomes] == [str(SessionEnded("reset"))]
     assert await store.ids_by("user_id", 1) == []

@@ -378,13 +378,21 @@ CASES: Final[Mapping[str, Case]] = {
             "required": ["optional"],
             "keep": ["1", "b"],
         },
-        replies=["0", [], 1],
+        replies=["end", [], 1],
         left={
             "{a}": {"_ended": "bye"},
             "{b}": SEED["{b}"],
             "user_id:{1}": {"b"},
             "ip:{x}": {"b"},
-            "_fence:ip:{x}": {"until": TTL, "why": "bye", "call:a-call": "done"},
+            "_fence:ip:{x}": {
+                "until": TTL,
+                "why": "bye",
+                "call:a-call": "1",
+                "round": "1",
+                "reason:1": "bye",
+                "open": " 1",
+                "id:b": "0 1",
+            },
         },
         ttls={"_fence:ip:{x}": 400000},
     ),
@@ -396,13 +404,13 @@ CASES: Final[Mapping[str, Case]] = {
     ),
     "inspect": Case(
         keys=[A, {"its hash": ["ip:{x}"]}],
-        shared={"mode": ["mend"], "added": ["no", "no"]},
+        shared={"mode": ["mend_and_remove"], "added": ["no", "no"]},
         replies=[[], ["wrong type", KEY]],
         left={name: held for name, held in SEED.items() if name != "ip:{x}"},
     ),
     "inspect_ref": Case(
         keys=[{"its reference set": ["ip:{x}"]}, {"its reference set": ["{a}"]}],
-        shared={"mode": ["mend"], "page": ["50"]},
+        shared={"mode": ["mend_and_remove"], "page": ["50"]},
         own=[
             {"reference": ["2"], "cursor": ["5"], "left": ["1", "dead"]},
             {"reference": ["1"], "cursor": ["0"], "left": ["0"]},
@@ -412,7 +420,7 @@ CASES: Final[Mapping[str, Case]] = {
     ),
     "inspect_fence": Case(
         keys=[{"the fences": ["ip:{x}"]}, {"the fences": ["{a}"]}],
-        shared={"mode": ["mend"]},
+        shared={"mode": ["mend_and_remove"]},
         replies=["wrong type", ""],
         left={name: held for name, held in SEED.items() if name != "ip:{x}"},
     ),

@@ -736,7 +736,7 @@ async def test_a_session_on_two_pages_is_seen_once(
         async for session in store.find_by("user_id", 1):
             found.append(session["id"])  # noqa: PERF401 - the sessions before the error are checked
     assert sorted(found) == ["a", "c"]
-    assert cursors.count(b"0") == cursors.count(b"1") > 0
+    assert cursors.count(b"") == cursors.count(b"1") > 0
 
 
 async def test_as_much_as_a_call_may_have(store: SessionStore, keyspace: Keyspace) -> None:

@@ -22,7 +22,7 @@ class Call(asyncio.Future[Any]):
     A side effect: if a caller blocks the loop, asyncio's debug mode reports a slow read of the transport.
     """
 
-    __slots__ = ("_waiter", "args", "deadline", "keys", "losses", "size")
+    __slots__ = ("_waiter", "args", "channel", "deadline", "keys", "losses", "size")
 
     #: Whether `sent` must be called. The calls of one store are all observed, or none of them is.
     observed: ClassVar[bool] = False
@@ -35,6 +35,8 @@ class Call(asyncio.Future[Any]):
     deadline: float
     #: How many channels broke while the call was in flight. At least 1 if it may have written something.
     losses: int
+    #: The channel that the call was last sent through. Only the calls of a `paged` operation have it.
+    channel: object
     _waiter: tuple[_Callback, contextvars.Context] | None  # The callback that wakes the awaiting task.
 
     @classmethod

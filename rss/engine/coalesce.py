@@ -51,6 +51,8 @@ class Operation:
     repeatable: bool = True
     #: Whether calls share an EVALSHA. False for a page of a reference set, which takes as long as a whole batch.
     batched: bool = True
+    #: Whether the reply holds a cursor, which means something only to the server that gave it: see `Position.after`.
+    paged: bool = False
     #: Whether the arguments may be large. If so, their bytes count towards the size of a volley.
     sized: bool = False
     #: Whether the caller would rather take another partition than wait for a slot that moves. It gets `Elsewhere`.

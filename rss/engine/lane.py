@@ -307,6 +307,8 @@ class Lane(Listener):
             operation, partition, _ = batch.queue.kind
             if batch.calls[0].observed:
                 batch.note_attempt()
+            for call in batch.calls if operation.paged else ():
+                call.channel = channel
             if operation.on_owner:
                 packed.append(_ASKING)
                 answers.append(_ignore)

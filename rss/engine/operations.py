@@ -5,7 +5,7 @@ of each script describes its arguments.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple
@@ -15,7 +15,7 @@ from redis.asyncio import Redis, RedisCluster
 from rss.engine.call import Call
 from rss.engine.coalesce import Elsewhere, Operation, batched
 from rss.engine.engine import Engine
-from rss.engine.meta import incomplete, options_of
+from rss.engine.meta import describe, incomplete
 from rss.engine.scripts import Scripts, schema
 from rss.errors import Conflict, SessionEnded, SessionNotFound, StoreUnavailable
 from rss.fields import Encoded, Fields
@@ -78,17 +78,24 @@ ROTATE: Final = Operation("rotate_with_refs", _MOVE, sized=True)
 ARRIVE: Final = Operation("arrive_with_refs", _MOVE, sized=True)
 RETIRE: Final = Operation("retire_with_refs", _MOVE, sized=True)
 CONFIRM: Final = Operation("confirm_with_refs", _MOVE, sized=True)
-FIND_BY: Final = Operation("find_by_ref", (*_READ, "page"), batched=False)
+FIND_BY: Final = Operation("find_by_ref", (*_READ, "page"), batched=False, paged=True)
 DELETE_BY: Final = Operation(
-    "delete_by_ref", ("sets", "session", "write", "tell", "end", "fence", "page", "rounds"), batched=False, sized=True
+    "delete_by_ref",
+    ("sets", "session", "write", "tell", "end", "fence", "page", "rounds"),
+    batched=False,
+    paged=True,
+    sized=True,
 )
 #: Reads no session, so it needs no script.
 COUNT_BY: Final = Operation("", (), command="SCARD")
 #: Reads a mark of `open_store`.
 IS_INCOMPLETE: Final = Operation("", (), command="HGET", convert=lambda reply: (reply or b"").decode())
+#: Writes such a mark, and removes one.
+MARK: Final = Operation("", (), command="HSET")
+UNMARK: Final = Operation("", (), command="HDEL")
 COMPLETE: Final = Operation("complete", ())
 INSPECT: Final = Operation("inspect", ("sets", "session", "renew"))
-INSPECT_REF: Final = Operation("inspect_ref", ("sets", "session", "renew", "tell", "page"))
+INSPECT_REF: Final = Operation("inspect_ref", ("sets", "session", "renew", "tell", "page"), paged=True)
 INSPECT_FENCE: Final = Operation("inspect_fence", ("sets",), convert=bytes.decode)
 #: Makes a key, unless it exists.
 CLAIM: Final = Operation("", (), command="SET", convert=bool, repeatable=False)
@@ -103,6 +110,9 @@ ALL: Final = (
 
 #: The lifetime of a tombstone in milliseconds: longer than any request that was in flight when the session ended.
 TOMBSTONE: Final = 300_000
+#: What the scripts that look for damage do about it. "check": nothing. "mend": they mend what they can, but remove no
+#: key. "mend_and_remove": they also remove the keys that cannot be mended.
+Mode = Literal["check", "mend", "mend_and_remove"]
 #: The approximate number of sessions in a page. They keep Redis busy for one or two milliseconds.
 _PAGE: Final = "50"
 #: The maximum number of ids in a set whose page shares a volley with others. A volley may have a hundred of these.
@@ -143,19 +153,35 @@ class Retired(NamedTuple):
 class Position(NamedTuple):
     """The position of an operation in the reference set of a value in one partition.
 
-    *few*: whether the set has no more than `FEW` ids. *cursor*: the cursor of SSCAN. *left*: the ids that the last page
-    did not handle in time.
+    *few*: whether the set has no more than `FEW` ids. *cursor*: what the script returned, empty at the beginning.
+    *left*: the ids that the last page did not handle in time. *channel*: the one of the pages so far.
     """
 
     partition: int = 0
     few: bool = False
-    cursor: bytes = b"0"
+    cursor: bytes = b""
     left: tuple[bytes, ...] = ()
+    channel: object = None
 
     @property
     def done(self) -> bool:
         """Whether the last page has been handled."""
         return self.cursor == b"0" and not self.left
+
+    @property
+    def start(self) -> bytes:
+        """The cursor of the next page."""
+        return self.cursor or b"0"
+
+    def after(self, page: Call, cursor: bytes, left: Iterable[bytes]) -> "Position":
+        """Return the position after a page, whose script returned *cursor* and *left*.
+
+        A server orders the ids of a set by a secret of its own. So a cursor that another server gave, before a failover
+        or a restart, leads to some place between them. Then begin anew.
+        """
+        if self.channel not in (None, page.channel):
+            return Position(self.partition)
+        return Position(self.partition, cursor=cursor, left=tuple(left), channel=page.channel)
 
 
 class Found(NamedTuple):
@@ -223,8 +249,8 @@ class Operations:
         parts = {operation.script: operation.parts for operation in ALL}
         self.scripts: Scripts = Scripts(lua, parts, partitioned=isinstance(layout, Partitioned))
         #: The engine that runs the scripts.
-        options = {name: options_of(reference, json=json) for name, reference in fields.references.items()}
-        self.engine: Engine = Engine(client, self.scripts, layout, options, timeout, observe=observe)
+        description = describe(fields.references, json=json, events=events)
+        self.engine: Engine = Engine(client, self.scripts, layout, description, timeout, observe=observe)
 
     def get(
         self, session_id: str, fields: Sequence[str] | None, renewal: Renewal = (), *, begun: bool = False
@@ -463,17 +489,14 @@ class Operations:
         """
         number, texts = self.fields.number(field), [(str.__str__(field), reference_value(value, field))]
         wanted = _ALL if fields is None else (str(len(fields)), *fields)
-        calls: list[Awaitable[Any]] = []
+        calls: list[Call] = []
         for at in positions:
-            args: list[str | bytes] = [number, at.cursor, _PAGE, str(len(at.left)), *at.left]
+            args: list[str | bytes] = [number, at.start, _PAGE, str(len(at.left)), *at.left]
             keys = self.layout.references(texts, at.partition)
             operation = batched(FIND_BY) if at.few else FIND_BY
             calls.append(self.engine.run(operation, keys, args, shared=wanted, partition=at.partition, begun=begun))
-        replies = zip(positions, await asyncio.gather(*calls), strict=True)
-        return [
-            Found(sessions, Position(at.partition, cursor=cursor, left=tuple(left)))
-            for at, (cursor, left, *sessions) in replies
-        ]
+        replies = zip(positions, calls, await asyncio.gather(*calls), strict=True)
+        return [Found(sessions, at.after(call, cursor, left)) for at, call, (cursor, left, *sessions) in replies]
 
     async def delete_by(
         self,
@@ -495,12 +518,11 @@ class Operations:
         """
         number = self.fields.number(field)
         keys = (self.layout.reference(field, value, at.partition), self.layout.fence(field, value, at.partition))
-        args: list[str | bytes] = [number, at.cursor, _PAGE, str(len(at.left)), *at.left]
+        args: list[str | bytes] = [number, at.start, _PAGE, str(len(at.left)), *at.left]
         args += (token, reason, block, "required" if required else "optional", str(len(keep)), *keep)
-        cursor, left, ended = await self.engine.run(
-            DELETE_BY, keys, args, partition=at.partition, begun=True, replicas=replicas
-        )
-        return Deleted(ended, Position(at.partition, cursor=cursor, left=tuple(left)))
+        call = self.engine.run(DELETE_BY, keys, args, partition=at.partition, begun=True, replicas=replicas)
+        cursor, left, ended = await call
+        return Deleted(ended, at.after(call, cursor, left))
 
     def count_by(self, field: str, value: object, partition: int, *, begun: bool = False) -> Awaitable[int]:
         """Return the number of ids in the set of a value in one partition.
@@ -530,37 +552,45 @@ class Operations:
             call.cancel()
             raise
 
+    def mark(self, field: str, text: str, partition: int) -> Awaitable[object]:
+        """Mark a reference in a partition: its sets may lack sessions."""
+        keys = (self.layout.mark(partition), incomplete(field), text)
+        return self.engine.run(MARK, keys, partition=partition)
+
+    def unmark(self, field: str, partition: int) -> Awaitable[object]:
+        """Remove the mark of a reference in a partition, which no store has any more."""
+        return self.engine.run(UNMARK, (self.layout.mark(partition), incomplete(field)), partition=partition)
+
     def complete(self, field: str, token: str, partition: int) -> Awaitable[int]:
         """Remove the mark of a reference in a partition, and return 1. Return 0 if it does not hold the token."""
         args = (incomplete(field), token)
         return self.engine.run(COMPLETE, (self.layout.mark(partition),), args, partition=partition)
 
     async def inspect(
-        self, session_id: str, partition: int, added: Container[str], *, mend: bool
+        self, session_id: str, partition: int, added: Container[str], mode: Mode
     ) -> list[tuple[str, str]]:
         """Return what is wrong with a session: a word and a key each, as `inspect.lua` lists them.
 
-        *added*: the strict references to whose sets a session is added. *mend*: whether to mend it.
+        *added*: the strict references to whose sets a session is added.
         """
         words = ("yes" if field in added else "no" for field in self.fields.references)
-        shared = ("mend" if mend else "check", *words)
+        shared = (mode, *words)
         key = (self.layout.place(session_id)[0],)
         reply = await self.engine.run(INSPECT, key, shared=shared, partition=partition)
         found = [part.decode(errors="backslashreplace") for part in reply]
         return list(zip(found[::2], found[1::2], strict=True))
 
-    async def inspect_set(self, key: str, field: str, at: Position, *, mend: bool) -> Inspected:
-        """Return what is wrong with a page of a reference set. *mend*: whether to mend it."""
-        shared = ("mend" if mend else "check", _PAGE)
-        args: list[str | bytes] = [self.fields.number(field), at.cursor, str(len(at.left)), *at.left]
-        reply = await self.engine.run(INSPECT_REF, (key,), args, shared=shared, partition=at.partition)
-        cursor, left, stale, *found = reply
-        return Inspected(stale, [word.decode() for word in found], at._replace(cursor=cursor, left=tuple(left)))
+    async def inspect_set(self, key: str, field: str, at: Position, mode: Mode) -> Inspected:
+        """Return what is wrong with a page of a reference set."""
+        shared = (mode, _PAGE)
+        args: list[str | bytes] = [self.fields.number(field), at.start, str(len(at.left)), *at.left]
+        call = self.engine.run(INSPECT_REF, (key,), args, shared=shared, partition=at.partition)
+        cursor, left, stale, *found = await call
+        return Inspected(stale, [word.decode() for word in found], at.after(call, cursor, left))
 
-    def inspect_fence(self, key: str, partition: int, *, mend: bool) -> Awaitable[str]:
-        """Return what is wrong with a fence, or "". *mend*: whether to mend it."""
-        shared = ("mend" if mend else "check",)
-        return self.engine.run(INSPECT_FENCE, (key,), shared=shared, partition=partition)
+    def inspect_fence(self, key: str, partition: int, mode: Mode) -> Awaitable[str]:
+        """Return what is wrong with a fence, or ""."""
+        return self.engine.run(INSPECT_FENCE, (key,), shared=(mode,), partition=partition)
 
     def claim_sweep(self, milliseconds: int) -> Awaitable[bool]:
         """Return True if no other call has returned True within this time."""
