@@ -4,14 +4,15 @@
 
   KEYS        the meta key, "rss:_meta"
   ARGV        the version of the format of keys and data; the number of partitions, "" for a store without partitions;
-              the identity, "" for none; then for each reference its name, and its options in words
+              the identity, "" for none; then names and values of other fields, among them "reference:<field>" for each
+              reference, with its options in words
 
   Returns two lists: the names of the references that the stores before it lacked, and of those that it lacks; or
     RSSOTHER name held
                       if the format, the number of partitions or the identity was another one
 
   If the meta key does not exist, the prefix is new. Then the store lacks nothing, and nor did any store before it.
-  The options of a known reference are written anew if they differ: those of the last store to open are kept.
+  Other values are written anew if they differ: those of the last store to open are kept.
 ]]
 local meta, held, wanted, own, lists = KEYS[1], {}, {}, {}, { {}, {} }
 local new, fields = redis.call("EXISTS", meta) == 0, redis.call("HGETALL", meta)
@@ -30,12 +31,13 @@ for i, name in ipairs({ "format", ARGV[2] ~= "" and "partitions", ARGV[2] ~= "" 
   end
 end
 for i = 4, #ARGV, 2 do
-  local name, options = "reference:" .. ARGV[i], ARGV[i + 1]
+  local name, value = ARGV[i], ARGV[i + 1]
+  local field = string.match(name, "^reference:(.*)")
   own[name] = true
-  if not new and not held[name] then
-    table.insert(lists[1], ARGV[i])
-  elseif held[name] ~= options then
-    want(name, options)
+  if field and not new and not held[name] then
+    table.insert(lists[1], field)
+  elseif held[name] ~= value then
+    want(name, value)
   end
 end
 for name in pairs(held) do

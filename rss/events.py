@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rss.errors import SessionError
 from rss.fields import Fields
 from rss.keys import Layout
 
@@ -17,7 +18,8 @@ class Event:
     * rotated: a session got a new id.
     * ended: a session was ended. For some that expired, `Maintenance.sweep` tells that: see `SessionStore.events`.
     * blocked: a value of a reference was blocked.
-    * gap: some events may be missing, because the connection was lost, or because they were read too slowly.
+    * gap: some events may be missing, because the connection was lost, because they were read too slowly, or because a
+      message was not readable.
     """
 
     kind: Literal["created", "rotated", "ended", "blocked", "gap"]
@@ -35,16 +37,24 @@ class Event:
 
 
 def event_of(message: bytes, layout: Layout, fields: Fields) -> Event:
-    """Return the event of a message. `_tell.lua` publishes these."""
-    kind, about, *details = json.loads(message.decode(errors="replace"))
-    if kind == "created":
-        return Event("created", about)
-    if kind == "rotated":
-        return Event("rotated", about, new_id=details[0])
-    if kind == "ended":
-        reason, data = details
-        name = fields.identity or ""
-        values = fields.decode([name.encode(), data.encode()]) if data else {}
-        return Event("ended", about, reason=reason, identity=values.get(name))
-    parsed = layout.parse(about)
-    return Event("blocked", reason=details[0], field=parsed.name, value=parsed.value)
+    """Return the event of a message, which `_tell.lua` has published. If it is not readable, return a gap.
+
+    Another program, or a later version, may have published it.
+    """
+    try:
+        kind, about, *details = json.loads(message.decode(errors="replace"))
+        if kind == "created":
+            return Event("created", about)
+        if kind == "rotated":
+            return Event("rotated", about, new_id=details[0])
+        if kind == "ended":
+            reason, data = details
+            name = fields.identity or ""
+            values = fields.decode([name.encode(), data.encode()]) if data else {}
+            return Event("ended", about, reason=reason, identity=values.get(name))
+        if kind == "blocked":
+            parsed = layout.parse(about)
+            return Event("blocked", reason=details[0], field=parsed.name, value=parsed.value)
+    except (ValueError, TypeError, IndexError, SessionError):
+        pass
+    return Event("gap")

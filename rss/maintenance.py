@@ -1,37 +1,38 @@
 """Check the keys of a store, mend them, and complete the sets of new references, while applications use the store."""
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Final, Literal, cast
+from typing import Final, Literal, TypeVar, cast
 
-import anyio
 import redis.exceptions
 
-from rss.durations import Duration, milliseconds
 from rss.engine.failures import failure_of
-from rss.engine.lane import Node
-from rss.engine.line import line_to
-from rss.engine.meta import NEW, forget, mark
-from rss.engine.operations import Operations, Position
+from rss.engine.lane import Node, Servers
+from rss.engine.line import Attempts, line_to
+from rss.engine.meta import LACKED, NEW, forget, known_references
+from rss.engine.operations import Mode, Operations, Position
 from rss.engine.scan import scan
 from rss.engine.scripts import pack
 from rss.errors import IncompleteReference, SessionError
 from rss.keys import Parsed
 
+_T = TypeVar("_T")
 _logger = logging.getLogger("rss")
 
 # How many keys are looked at together: so that each script keeps Redis busy for less than half a millisecond.
 _AT_ONCE: Final = 25
 # How many stray keys are listed in one pass: another application with the same prefix may have millions.
 _MOST_STRAYS: Final = 10_000
-# Seconds for some commands outside of the engine.
+# Seconds for some commands outside of the engine, with all attempts.
 _PATIENCE: Final = 10.0
+# After each page, the sweeper sleeps so many times as long as the page took: Redis serves others meanwhile.
+_REST: Final = 3
 # How often `reindex` begins anew because a store has marked a reference meanwhile.
 _TRIES: Final = 3
 
@@ -81,11 +82,11 @@ class Maintenance:
         self._operations = operations
         self._layout = operations.layout
 
-    def check(self, report: Report = lambda _: None) -> AsyncIterator[Finding]:
+    def check(self, report: Report = lambda _: None) -> AsyncGenerator[Finding]:
         """Iterate over what is wrong. Change nothing."""
-        return self._inspect_all(report, mend=False)
+        return self._inspect_all(report, "check")
 
-    def repair(self, report: Report = lambda _: None) -> AsyncIterator[Finding]:
+    def repair(self, report: Report = lambda _: None) -> AsyncGenerator[Finding]:
         """Mend what is wrong, and iterate over it.
 
         Sessions are added to the sets that lack them, and stale ids leave. Keys without a TTL get one. Keys that are
@@ -94,85 +95,73 @@ class Maintenance:
 
         A session is not added to the sets of a strict reference, because it is revoked if they lack it.
         """
-        return self._inspect_all(report, mend=True)
+        return self._inspect_all(report, "mend_and_remove")
 
     async def sweep(self, report: Report = lambda _: None) -> int:
-        """Remove the stale ids from all reference sets, and return their number."""
+        """Remove the stale ids from all reference sets, and return their number. Sets without a TTL get one."""
+        return await self._sweep(report)
+
+    async def sweep_forever(self, period: float) -> None:
+        """Sweep once in each period of seconds, until the store is closed: see `SessionStore.sweeper`."""
+        while not self._operations.engine.closed:
+            try:
+                if await self._operations.claim_sweep(round(period * 1000)):
+                    await self._sweep(rest=_REST)
+            except Exception as error:  # noqa: BLE001 - the next sweep may succeed
+                if not self._operations.engine.closed:
+                    why = error if isinstance(error, SessionError) else type(error).__name__
+                    _logger.warning("the sweep failed: %s", why)
+            await asyncio.sleep(period)
+
+    async def _sweep(self, report: Report = lambda _: None, *, rest: float = 0) -> int:
         removed = 0
-        async for finding in self._inspect(report, ("set",), "set"):
-            removed += finding.count if finding.kind == "stale" else 0
+        async with aclosing(self._inspect(report, ("set",), "mend", "set", rest=rest)) as findings:
+            async for finding in findings:
+                removed += finding.count if finding.kind == "stale" else 0
         return removed
-
-    @asynccontextmanager
-    async def sweeper(self, every: Duration = "10m") -> AsyncIterator[None]:
-        """Sweep in the background, while the context is open.
-
-        *every*: the time between two sweeps. If several processes have a sweeper, one of them sweeps in each period.
-
-        So a set never holds the id of a session that expired longer ago than twice this time, plus the time that a
-        sweep takes. If Redis does not answer, a warning is logged, and the next sweep is tried.
-        """
-        period = milliseconds(every, "every")
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._sweep_forever, period)
-            try:
-                yield
-            finally:
-                group.cancel_scope.cancel()
-
-    async def _sweep_forever(self, period: int) -> None:
-        while True:
-            try:
-                if await self._operations.claim_sweep(period):
-                    await self.sweep()
-            except SessionError as error:
-                _logger.warning("the sweep failed: %s", error)
-            except RuntimeError:  # The store is closed.
-                return
-            await asyncio.sleep(period / 1000)
 
     async def reindex(self, report: Report = lambda _: None) -> list[str]:
         """Complete the sets of the references that are incomplete, and return their names.
 
         Call this when all processes have the same references. References that the store does not have are forgotten.
+        Sessions and sets without a TTL get one. No key is removed.
 
         Sessions join the sets of a strict reference only if the reference is new. If some stores lacked it for a while,
         sessions that these have made stay revoked, because nothing tells them from those that were revoked.
 
         Raises `IncompleteReference` if stores with other references open all the time meanwhile.
         """
-        servers, layout = self._operations.engine.servers, self._layout
-        async with _step():
-            await servers.ready()
-        async with _step():
-            await forget(layout, self._operations.fields.references, servers.master_of)
+        operations, partitions = self._operations, range(self._layout.partitions)
+        servers, references = operations.engine.servers, operations.fields.references
+        known = await _outside(servers, lambda: known_references(self._layout, servers.master_of))
+        others = [name for name in known if name not in references]
+        await asyncio.gather(*(operations.unmark(name, p) for name in others for p in partitions))
+        await _outside(servers, lambda: forget(self._layout, others, servers.master_of))
         names = [*await self._incomplete()]
         for _ in range(_TRIES):
             if not (left := await self._incomplete()):
                 return names
-            token = layout.mint()
-            for name, kind in left.items():
-                async with _step():
-                    await mark(layout, [name], f"{kind} {token}", servers.master_of)
+            marks = {name: f"{kind} {self._layout.mint()}" for name, kind in left.items()}
+            await asyncio.gather(*(operations.mark(name, text, p) for name, text in marks.items() for p in partitions))
             new = [name for name, kind in left.items() if kind == NEW]
-            async for _ in self._inspect(report, ("session",), "hash", added=new):
-                pass
-            for name, kind in left.items():
-                partitions = range(layout.partitions)
-                await asyncio.gather(*(self._operations.complete(name, f"{kind} {token}", p) for p in partitions))
+            async with aclosing(self._inspect(report, ("session",), "mend", "hash", added=new)) as findings:
+                async for _ in findings:
+                    pass
+            calls = (operations.complete(name, text, p) for name, text in marks.items() for p in partitions)
+            await asyncio.gather(*calls)
         if left := await self._incomplete():
             raise IncompleteReference(next(iter(left)))
         return names
 
     async def _incomplete(self) -> dict[str, str]:
-        """Return the kind of the mark of each incomplete reference. If some store lacked it, it is not only new."""
+        """Return the kind of the mark of each incomplete reference: `NEW`, unless some store lacked it."""
         found: dict[str, str] = {}
 
         async def ask_for(name: str, partition: int) -> None:
             with self._operations.incompleteness(name, partition) as mark_of:
                 kind = (await mark_of).partition(" ")[0]
-            if kind:
-                found[name] = min(kind, found.get(name, NEW))
+            if kind and found.get(name) != LACKED:
+                found[name] = kind
 
         partitions, names = range(self._layout.partitions), self._operations.fields.references
         await asyncio.gather(*(ask_for(name, partition) for name in names for partition in partitions))
@@ -180,45 +169,71 @@ class Maintenance:
 
     # One pass over all keys.
 
-    async def _inspect_all(self, report: Report, *, mend: bool) -> AsyncGenerator[Finding]:
+    async def _inspect_all(self, report: Report, mode: Mode) -> AsyncGenerator[Finding]:
         """Look at all keys: first at the sessions, so that their mended keys decide which ids of the sets are stale."""
         seen = set[tuple[str, str, str | None]]()
         for number, kinds in enumerate((("session", "fence", "stray", "misplaced"), ("set",))):
             half = functools.partial(_report_half, report, number)
-            async for finding in self._inspect(half, kinds, mend=mend):
-                what = finding.kind, finding.key, finding.session_id
-                if what not in seen:  # SCAN may return a key twice.
-                    if finding.kind != "stale":  # There may be millions of these.
-                        seen.add(what)
-                    yield finding
+            async with aclosing(self._inspect(half, kinds, mode)) as findings:
+                async for finding in findings:
+                    what = finding.kind, finding.key, finding.session_id
+                    if what not in seen:  # SCAN may return a key twice.
+                        if finding.kind != "stale":  # There may be millions of these.
+                            seen.add(what)
+                        yield finding
 
     async def _inspect(
         self,
         report: Report,
         kinds: Collection[str],
+        mode: Mode,
         type_of_redis: str | None = None,
         *,
         added: Collection[str] = (),
-        mend: bool = True,
+        rest: float = 0,
     ) -> AsyncGenerator[Finding]:
-        """Look at the keys of some kinds. *type_of_redis*: look only at keys of this type; None: of all."""
-        strays = _Strays()
-        async for page in scan(self._operations.engine.servers, self._layout.prefix, type_of_redis):
-            parsed = [(name, self._parse(name)) for name in page.names]
-            known = [(name.decode(), one) for name, one in parsed if one.kind in kinds and one.kind in _KNOWN]
-            for start in range(0, len(known), _AT_ONCE):
-                calls = (self._look(*one, added, mend=mend) for one in known[start : start + _AT_ONCE])
-                for finding in itertools.chain(*await asyncio.gather(*calls)):
-                    yield finding
-            for name, one in parsed:
-                if one.kind in kinds and one.kind not in _KNOWN:
-                    strays.add(name, one, page.node)
-            report(page.share)
+        """Look at the keys of some kinds.
+
+        *type_of_redis*: look only at keys of this type; None: of all. *rest*: after each page, sleep so many times as
+        long as it took.
+        """
+        strays, servers = _Strays(), self._operations.engine.servers
+        if "stray" in kinds:
+            strays.others = await self._stems()
+        began = time.monotonic()
+        async with aclosing(scan(servers, self._layout, type_of_redis)) as pages:
+            async for page in pages:
+                parsed = [(name, self._parse(name)) for name in page.names]
+                known = [(name.decode(), one) for name, one in parsed if one.kind in kinds and one.kind in _KNOWN]
+                for start in range(0, len(known), _AT_ONCE):
+                    calls = (self._look(*one, added, mode) for one in known[start : start + _AT_ONCE])
+                    for finding in itertools.chain(*await asyncio.gather(*calls)):
+                        yield finding
+                for name, one in parsed:
+                    if one.kind in kinds and one.kind not in _KNOWN:
+                        strays.add(name, one, page.node)
+                report(page.share)
+                await asyncio.sleep(rest * (time.monotonic() - began))
+                began = time.monotonic()
+        async for finding in self._report_strays(strays, mode):
+            yield finding
+        report(1)
+
+    async def _report_strays(self, strays: "_Strays", mode: Mode) -> AsyncGenerator[Finding]:
+        if strays.count and mode == "mend_and_remove":  # Another store may have been opened meanwhile.
+            strays.others = await self._stems()
         for node, keys in strays.by_server():
-            removed = await _remove(node, list(keys)) if mend else set()
+            removed = await _remove(node, list(keys)) if mode == "mend_and_remove" else set()
             for name, kind in keys.items():
                 yield Finding(kind, name.decode(errors="backslashreplace"), name in removed)
-        report(1)
+        if strays.count == _MOST_STRAYS:
+            _logger.warning("there may be more than %d keys that are stray or misplaced: call again", _MOST_STRAYS)
+
+    async def _stems(self) -> tuple[bytes, ...]:
+        """Return the beginnings of the keys of other stores, whose prefixes begin with that of this one."""
+        async with aclosing(scan(self._operations.engine.servers, self._layout, "hash", ending=":_meta")) as pages:
+            names = {name async for page in pages for name in page.names}
+        return tuple(name.removesuffix(b"_meta") for name in names if self._parse(name).kind == "stray")
 
     def _parse(self, name: bytes) -> Parsed:
         try:
@@ -226,38 +241,47 @@ class Maintenance:
         except UnicodeDecodeError:
             return Parsed("stray")
 
-    async def _look(self, key: str, parsed: Parsed, added: Collection[str], *, mend: bool) -> list[Finding]:
+    async def _look(self, key: str, parsed: Parsed, added: Collection[str], mode: Mode) -> list[Finding]:
         """Return what is wrong with a session, a set or a fence."""
-        kind, partition = parsed.kind, parsed.partition
+        kind, partition, mended = parsed.kind, parsed.partition, mode != "check"
         if kind == "session":
-            found = await self._operations.inspect(parsed.name, partition, added, mend=mend)
+            found = await self._operations.inspect(parsed.name, partition, added, mode)
             return [
-                Finding(cast("Kind", word), other, mend, session_id=parsed.name if other != key else None)
+                Finding(cast("Kind", word), other, mended, session_id=parsed.name if other != key else None)
                 for word, other in found
             ]
         if kind == "fence":
-            word = await self._operations.inspect_fence(key, partition, mend=mend)
-            return [Finding(cast("Kind", word), key, mend)] if word else []
+            word = await self._operations.inspect_fence(key, partition, mode)
+            return [Finding(cast("Kind", word), key, mended)] if word else []
         if parsed.name not in self._operations.fields.references:
             return []  # The set belongs to a reference that the store does not have.
         words, stale, position = dict[str, None](), 0, Position(partition)
         while True:
-            page = await self._operations.inspect_set(key, parsed.name, position, mend=mend)
+            page = await self._operations.inspect_set(key, parsed.name, position, mode)
             words |= dict.fromkeys(page.found)
             stale, position = stale + page.stale, page.position
             if position.done:
                 break
-        findings = [Finding(cast("Kind", word), key, mend) for word in words]
-        return [*findings, Finding("stale", key, mend, stale)] if stale else findings
+        findings = [Finding(cast("Kind", word), key, mended) for word in words]
+        return [*findings, Finding("stale", key, mended, stale)] if stale else findings
 
 
-@asynccontextmanager
-async def _step() -> AsyncIterator[None]:
-    """Run commands outside of the engine. Raises the errors of this library."""
+async def _outside(servers: Servers, work: Callable[[], Awaitable[_T]]) -> _T:
+    """Run commands outside of the engine. If the server is another one meanwhile, run them again there.
+
+    Raises the errors of this library.
+    """
+    attempts = Attempts()
     try:
         async with asyncio.timeout(_PATIENCE):
-            yield
-    except (OSError, redis.exceptions.RedisError) as error:  # TimeoutError is an OSError.
+            while True:
+                try:
+                    await servers.ready()
+                    return await work()
+                except (OSError, redis.exceptions.RedisError) as error:  # TimeoutError is an OSError.
+                    if final := await attempts.failed(error):
+                        raise final from error
+    except TimeoutError as error:
         raise failure_of(error) from error
 
 
@@ -267,34 +291,41 @@ def _report_half(report: Report, number: int, share: float) -> None:
 
 
 class _Strays:
-    """The keys that are stray or misplaced, without those of other stores whose prefixes begin with the same one."""
+    """The keys that are stray or misplaced, without those of other stores."""
 
     def __init__(self) -> None:
+        #: How many there are.
+        self.count = 0
+        #: The beginnings of the keys of other stores.
+        self.others: tuple[bytes, ...] = ()
         self._keys: dict[Node, dict[bytes, Kind]] = {}
-        self._count = 0
-        self._stems: set[bytes] = set()  # The beginnings of the keys of other stores.
 
     def add(self, name: bytes, parsed: Parsed, node: Node) -> None:
-        if name.endswith(b":_meta"):
-            self._stems.add(name.removesuffix(b"_meta"))
-        elif self._count < _MOST_STRAYS:
-            self._count += 1
-            self._keys.setdefault(node, {})[name] = cast("Kind", parsed.kind)
+        keys = self._keys.setdefault(node, {})
+        if self.count < _MOST_STRAYS and name not in keys and not name.startswith(self.others):
+            self.count += 1
+            keys[name] = cast("Kind", parsed.kind)
 
     def by_server(self) -> Iterator[tuple[Node, dict[bytes, Kind]]]:
         for node, keys in self._keys.items():
-            yield node, {name: kind for name, kind in keys.items() if not any(map(name.startswith, self._stems))}
+            yield node, {name: kind for name, kind in keys.items() if not name.startswith(self.others)}
 
 
 async def _remove(node: Node, names: Sequence[bytes]) -> set[bytes]:
     """Remove keys, and return those that were removed: not all if a slot has moved, or the server is away."""
-    removed = set[bytes]()
-    with contextlib.suppress(OSError, redis.exceptions.RedisError):
+    removed, failure = set[bytes](), None
+    try:
         async with line_to(node) as line:
             for start in range(0, len(names), _AT_ONCE):
                 some = names[start : start + _AT_ONCE]
                 replies = await line.ask_each(*(pack("UNLINK", name) for name in some))
-                removed.update(
-                    name for name, reply in zip(some, replies, strict=True) if not isinstance(reply, Exception)
-                )
+                for name, reply in zip(some, replies, strict=True):
+                    if isinstance(reply, Exception):
+                        failure = reply
+                    else:
+                        removed.add(name)
+    except (OSError, redis.exceptions.RedisError) as error:
+        failure = error
+    if failure:
+        _logger.warning("some keys were not removed: %s", failure_of(failure))
     return removed

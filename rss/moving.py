@@ -77,7 +77,7 @@ class MovingStore(SessionStore[S]):
             report(progress)
 
         async for key in client.scan_iter(match=f"{layout.prefix}:*", count=1000):
-            name = key if isinstance(key, str) else key.decode()
+            name = key if isinstance(key, str) else key.decode(errors="replace")  # No key of the store is not UTF-8.
             if (parsed := layout.parse(name)).kind == "session":
                 waiting.append(parsed.name)
                 if len(waiting) == _AT_ONCE:

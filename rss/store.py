@@ -11,10 +11,10 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Generic, Literal, Self, TypedDict, Unpack, cast
 
+import anyio
 from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from rss.clients import Client, client_of, close
 from rss.codec import Codec, JSONCodec, TextCodec
 from rss.durations import Duration, milliseconds
 from rss.engine.fan_out import FanOut
@@ -140,21 +140,19 @@ class SessionStore(Generic[S]):
         )
         self._by_reference = FanOut(self.operations)
         self._engine = self.operations.engine
-        self._owned: Redis | RedisCluster | None = None
+        self._owned: Client | None = None
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[StoreOptions]) -> Self:
         """Return a store with its own client, which `aclose` closes.
 
         The URL is redis://, rediss:// or unix://. For a Redis Cluster it is redis+cluster:// or rediss+cluster://, with
-        the address of any of its servers.
+        the address of any of its servers. For a Redis behind Sentinels it is
+        redis+sentinel://user:password@host:port,host:port/service/db or rediss+sentinel://, with the addresses of the
+        Sentinels, and the user and the password of Redis. If the Sentinels need a password, make the client by
+        `redis.asyncio.Sentinel.master_for`, and call `SessionStore`.
         """
-        # Every call has a deadline, so the client needs no socket timeout and no retries.
-        client: Redis | RedisCluster
-        if isinstance(url, str) and "+cluster://" in url:
-            client = RedisCluster.from_url(url.replace("+cluster", "", 1))
-        else:
-            client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
+        client = client_of(url)
         store = cls(client, **options)
         store._owned = client
         return store
@@ -173,7 +171,7 @@ class SessionStore(Generic[S]):
         """
         await self._engine.aclose()
         if self._owned is not None:
-            await self._owned.aclose()
+            await close(self._owned)
 
     async def __aenter__(self) -> Self:
         """Open the store.
@@ -220,6 +218,28 @@ class SessionStore(Generic[S]):
     async def _decode_events(self, messages: AsyncIterator[Message | None]) -> AsyncIterator[Event]:
         async for message in messages:
             yield Event("gap") if message is None else event_of(message, self._layout, self.fields)
+
+    @asynccontextmanager
+    async def sweeper(self, every: Duration = "10m") -> AsyncIterator[None]:
+        """Remove the ids of expired sessions from all reference sets, in the background while the context is open.
+
+        *every*: the time between two sweeps. If several processes have a sweeper, one of them begins to sweep in each
+        period. A sweep rests three times as long as it works, so that it hardly delays others.
+
+        So while sweeps succeed, no set holds the id of a session that expired longer ago than twice this time, plus the
+        time that a sweep takes. If a sweep fails, a warning is logged, and the next one is tried.
+        """
+        period, failure = milliseconds(every, "every") / 1000, None
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.maintenance.sweep_forever, period)
+            try:
+                yield
+            except Exception as error:  # noqa: BLE001 - the group would put it into an ExceptionGroup
+                failure = error
+            finally:
+                group.cancel_scope.cancel()
+        if failure:
+            raise failure
 
     @property
     def maintenance(self) -> Maintenance:

@@ -257,6 +257,7 @@ BAD: dict[str, dict[str, Row]] = {
     },
     "ttl": _rows("session_id", IDS, lambda s, x: s.ttl(x)),
     "wait_ended": _rows("session_id", IDS, lambda s, x: s.wait_ended(x)),
+    "sweeper": _rows("every", _durations("every"), lambda s, x: s.sweeper(x).__aenter__()),
     "ids_by": {
         **_rows("field", REFERENCE, lambda s, x: s.ids_by(x, 1)),
         **_rows("value", VALUE, lambda s, x: s.ids_by("user_id", x)),

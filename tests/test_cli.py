@@ -302,7 +302,7 @@ async def test_incomplete_references(place: Place, redis_url: str) -> None:
         new = await newer.create({"user_id": 7, "device": "phone"})
         before = await place.dump()
         for args in (("ls", "device=phone", "--json"), ("count", "device=phone"), ("revoke", "device=none")):
-            result = await place.rss(*args, expect=1)
+            result = await place.rss(*args, expect=4)
             assert "the reference 'device' is incomplete" in result.err
             if args[0] == "ls":
                 assert [row["id"] for row in result.lines] == [new]
@@ -341,10 +341,10 @@ async def test_a_reference_that_is_added_meanwhile(place: Place, monkeypatch: py
         async with SessionStore.from_url(place.url, references=more, prefix=place.prefix) as newer:
             await newer.maintenance.reindex()
 
-    def add_and_make(*args: Any) -> Any:
+    def add_and_make(*args: Any, **options: Any) -> Any:
         thread = asyncio.run_coroutine_threadsafe(add(), loop)
         thread.result(20)
-        return made(*args)
+        return made(*args, **options)
 
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(opening, "store_of", add_and_make)
@@ -415,16 +415,18 @@ async def test_the_options_of_references_are_kept(redis_url: str, keyspace: Keys
         async def held() -> Held | None:
             return await held_by(store.operations.layout, store.operations.engine.servers.master_of)
 
-        assert await held() == Held("1", None, None, {"a": Reference()}, json=True)
+        assert await held() == Held("1", None, None, {"a": Reference()}, events=False, json=True)
         await admin.hset(meta, "reference:a", "")
         assert "an older version" in (await place.rss("check", expect=2)).err
-        strict = {"a": Reference(strict=True)}
+        strict = {"a": Reference(strict=True, identity=True)}
+        async with SessionStore.from_url(redis_url, references=strict, events=True, **options):
+            assert await held() == Held("1", None, None, strict, events=True, json=True)
         async with SessionStore.from_url(redis_url, references=strict, **options) as newer:
-            assert await held() == Held("1", None, None, strict, json=True)
+            assert await held() == Held("1", None, None, strict, events=False, json=True)
             assert await newer.ids_by("a", 1) == []  # It was not marked.
         async with SessionStore.from_url(redis_url, references=["a", "b"], codec=TextCodec(), **options):
             references = {"a": Reference(), "b": Reference()}
-            assert await held() == Held("1", None, None, references, json=False)
+            assert await held() == Held("1", None, None, references, events=False, json=False)
             with pytest.raises(IncompleteReference):
                 await SessionStore(admin, references=["a", "b"], **options).ids_by("b", 1)
         await admin.hset(meta, "format", "2")
@@ -508,7 +510,7 @@ async def test_a_server_that_stops(url: str) -> None:
     ("error", "code", "words"),
     [
         (PartlyDone(3, 1, 16), 3, "run it again"),
-        (IncompleteReference("user_id"), 1, "rss reindex"),
+        (IncompleteReference("user_id"), 4, "rss reindex"),
         (TimeoutError(), 3, "Redis does not answer"),
         (redis.exceptions.ConnectionError("127.0.0.1 hung up"), 3, "Redis does not answer"),
         (ValueError("a bad argument"), 2, "a bad argument"),
@@ -616,6 +618,55 @@ async def test_watching_a_reason(url: str) -> None:
         process.send_signal(signal.SIGINT)
         await asyncio.to_thread(process.communicate, None, 30)
         assert (event["kind"], event["session_id"]) == ("ended", second)
+
+
+@pytest.mark.parametrize("partitions", [None, 4])
+async def test_what_the_command_does_is_told(url: str, partitions: int | None) -> None:
+    """The readers of events hear what the command ends, as if the application had done it, but nothing of a doctor."""
+    options: dict[str, Any] = {"references": REFERENCES, "partitions": partitions, "partition_by_identity": False}
+    async with client_of(url) as admin, SessionStore.from_url(url, events=True, **options) as store:
+        await admin.flushall()
+        async with SessionStore.from_url(url, events=True, **options):
+            first, second = [await store.create({"user_id": 7, "ip": "x"}) for _ in range(2)]
+        async with store.events() as events:
+            await admin.unlink(store.get_session_key(second))
+            for args in (["doctor"], ["sweep"], ["revoke", "ip=x", "--yes"]):
+                assert (await asyncio.to_thread(run, *args, "--url", url)).code == 0
+            told = [await anext(events) for _ in range(2)]
+        assert [(one.kind, one.session_id, one.reason, one.identity) for one in told] == [
+            ("ended", second, "expired", None),
+            ("ended", first, "revoked", 7),
+        ]
+
+
+async def test_a_repair_that_may_not_remove(url: str) -> None:
+    """What was not mended is shown as such, the log says why, and the exit code is 1."""
+    async with client_of(url) as admin, SessionStore.from_url(url, references=["user_id"]) as store:
+        await admin.flushall()
+        async with SessionStore.from_url(url, references=["user_id"]):
+            await store.create({"user_id": 1})
+        await admin.set("rss:stray", "x")
+        rules = [*ACL_RULE.split(), "+scan", "+dbsize", "-unlink"]
+        await admin.execute_command("ACL", "SETUSER", "app", "reset", "on", ">secret", *rules)
+        user = url.replace("://", "://app:secret@")
+        result = await asyncio.to_thread(run, "repair", "--yes", "--url", user)
+        assert (result.code, "not mended" in result.out) == (1, True), result
+        lines = (await asyncio.to_thread(run, "repair", "--yes", "--json", "--url", user)).lines
+        assert [line["mended"] for line in lines] == [False]
+        assert await admin.exists("rss:stray")
+        assert (await asyncio.to_thread(run, "repair", "--yes", "--url", url)).code == 0
+        await admin.execute_command("ACL", "DELUSER", "app")
+
+
+async def test_the_doctor_of_an_incomplete_reference(url: str) -> None:
+    """A reference that is incomplete is a warning, and no error of the scripts."""
+    async with client_of(url) as admin:
+        await admin.flushall()
+        async with SessionStore.from_url(url), SessionStore.from_url(url, references=["user_id"]) as store:
+            await store.create({"user_id": 1})
+        result = await asyncio.to_thread(run, "doctor", "--url", url, "--json")
+        levels = {line["what"]: line["level"] for line in result.lines}
+        assert (result.code, levels["scripts"], levels["reference user_id"]) == (0, "ok", "warning"), result
 
 
 async def test_an_interrupted_sweep(url: str) -> None:
@@ -900,7 +951,7 @@ async def test_the_examples_of_the_guide(url: str, cluster_url: str) -> None:
             await there.unlink(key)
         await admin.flushall()
     codes = set(re.findall(r"^ +(\d+) {2,}", run("--help").out, re.MULTILINE))
-    assert set(re.findall(r"^\| (\d+) \|", GUIDE, re.MULTILINE)) == codes == {"0", "1", "2", "3", "130"}
+    assert set(re.findall(r"^\| (\d+) \|", GUIDE, re.MULTILINE)) == codes == {"0", "1", "2", "3", "4", "130"}
 
 
 def test_completion() -> None:

@@ -254,6 +254,23 @@ async def test_a_user_without_the_right() -> None:
             await store.aclose()
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["x", "{}", "[]", '["ended"]', '["rotated", "id"]', '["later", "id"]', "\udcff"],
+)
+async def test_a_message_that_is_not_readable(store: SessionStore, client: Redis, message: str) -> None:
+    """A message of another program, or of a later version, is a gap. The events after it are told."""
+    channel = store.operations.layout.events(0)
+    async with store.events() as events:
+        await client.publish(channel, message.encode(errors="surrogateescape"))
+        session_id = await store.create()
+        told = [await anext(events)]
+        while told[-1].kind == "gap":
+            told.append(await anext(events))
+    assert [one.kind for one in told[:2]] == ["gap", "created"]
+    assert told[-1].session_id == session_id
+
+
 async def test_nothing_is_left(store: SessionStore) -> None:
     """When the context ends, no task and no connection is left."""
     async with reading(store):

@@ -5,17 +5,19 @@ import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
-from rss import Reference, SessionError, SessionStore, StoreUnavailable
+from rss import Reference, SessionError, SessionStore, StoreUnavailable, maintenance
 from rss.engine.scan import scan
+from rss.keys import slot as slot_of
 from rss.maintenance import Finding, Maintenance
-from rss.testing import Cluster
+from rss.testing import Cluster, cluster
 from tests.keyspace import Keyspace
-from tests.servers import client_of, own_server
+from tests.servers import client_of, connections, own_server
 from tests.test_acl import ACL_RULE
 
 REFERENCES = {"user_id": Reference(identity=True), "ip": Reference()}
@@ -166,7 +168,7 @@ async def test_nothing_is_wrong_with_a_store(store: SessionStore, keyspace: Keys
     await store.block("user_id", 7, "1m")
     await store.touch(ids[8], "60 days")
     await store.unset(ids[9], ["ip"])
-    async with store.maintenance.sweeper():
+    async with store.sweeper():
         await asyncio.sleep(0)
     before = await keyspace.dump()
     assert await listed(store.maintenance.check()) == []
@@ -281,19 +283,19 @@ async def test_one_process_sweeps_at_a_time(store: SessionStore, monkeypatch: py
     """Of several sweepers, one sweeps in each period."""
     swept = 0
 
-    async def sweep(_: Maintenance) -> int:
+    async def sweep(_: Maintenance, **__: float) -> int:
         nonlocal swept
         swept += 1
         return 0
 
-    monkeypatch.setattr(Maintenance, "sweep", sweep)
-    async with store.maintenance.sweeper("1h"), store.maintenance.sweeper("1h"), store.maintenance.sweeper("1h"):
+    monkeypatch.setattr(Maintenance, "_sweep", sweep)
+    async with store.sweeper("1h"), store.sweeper("1h"), store.sweeper("1h"):
         while not swept:
             await asyncio.sleep(0.01)
         await store.touch("a")
     assert swept == 1
     with pytest.raises(ValueError, match="every"):
-        async with store.maintenance.sweeper(0):
+        async with store.sweeper(0):
             pass
 
 
@@ -303,22 +305,60 @@ async def test_a_sweeper_survives_a_failure(
     """If Redis does not answer, a warning is logged, and the next sweep is tried."""
     outcomes: list[Exception | None] = [StoreUnavailable("no answer"), None]
 
-    async def sweep(_: Maintenance) -> int:
+    async def sweep(_: Maintenance, **__: float) -> int:
         if outcome := outcomes.pop(0):
             raise outcome
         return 0
 
-    monkeypatch.setattr(Maintenance, "sweep", sweep)
+    monkeypatch.setattr(Maintenance, "_sweep", sweep)
     with caplog.at_level(logging.WARNING, "rss"):
-        async with asyncio.timeout(20), store.maintenance.sweeper("20ms"):
+        async with asyncio.timeout(20), store.sweeper("20ms"):
             while outcomes:
                 await asyncio.sleep(0.01)
     assert "the sweep failed: no answer" in caplog.text
 
 
+async def test_an_error_beside_a_sweeper(store: SessionStore) -> None:
+    """An error of the application passes a sweeper as it is, and ends the sweeper. So does a cancellation."""
+    with pytest.raises(KeyError, match="mine"):
+        async with store.sweeper():
+            raise KeyError("mine")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), store.sweeper("10ms"):
+            await asyncio.sleep(20)
+    assert len(asyncio.all_tasks()) == 1
+
+
+@on_both
+async def test_what_is_stopped_leaves_nothing(store: SessionStore, keyspace: Keyspace) -> None:
+    """A check that is left, and a sweep that is cancelled, close their connections at once."""
+    await fill(store, 300)
+    client: Any = keyspace.client
+    await store.get("a")
+    before = len(await connections(client))
+    scene = Scene(store, keyspace)
+    await scene.endless_session(await store.create({"ip": "x"}), {})
+    async with aclosing(store.maintenance.check()) as findings:
+        async for _ in findings:
+            break
+    async with asyncio.timeout(20):
+        while len(await connections(client)) > before:
+            await asyncio.sleep(0.01)
+    tasks = asyncio.all_tasks()
+    for _ in range(5):
+        sweep = asyncio.create_task(store.maintenance.sweep())
+        await asyncio.sleep(0.002)
+        sweep.cancel()
+        await asyncio.wait([sweep])
+        assert asyncio.all_tasks() == tasks
+    async with asyncio.timeout(20):
+        while len(await connections(client)) > before:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_sweeper_of_a_closed_store(store: SessionStore) -> None:
     """A sweeper ends quietly when the store is closed."""
-    async with store.maintenance.sweeper("10ms"):
+    async with store.sweeper("10ms"):
         await store.aclose()
         async with asyncio.timeout(20):
             while len(asyncio.all_tasks()) > 1:
@@ -359,14 +399,92 @@ async def test_a_slot_that_moves_during_a_check(servers: Cluster, keyspace: Keys
         slot, seen, moved = layout.slots[moving], set[bytes](), False
         owner = servers.owner(slot)
         target = servers.owner(layout.slots[0])
-        async for page in scan(store.operations.engine.servers, keyspace.prefix):
+        async for page in scan(store.operations.engine.servers, layout):
             if not moved:  # The target is listed already, or is being listed.
                 await asyncio.to_thread(servers.migrate, slot, target)
-                await store.set(ids[10 * moving], {"n": 2})
                 moved = True
             seen.update(page.names)
         assert seen >= {store.get_session_key(session_id).encode() for session_id in ids}
         await asyncio.to_thread(servers.migrate, slot, owner)
+
+
+async def test_a_slot_that_is_moving_during_a_check(servers: Cluster, keyspace: Keyspace) -> None:
+    """If the keys of a slot move to a server that is listed already, and the slot stays open, none is missed."""
+    async with SessionStore.from_url(servers.url, prefix=keyspace.prefix, timeout=20) as store:
+        layout: Any = store.operations.layout
+        masters = list(dict.fromkeys(store.operations.engine.servers.masters))
+        moving = store.operations.engine.servers.owners.index(masters[-1])
+        ids = [layout.mint(moving) for _ in range(20)]
+        await asyncio.gather(*(store.set(session_id, {"n": 1}) for session_id in ids))
+        slot, seen, moved = layout.slots[moving], set[bytes](), False
+        target = servers.owner(layout.slots[store.operations.engine.servers.owners.index(masters[0])])
+        await asyncio.to_thread(servers.begin_migration, slot, target)
+        async for page in scan(store.operations.engine.servers, layout):
+            seen.update(page.names)
+            if page.node is masters[1] and not moved:  # The first one has been listed.
+                while await asyncio.to_thread(servers.move_keys, slot, target):
+                    pass
+                moved = True
+        assert seen >= {store.get_session_key(session_id).encode() for session_id in ids}
+        await asyncio.to_thread(servers.end_migration, slot, target)
+
+
+async def test_a_reindex_while_slots_move(servers: Cluster, keyspace: Keyspace) -> None:
+    """A reference can be completed while the slots of marks and of the meta key move, or have just moved."""
+    options: dict[str, Any] = {"prefix": keyspace.prefix, "timeout": 20}
+    async with (
+        SessionStore.from_url(servers.url, references=["gone"], **options) as old,
+        SessionStore.from_url(servers.url, references=["ip"], **options) as store,
+    ):
+        session_id = await old.create({"ip": "x"})
+        layout: Any = store.operations.layout
+        slots = [layout.slots[3], slot_of(layout.meta)]
+        owners = [servers.owner(slot) for slot in slots]
+        targets = [next(one for one in servers.servers if one is not owner) for owner in owners]
+        await asyncio.to_thread(servers.begin_migration, slots[0], targets[0])
+        await asyncio.to_thread(servers.migrate, slots[1], targets[1])
+        assert await store.maintenance.reindex() == ["ip"]
+        assert await store.ids_by("ip", "x") == [session_id]
+        await asyncio.to_thread(servers.end_migration, slots[0], targets[0])
+
+
+async def test_a_master_that_dies_during_a_check() -> None:
+    """If a master dies while keys are listed, its replica takes over, and the check ends as always."""
+    with cluster(3, 1) as servers:
+        async with SessionStore.from_url(servers.url, references=["ip"], timeout=20) as store:
+            ids = await asyncio.gather(*(store.create({"ip": n % 7}) for n in range(600)))
+            victim = next(one for one in servers.servers if one.is_master)
+            seen, killed = set[bytes](), False
+            async for page in scan(store.operations.engine.servers, store.operations.layout):
+                if page.first:
+                    seen.clear()
+                seen.update(page.names)
+                if not killed:
+                    victim.kill()
+                    killed = True
+            assert seen >= {store.get_session_key(session_id).encode() for session_id in ids}
+            assert await listed(store.maintenance.check()) == []
+
+
+@on_both
+async def test_many_keys_of_another_store(
+    store: SessionStore, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The keys of another store do not use up the number of stray keys that are listed. More of these are announced."""
+    monkeypatch.setattr(maintenance, "_MOST_STRAYS", 10)
+    client: Any = keyspace.client
+    other = SessionStore(client, references=["user_id"], prefix=f"{keyspace.prefix}:admin", partitions=4)
+    await asyncio.gather(*(other.create({"user_id": n}) for n in range(50)))
+    await client.set(f"{keyspace.prefix}:mine", "x")
+    assert await kinds(store.maintenance.check()) == {"stray": 1}
+    assert "call again" not in caplog.text
+    for n in range(12):
+        await client.set(f"{keyspace.prefix}:mine-{n}", "x")
+    assert await kinds(store.maintenance.repair()) == {"stray": 10}
+    assert "call again" in caplog.text
+    assert await kinds(store.maintenance.repair()) == {"stray": 3}
+    assert await other.count_by("user_id", 7) == 1
+    await other.aclose()
 
 
 async def test_a_server_that_is_away_is_told() -> None:

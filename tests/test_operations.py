@@ -23,8 +23,8 @@ OPERATIONS: Final = {name: value for name, value in vars(operations).items() if 
 
 #: Public methods that a user calls for their effect on the store, not on sessions.
 OF_THE_STORE: Final = {"load", "aclose"}
-#: Methods that send no operation. `test_watch` and `test_events` have their tests.
-WITHOUT_OPERATION: Final = {"wait_ended", "events"}
+#: Methods that send no operation. `test_watch`, `test_events` and `test_maintenance` have their tests.
+WITHOUT_OPERATION: Final = {"wait_ended", "events", "sweeper"}
 METHODS: Final = {
     name
     for name, method in inspect.getmembers(SessionStore, inspect.isfunction)
@@ -37,7 +37,7 @@ METHODS: Final = {
 OF_MOVES: Final = {"ARRIVE", "RETIRE", "CONFIRM"}
 
 #: Operations that only `Maintenance` sends. `test_maintenance` and `test_incomplete` have all of their tests.
-OF_MAINTENANCE: Final = {"CLAIM", "COMPLETE", "INSPECT", "INSPECT_REF", "INSPECT_FENCE"}
+OF_MAINTENANCE: Final = {"MARK", "UNMARK", "CLAIM", "COMPLETE", "INSPECT", "INSPECT_REF", "INSPECT_FENCE"}
 
 #: Operations whose reply is lost in a test of its own, not in a row of `REPEATED`.
 LOST_REPLIES: Final[dict[str, Callable[..., Any]]] = {

@@ -12,8 +12,9 @@ from typing import Any, Final, NoReturn
 import click
 import redis.exceptions
 
-from rss.cli.opening import Client, Refusal, Store, opened
+from rss.cli.opening import Refusal, Store, opened
 from rss.cli.output import Output
+from rss.clients import Client
 from rss.engine.failures import failure_of
 from rss.errors import IncompleteReference, PartlyDone, SessionError
 
@@ -23,6 +24,7 @@ Exit codes:
   1    there is no such session, nothing to revoke, or something is wrong
   2    wrong usage, or no store has used the prefix
   3    Redis did not answer, or refused
+  4    done, but a reference is incomplete, so sessions may be missing: see rss reindex
   130  Ctrl-C
 """
 
@@ -35,7 +37,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except IncompleteReference as error:
-            _stop(ctx, f"{error} (rss reindex)", 1)
+            _stop(ctx, f"{error} (rss reindex)", 4)
         except PartlyDone as error:
             _stop(ctx, f"{error}: run it again", 3)
         except SessionError as error:
@@ -109,10 +111,10 @@ _YES: Final = click.option("--yes", is_flag=True, help="Do not ask. Without a te
 _Function = Callable[..., Coroutine[Any, Any, int]]
 
 
-def command(name: str, *examples: str, asks: bool = False) -> Callable[[_Function], click.Command]:
+def command(name: str, *examples: str, asks: bool = False, events: bool = True) -> Callable[[_Function], click.Command]:
     """Make a command of a function that takes a `Place` and options, and returns the exit code.
 
-    *asks*: whether it asks before it does its work.
+    *asks*: whether it asks before it does its work. *events*: whether to publish events if the applications do.
     """
     lines = "".join(f"  {example}\n" for example in examples)
 
@@ -120,7 +122,7 @@ def command(name: str, *examples: str, asks: bool = False) -> Callable[[_Functio
         @functools.wraps(function)
         def run(url: str, prefix: str, *, as_json: bool, yes: bool = False, **options: Any) -> None:
             async def work() -> int:
-                async with opened(url, prefix, options.get("forget", ())) as (store, client):
+                async with opened(url, prefix, options.get("forget", ()), events=events) as (store, client):
                     return await function(Place(store, client, url, prefix, Output(as_json=as_json), yes), **options)
 
             click.get_current_context().exit(asyncio.run(work()))

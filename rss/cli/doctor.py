@@ -5,6 +5,7 @@ import importlib.metadata
 import secrets
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -14,9 +15,11 @@ from redis.asyncio.connection import AbstractConnection
 
 from rss.cli.opening import Store
 from rss.engine.lane import Node
+from rss.engine.line import line_to
 from rss.engine.meta import ask, connected
 from rss.engine.operations import Position
-from rss.errors import SessionError, StoreUnavailable
+from rss.engine.scripts import pack
+from rss.errors import IncompleteReference, SessionError, StoreUnavailable
 
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _CALLS: Final = 20
@@ -138,14 +141,22 @@ async def _lazy_expiry(connection: AbstractConnection) -> Line:
 
 
 async def _commands(store: Store, connection: AbstractConnection) -> list[Line]:
-    """Try the plain commands that maintenance needs."""
-    lines = list[Line]()
-    for command in (("SCAN", "0", "MATCH", f"{store.operations.layout.prefix}:*", "COUNT", "1"), ("DBSIZE",)):
+    """Try the plain commands that some methods need."""
+    layout, lines = store.operations.layout, list[Line]()
+    for command, needing in (
+        (("SCAN", "0", "MATCH", f"{layout.prefix}:*", "COUNT", "1"), "check, repair, reindex, sweep, stats and copy"),
+        (("DBSIZE",), "check, repair, reindex, sweep, stats and copy"),
+        (("HKEYS", layout.meta), "reindex"),
+        (("WAIT", "0", "1"), "durable"),
+        (("CLIENT", "TRACKING", "OFF"), "wait_ended"),
+    ):
         try:
             await ask(connection, *command)
+        except redis.exceptions.MovedError:  # The key is on another master.
+            continue
         except redis.exceptions.ResponseError:
-            why = "so check, repair, reindex, sweep, stats and copy cannot run as this user."
-            lines.append(Line("warning", f"command {command[0]}", f"This user may not run it, {why}"))
+            name = " ".join(command[:2]) if command[0] == "CLIENT" else command[0]
+            lines.append(Line("warning", f"command {name}", f"This user may not run it: needed for {needing}."))
     return lines
 
 
@@ -161,6 +172,8 @@ async def _scripts(store: Store, node: Node) -> list[Line]:
                 await call()
             except StoreUnavailable:
                 raise
+            except IncompleteReference:  # The script has run.
+                continue
             except SessionError as error:
                 lines.append(Line("error", f"script {name}", _sentence(error)))
     finally:
@@ -201,15 +214,15 @@ class _Trial:
         yield "touch", lambda: store.touch(one)
         yield "increment", lambda: store.increment(one, "n")
         yield "unset_with_refs", lambda: store.unset(one, ["x"])
-        yield "inspect", lambda: operations.inspect(one, self._partition, (), mend=False)
+        yield "inspect", lambda: operations.inspect(one, self._partition, (), "check")
         if field:
             layout = operations.layout
             names = [make(field, self._value, self._partition) for make in (layout.reference, layout.fence)]
             position = Position(self._partition)
             yield "find_by_ref", lambda: store.ids_by(field, self._value)
             yield "blocked", lambda: store.blocked(field, self._value)
-            yield "inspect_ref", lambda: operations.inspect_set(names[0], field, position, mend=False)
-            yield "inspect_fence", lambda: operations.inspect_fence(names[1], self._partition, mend=False)
+            yield "inspect_ref", lambda: operations.inspect_set(names[0], field, position, "check")
+            yield "inspect_fence", lambda: operations.inspect_fence(names[1], self._partition, "check")
         yield "rotate_with_refs", self._rotate
         yield "arrive, retire, confirm", lambda: self._move(two, other)
         yield "delete_with_refs", lambda: store.delete(other)
@@ -238,10 +251,13 @@ class _Trial:
         names = [layout.place(one)[0] for one in self._ids]
         for partition in layout.with_value(self._field, self._value) if self._field else ():
             names += [make(self._field or "", self._value, partition) for make in (layout.reference, layout.fence)]
+        by_master = defaultdict[Node, list[str]](list)
+        for name in names:
+            by_master[self._operations.engine.servers.master_of(name)].append(name)
         try:
-            for name in names:
-                async with connected(self._operations.engine.servers.master_of(name)) as connection:
-                    await ask(connection, "UNLINK", name)
+            for node, some in by_master.items():
+                async with line_to(node) as line:
+                    await line.ask(*(pack("UNLINK", name) for name in some))
         except (OSError, redis.exceptions.RedisError):
             return True
         return False

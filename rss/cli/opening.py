@@ -4,15 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 import click
 import redis.exceptions
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
-from redis.backoff import NoBackoff
 
+from rss.clients import Client, client_of, close
 from rss.codec import JSONCodec, TextCodec
 from rss.engine.failures import failure_of
 from rss.engine.meta import FORMAT, Held, held_by
@@ -28,54 +24,19 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
-Client = Redis | RedisCluster
 #: A store of the command.
 Store = SessionStore[dict[str, Any]]
 
 
-def client_of(url: str) -> Client:
+def client_for(url: str) -> Client:
     """Return a client. Raises `Refusal`, without the secrets in the URL, if the URL is none."""
     try:
-        scheme = urlsplit(url).scheme
-        if scheme == "redis+sentinel":
-            return _behind_sentinels(url)
-        if scheme.endswith("+cluster"):
-            return RedisCluster.from_url(url.replace("+cluster", "", 1))
-        return Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=None)
+        return client_of(url)
     except (ValueError, redis.exceptions.RedisError):
         raise Refusal(
             "the URL must be redis://host:port/db, rediss://..., unix://path, redis+cluster://host:port or "
             "redis+sentinel://host:port,host:port/service"
         ) from None
-
-
-def _behind_sentinels(url: str) -> Redis:
-    """Return a client of `redis+sentinel://user:password@host:port,host:port/service`.
-
-    The user and the password are those of the master.
-    """
-    parts = urlsplit(url)
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    user, _, password = credentials.partition(":")
-    addresses = [host.rpartition(":") if ":" in host else (host, ":", "26379") for host in hosts.split(",")]
-    service = unquote(parts.path.strip("/"))
-    if not service or not all(host for host, _, _ in addresses):
-        raise ValueError("no service or no host")
-    once: dict[str, Any] = {"retry": Retry(NoBackoff(), 0)}
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [(host, int(port)) for host, _, port in addresses], sentinel_kwargs={**once, "socket_timeout": 1}
-    )
-    options: dict[str, Any] = {**once, "username": unquote(user) or None, "password": unquote(password) or None}
-    client: Redis = sentinel.master_for(service, socket_timeout=None, **options)
-    return client
-
-
-async def close(client: Client) -> None:
-    """Close a client, and those of its Sentinels."""
-    await client.aclose()
-    if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
-        for sentinel in client.connection_pool.sentinel_manager.sentinels:
-            await sentinel.aclose()
 
 
 async def read_meta(client: Client, prefix: str) -> Held | None:
@@ -88,7 +49,7 @@ async def read_meta(client: Client, prefix: str) -> Held | None:
     except ValueError as error:
         raise Refusal(str(error)) from None
     engine = store.operations.engine
-    engine.references = None
+    engine.description = None
     try:
         await engine.connect()
         async with asyncio.timeout(store.operations.timeout):
@@ -100,10 +61,10 @@ async def read_meta(client: Client, prefix: str) -> Held | None:
         await store.aclose()
 
 
-def store_of(client: Client, prefix: str, held: Held, without: Collection[str] = ()) -> Store:
+def store_of(client: Client, prefix: str, held: Held, without: Collection[str] = (), *, events: bool = True) -> Store:
     """Return a store that reads what those with this meta key wrote. It is not compared with them, so it marks nothing.
 
-    *without*: references to leave out.
+    *without*: references to leave out. *events*: whether to publish events if those stores do.
     """
     if held.format != FORMAT:
         raise Refusal(f"the sessions with the prefix {prefix!r} have a format that this version does not know")
@@ -117,24 +78,31 @@ def store_of(client: Client, prefix: str, held: Held, without: Collection[str] =
         references={name: kind for name, kind in held.references.items() if name not in without},
         prefix=prefix,
         partitions=held.partitions,
+        partition_by_identity=held.identity is not None,
         codec=JSONCodec() if held.json else TextCodec(),
         timeout=_TIMEOUT,
+        events=events and held.events,
     )
-    store.operations.engine.references = None
+    store.operations.engine.description = None
     return store
 
 
 @asynccontextmanager
-async def opened(url: str, prefix: str, without: Collection[str] = ()) -> AsyncIterator[tuple[Store, Client]]:
-    """Open the store of a prefix, and yield it with a client. Raises `Refusal` if no store used the prefix."""
-    client = client_of(url)
+async def opened(
+    url: str, prefix: str, without: Collection[str] = (), *, events: bool = True
+) -> AsyncIterator[tuple[Store, Client]]:
+    """Open the store of a prefix, and yield it with a client. See `store_of` for the other arguments.
+
+    Raises `Refusal` if no store used the prefix.
+    """
+    client = client_for(url)
     try:
         held = await read_meta(client, prefix)
         if held is None:
             raise Refusal(f"no store has used the prefix {prefix!r} in this Redis: see --prefix and --url")
         if unknown := set(without) - set(held.references):
             raise Refusal(f"the prefix has no reference {min(unknown)!r}")
-        async with store_of(client, prefix, held, without) as store:
+        async with store_of(client, prefix, held, without, events=events) as store:
             yield store, client
     finally:
         await close(client)

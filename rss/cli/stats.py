@@ -4,17 +4,17 @@ import asyncio
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, Final
 
 import redis.exceptions
-from redis.asyncio.connection import AbstractConnection
 
 from rss.cli.opening import Store
 from rss.engine.lane import Node
-from rss.engine.meta import ask, connected
+from rss.engine.line import Line, line_to
 from rss.engine.operations import COUNT_BY
 from rss.engine.scan import scan
+from rss.engine.scripts import pack
 from rss.errors import IncompleteReference, SessionError, StoreUnavailable
 from rss.keys import Parsed
 
@@ -34,6 +34,11 @@ class Statistics:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._lines: dict[Node, Line] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a pass over all keys."""
         #: The number of keys of each kind: "sessions", "tombstones", "fences", "other", and "set <reference>".
         self.keys: Counter[str] = Counter()
         #: The number of ids in the sets of each reference.
@@ -44,7 +49,6 @@ class Statistics:
         self._looked: Counter[str] = Counter()  # The number of ids of each reference that were looked at.
         self._stale: Counter[str] = Counter()  # The number of these that are stale.
         self._large = defaultdict[str, list[tuple[int, str]]](list)
-        self._connections: dict[int, AbstractConnection] = {}
 
     @property
     def bytes(self) -> int | None:
@@ -64,8 +68,10 @@ class Statistics:
     async def count(self, report: Callable[[float], None]) -> None:
         """Look at all keys."""
         operations = self._store.operations
-        async with AsyncExitStack() as stack:
-            async for page in scan(operations.engine.servers, operations.layout.prefix):
+        async with AsyncExitStack() as stack, aclosing(scan(operations.engine.servers, operations.layout)) as pages:
+            async for page in pages:
+                if page.first:
+                    self._begin()
                 names = [name.decode(errors="backslashreplace") for name in page.names]
                 samples = defaultdict[str, list[str]](list)
                 for start in range(0, len(names), _AT_ONCE):
@@ -75,9 +81,7 @@ class Statistics:
                     for kind, name in zip(found, some, strict=True):
                         if kind and len(samples[kind]) < _SAMPLES:
                             samples[kind].append(name)
-                for kind, sample in samples.items():
-                    for name in sample:
-                        await self._sample(kind, name, page.node, stack)
+                await self._sample([(kind, name) for kind in samples for name in samples[kind]], page.node, stack)
                 report(page.share)
         for reference, sets in self._large.items():
             values = dict.fromkeys(value for _, value in sorted(sets, reverse=True))
@@ -117,24 +121,28 @@ class Statistics:
             partitions = layout.with_value(reference, value)
             return sum(await asyncio.gather(*(operations.count_by(reference, value, one) for one in partitions)))
 
-    async def _sample(self, kind: str, name: str, node: Node, stack: AsyncExitStack) -> None:
-        """Ask for the size of a key, and whether some ids of a set are stale. Do nothing if Redis refuses to answer."""
-        try:
-            if id(node) not in self._connections:
-                self._connections[id(node)] = await stack.enter_async_context(connected(node))
-            connection = self._connections[id(node)]
-            if kind.startswith("set "):
-                await self._sample_set(kind.removeprefix("set "), name, connection)
-            used: Any = await ask(connection, "MEMORY", "USAGE", name)
-            if used:
-                self._sampled[kind].append(used)
-        except redis.exceptions.ResponseError:
-            return
-        except (OSError, redis.exceptions.RedisError):
-            self._connections.pop(id(node), None)
+    async def _sample(self, keys: list[tuple[str, str]], node: Node, stack: AsyncExitStack) -> None:
+        """Ask for the sizes of some keys, each with its kind, and whether ids of the sets among them are stale.
 
-    async def _sample_set(self, reference: str, name: str, connection: AbstractConnection) -> None:
-        ids = await ask(connection, "SRANDMEMBER", name, _IDS)
+        What Redis refuses to answer is left out.
+        """
+        sets = [(kind.removeprefix("set "), name) for kind, name in keys if kind.startswith("set ")]
+        try:
+            line = self._lines.get(node)
+            if line is None:
+                line = self._lines[node] = await stack.enter_async_context(line_to(node))
+            sizes = await line.ask_each(*(pack("MEMORY", "USAGE", name) for _, name in keys)) if keys else []
+            members = await line.ask_each(*(pack("SRANDMEMBER", name, _IDS) for _, name in sets)) if sets else []
+        except (OSError, redis.exceptions.RedisError):
+            self._lines.pop(node, None)
+            return
+        for (kind, _), used in zip(keys, sizes, strict=True):
+            if isinstance(used, int):
+                self._sampled[kind].append(used)
+        for (reference, _), ids in zip(sets, members, strict=True):
+            await self._look_for_stale(reference, ids if isinstance(ids, list) else [])
+
+    async def _look_for_stale(self, reference: str, ids: list[Any]) -> None:
         operations = self._store.operations
         reads = await asyncio.gather(*(operations.get(one.decode(), []) for one in ids))
         self._looked[reference] += len(reads)

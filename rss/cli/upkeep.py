@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any, Final
 
 import click
@@ -10,9 +11,10 @@ from rich.text import Text
 
 from rss.cli import doctor as doctors
 from rss.cli.command import Place, ask, command
-from rss.cli.opening import Refusal, client_of, close, read_meta
+from rss.cli.opening import Refusal, client_for, read_meta
 from rss.cli.output import safe, size
 from rss.cli.stats import Statistics
+from rss.clients import close
 from rss.maintenance import Finding
 from rss.moving import MovingStore, Progress
 
@@ -78,7 +80,7 @@ async def check(place: Place) -> int:
     The exit code is 1 if anything but stale ids was found. With --json, there is a line for each finding, with its key.
     """
     found = await _findings(place, place.store.maintenance.check, "checking", "Nothing was changed.")
-    return 1 if set(found) - {"stale"} else 0
+    return 1 if {kind for kind, _ in found} - {"stale"} else 0
 
 
 @command("repair", "rss repair --yes", asks=True)
@@ -87,33 +89,39 @@ async def repair(place: Place) -> int:
 
     Sessions are added to the sets that lack them, and stale ids leave. A key without a TTL gets one. Keys that are
     misplaced, stray or of a wrong type are removed. A session that is revoked, because a strict reference set lacks it,
-    stays revoked.
+    stays revoked. The exit code is 1 if something could not be mended: the log says why.
     """
     ask(
         place, f"Repair the keys that begin with {safe(place.prefix)}: ? Keys that are not of this library are removed."
     )
-    await _findings(place, place.store.maintenance.repair, "repairing", "What was found is mended. Run it again.")
-    return 0
+    done = "What was found is mended. Run it again."
+    found = await _findings(place, place.store.maintenance.repair, "repairing", done)
+    return 0 if all(mended for _, mended in found) else 1
 
 
 async def _findings(
     place: Place,
-    method: Callable[[Callable[[float], object]], AsyncIterator[Finding]],
+    method: Callable[[Callable[[float], object]], AsyncGenerator[Finding]],
     doing: str,
     done: str,
-) -> Counter[str]:
-    """Show the progress and the findings of a check or a repair. Return how many there are of each kind."""
-    found = Counter[str]()
+) -> Counter[tuple[str, bool]]:
+    """Show the progress and the findings of a check or a repair.
+
+    Return how many there are of each kind, and whether they were mended.
+    """
+    found = Counter[tuple[str, bool]]()
     try:
         with place.output.progress(doing, done) as report:
-            async for finding in method(report):
-                found[finding.kind] += finding.count
-                if place.output.as_json:
-                    place.output.document(_line(finding))
+            async with aclosing(method(report)) as findings:
+                async for finding in findings:
+                    found[finding.kind, finding.mended] += finding.count
+                    if place.output.as_json:
+                        place.output.document(_line(finding))
     finally:
-        if found and not place.output.as_json:
-            rows = ((kind, f"{number:,}", _MEANINGS[kind]) for kind, number in found.most_common())
-            place.output.table("", ["kind", "found " if doing == "checking" else "mended ", "meaning"], rows)
+        for mended, heading in ((True, "mended "), (False, "found " if doing == "checking" else "not mended ")):
+            rows = [(kind, f"{n:,}", _MEANINGS[kind]) for (kind, one), n in found.most_common() if one is mended]
+            if rows and not place.output.as_json:
+                place.output.table("", ["kind", heading, "meaning"], rows)
     if not found:
         place.output.note("Nothing is wrong.")
     return found
@@ -147,7 +155,7 @@ async def sweep(place: Place) -> int:
     return 0
 
 
-@command("doctor", "rss doctor")
+@command("doctor", "rss doctor", events=False)
 async def doctor(place: Place) -> int:
     """Examine Redis, and what its user may do there.
 
@@ -178,7 +186,7 @@ async def copy(place: Place, to: str, partitions: int) -> int:
     interrupted, and run again. The sessions get partitions, on one Redis too: give stores there the same number, and
     partition_by_identity=False.
     """
-    store, target = place.store, client_of(to)
+    store, target = place.store, client_for(to)
     progress = Progress(0, 0)
     try:
         held = await read_meta(target, place.prefix)

@@ -55,7 +55,7 @@ class Cluster:
         client: RedisCluster,
         scripts: Scripts,
         layout: Layout,
-        references: Mapping[str, str] | None,
+        description: Mapping[str, str] | None,
         timeout: float,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
@@ -64,7 +64,7 @@ class Cluster:
         self._client = client
         self._scripts = scripts
         self._layout = cast("Partitioned", layout)
-        self._references = references
+        self._description = description
         self._timeout = timeout
         self._slots = self._layout.slots
         self._nodes: dict[_Address, Node] = {}
@@ -216,10 +216,10 @@ class Cluster:
 
     async def _open(self) -> None:
         """Compare the store with those before it."""
-        if self._references is None:
+        if self._description is None:
             return
         try:
-            await open_store(self._layout, self._references, self.master_of)
+            await open_store(self._layout, self._description, self.master_of)
         except redis.exceptions.AskError as error:  # MovedError is a kind of it.
             raise redis.exceptions.TryAgainError("TRYAGAIN the slot of the meta key moves") from error
 

@@ -27,8 +27,9 @@ from rss.observe import Observer
 MAX_PENDING: Final = 10_000
 
 
-# Seconds until the server of a key is looked up again.
-_MOVING: Final = 0.1
+# Seconds until the server of a key is looked up again: at first, and after several times.
+_PAUSE: Final = 0.1
+_LONG_PAUSE: Final = 1.0
 
 
 class Engine:
@@ -42,7 +43,7 @@ class Engine:
         client: Redis | RedisCluster,
         scripts: Scripts,
         layout: Layout,
-        references: Mapping[str, str],
+        description: Mapping[str, str],
         timeout: float,
         *,
         observe: Observer | None = None,
@@ -52,9 +53,9 @@ class Engine:
         self._client = client
         self._scripts = scripts
         self._layout = layout
-        #: The references and their options, as `open_store` takes them. None: the store is not compared with those
-        #: before it, because it only looks after their sessions.
-        self.references: Mapping[str, str] | None = references
+        #: What `open_store` takes. None: the store is not compared with those before it, because it only looks after
+        #: their sessions.
+        self.description: Mapping[str, str] | None = description
         self._timeout = timeout
         self._observe = None if observe is None else guarded(observe)
         self._servers: OneServer | Cluster | None = None
@@ -112,11 +113,14 @@ class Engine:
 
         Raises `StoreUnavailable` if the store is closed, and `SessionError` if the user of Redis lacks a right.
         """
-        while True:
-            reason = await self.servers.owners[partition].watch.ended(key)
-            if reason is not None:
-                return reason
-            await asyncio.sleep(_MOVING)  # The slot moves, or the master is being replaced.
+        servers, pause = self.servers, _PAUSE
+        while (reason := await servers.owners[partition].watch.ended(key)) is None:
+            # The slot moves, or the master is being replaced. A slot may stay between two masters for hours.
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONG_PAUSE)
+            if self.closed:
+                raise StoreUnavailable("the store was closed")
+        return reason
 
     @property
     def servers(self) -> OneServer | Cluster:
@@ -188,7 +192,7 @@ class Engine:
         if self._servers and self._servers.loop.is_running():
             raise RuntimeError("another event loop that is still running uses this store: make one store for each loop")
         self._forget()
-        options = self._scripts, self._layout, self.references, self._timeout
+        options = self._scripts, self._layout, self.description, self._timeout
         if isinstance(self._client, RedisCluster):
             servers: OneServer | Cluster = Cluster(self._client, *options)
         else:

@@ -3,9 +3,10 @@
 The commands run before the first call of a store, or beside its calls, on connections of their own.
 """
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import redis.exceptions
@@ -27,6 +28,8 @@ NEW: Final = "new"
 LACKED: Final = "lacked"
 #: The version of the format of keys and data.
 FORMAT: Final = "1"
+# Seconds to connect and run a few commands.
+_PATIENCE: Final = 10.0
 _logger = logging.getLogger("rss")
 #: The names of the scripts that run before all others.
 SCRIPTS: Final = ("open", "mark")
@@ -40,12 +43,19 @@ _OTHER: Final = {
 
 @contextlib.asynccontextmanager
 async def connected(node: Node) -> AsyncIterator[AbstractConnection]:
-    """Open a connection to a server for a few commands, and close it."""
+    """Open a connection to a server for a few commands, and close it. An error puts the server in doubt.
+
+    Raises `TimeoutError` if the connection and the commands take too long.
+    """
     connection = node.make_connection()
     connection.retry = Retry(NoBackoff(), 0)
     try:
-        await connection.connect()  # type: ignore[no-untyped-call]
-        yield connection
+        async with asyncio.timeout(_PATIENCE):
+            await connection.connect()  # type: ignore[no-untyped-call]
+            yield connection
+    except Exception:
+        node.doubt()
+        raise
     finally:
         await connection.disconnect(nowait=True)
 
@@ -61,14 +71,14 @@ async def _run(connection: AbstractConnection, script: str, key: str, *args: str
     return await ask(connection, "EVALSHA", sha(script), "1", key, *args)
 
 
-async def open_store(layout: Layout, references: Mapping[str, str], master_of: MasterOf) -> None:
+async def open_store(layout: Layout, description: Mapping[str, str], master_of: MasterOf) -> None:
     """Compare a store with those that had its prefix before, and mark the references that only some of them have.
 
     A store makes no entries in the sets of a reference that it lacks. So if the stores before it lacked one of its
     references, or if it lacks one of theirs, the sets of this reference may be incomplete from now on. The mark is a
     field of a hash in each partition. It stays until `Maintenance.reindex` has completed the sets.
 
-    *references*: their options, as `options_of` returns them. They are kept for `held_by`.
+    *description*: what `describe` returns. It is kept for `held_by`.
 
     Raises `SessionError` if the keys have another layout, and the errors of redis-py.
     """
@@ -78,9 +88,9 @@ async def open_store(layout: Layout, references: Mapping[str, str], master_of: M
         "identity": layout.identity or "",
     }
     async with connected(master_of(layout.meta)) as connection:
-        options = (part for pair in references.items() for part in pair)
+        pairs = (part for pair in description.items() for part in pair)
         try:
-            reply = await _run(connection, _OPEN, layout.meta, *own.values(), *options)
+            reply = await _run(connection, _OPEN, layout.meta, *own.values(), *pairs)
         except redis.exceptions.ResponseError as error:
             code, _, rest = str(error).removeprefix("ERR ").partition(" ")
             if code != "RSSOTHER":
@@ -92,15 +102,20 @@ async def open_store(layout: Layout, references: Mapping[str, str], master_of: M
             if names:
                 await mark(layout, names, kind, master_of)
         for name in added:  # After the marks: if this is interrupted, the next store adds them again.
-            await _run(connection, _MARK, layout.meta, f"reference:{name}", references[name])
+            await _run(connection, _MARK, layout.meta, f"reference:{name}", description[f"reference:{name}"])
     for names, text in ((added, "new"), (missing, "missing in this store")):
         if names:
             _logger.warning("the references %s are %s: reindex when all processes have the same ones", names, text)
 
 
-def options_of(reference: Reference, *, json: bool) -> str:
-    """Return the options of a reference in words: those that a program must know to read or repair its sets."""
-    return ("json" if json else "text") + (" strict" if reference.strict else "")
+def describe(references: Mapping[str, Reference], *, json: bool, events: bool) -> dict[str, str]:
+    """Return fields of the meta key: what a program must know to read, end or repair the sessions of a store."""
+    fields = {"events": "yes" if events else "no"}
+    for name, reference in references.items():
+        words = ["json" if json else "text"]
+        words += [word for word in ("strict", "identity") if getattr(reference, word)]
+        fields[f"reference:{name}"] = " ".join(words)
+    return fields
 
 
 class Held(NamedTuple):
@@ -113,6 +128,8 @@ class Held(NamedTuple):
     identity: str | None
     #: The references, with the options that this module knows.
     references: dict[str, Reference]
+    #: Whether the store publishes events.
+    events: bool
     #: Whether the values of references are JSON. False: they are texts. None: a version of this library that did not
     #: write the options was the last to open a store, so it is not known which references are strict either.
     json: bool | None
@@ -132,7 +149,8 @@ async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
         held.get("format", ""),
         int(partitions) if partitions else None,
         identity,
-        {name: Reference(strict="strict" in one, identity=name == identity) for name, one in words.items()},
+        {name: Reference(strict="strict" in one, identity="identity" in one) for name, one in words.items()},
+        held.get("events") == "yes",
         None if not all(words.values()) else not any("text" in one for one in words.values()),
     )
 
@@ -140,34 +158,28 @@ async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
 async def mark(layout: Layout, references: Iterable[str], value: str, master_of: MasterOf) -> None:
     """Mark references as incomplete, in each partition. *value*: any text. Raises the errors of redis-py."""
     fields = [part for name in references for part in (incomplete(name), value)]
-    for node, keys in _marks(layout, master_of):
+    by_master: dict[Node, list[str]] = {}
+    for key in map(layout.mark, range(layout.partitions)):
+        by_master.setdefault(master_of(key), []).append(key)
+    for node, keys in by_master.items():
         async with connected(node) as connection:
             await ask(connection, "SCRIPT", "LOAD", _MARK)
             for key in keys:
                 await ask(connection, "EVALSHA", sha(_MARK), "1", key, *fields)
 
 
-async def forget(layout: Layout, references: Container[str], master_of: MasterOf) -> None:
-    """Forget all references of earlier stores except these. Raises the errors of redis-py."""
+async def known_references(layout: Layout, master_of: MasterOf) -> list[str]:
+    """Return the references that a store of this prefix has, or had. Raises the errors of redis-py."""
     async with connected(master_of(layout.meta)) as connection:
-        known = [field.decode() for field in await ask(connection, "HKEYS", layout.meta)]
-        others = [name for field in known if (name := field.removeprefix("reference:")) != field]
-        others = [name for name in others if name not in references]
-        if not others:
-            return
-        for node, keys in _marks(layout, master_of):
-            async with connected(node) as other:
-                for key in keys:
-                    await ask(other, "HDEL", key, *map(incomplete, others))
-        await ask(connection, "HDEL", layout.meta, *(f"reference:{name}" for name in others))
+        fields = [field.decode() for field in await ask(connection, "HKEYS", layout.meta)]
+    return [field.removeprefix("reference:") for field in fields if field.startswith("reference:")]
 
 
-def _marks(layout: Layout, master_of: MasterOf) -> Iterable[tuple[Node, list[str]]]:
-    """Return the masters, and the keys of marks that each of them has."""
-    found: dict[Node, list[str]] = {}
-    for key in map(layout.mark, range(layout.partitions)):
-        found.setdefault(master_of(key), []).append(key)
-    return found.items()
+async def forget(layout: Layout, references: Iterable[str], master_of: MasterOf) -> None:
+    """Forget references. Their marks must be removed already. Raises the errors of redis-py."""
+    if fields := [f"reference:{name}" for name in references]:
+        async with connected(master_of(layout.meta)) as connection:
+            await ask(connection, "HDEL", layout.meta, *fields)
 
 
 def incomplete(reference: str) -> str:

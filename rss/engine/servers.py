@@ -28,14 +28,14 @@ class OneServer:
         make_connection: Callable[[], AbstractConnection],
         scripts: Scripts,
         layout: Layout,
-        references: Mapping[str, str] | None,
+        description: Mapping[str, str] | None,
         timeout: float,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         #: No slot of one server moves.
         self.split: Mapping[int, float] = {}
         self._layout = layout
-        self._references = references
+        self._description = description
         self._opened = False
         self._node = Node(make_connection, scripts, layout, timeout, self)
         #: The server of each partition.
@@ -53,8 +53,8 @@ class OneServer:
 
     async def ready(self) -> None:
         """Compare the store once with those before it. Raises `SessionError` if the keys have another layout."""
-        if not self._opened and self._references is not None:
-            await open_store(self._layout, self._references, self.master_of)
+        if not self._opened and self._description is not None:
+            await open_store(self._layout, self._description, self.master_of)
             self._opened = True
 
     @property
@@ -101,10 +101,10 @@ class SentinelServer(OneServer):
         pool: SentinelConnectionPool,
         scripts: Scripts,
         layout: Layout,
-        references: Mapping[str, str] | None,
+        description: Mapping[str, str] | None,
         timeout: float,
     ) -> None:
-        super().__init__(pool.make_connection, scripts, layout, references, timeout)
+        super().__init__(pool.make_connection, scripts, layout, description, timeout)
         self._pool = pool
         self._master: object = None
         self._watching: asyncio.Task[None] | None = None

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 class Observation(NamedTuple):
     """A call of a script that has finished. It never holds an id, a key or a value."""
 
-    #: The name of the script in `lua/`, such as "set_with_refs"; "scard" for the command SCARD.
+    #: The name of the script in `lua/`, such as "set_with_refs", or of a plain command, such as "scard".
     operation: str
     #: Seconds from the call until its result, with all waits and retries.
     duration: float

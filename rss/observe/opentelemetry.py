@@ -14,7 +14,7 @@ from rss.observe import Observation
 # The boundaries that the conventions recommend, in seconds.
 _SECONDS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 # Operations that are plain commands of Redis. All others are scripts.
-_COMMANDS: Final = {"scard"}
+_COMMANDS: Final = {"scard", "hget", "hset", "hdel", "set"}
 
 
 class OpenTelemetry:

@@ -45,6 +45,8 @@ async def with_a_schema(client: Redis) -> None:
     assert_type(await store.wait_ended("a"), str)
     async with store.events() as events:
         assert_type(await anext(events), Event)
+    async with store.sweeper(every="1h") as nothing:
+        assert_type(nothing, None)
     assert_type((await store.get("a")).get("cart"), list[str] | None)
     assert_type(await store.delete("a", expect={"user_id": 1}, reason="bye"), bool)
     assert_type(await store.delete_by("user_id", 1, keep=["a"], reason="password", block="30s"), int)
