@@ -1,6 +1,8 @@
 """Check, sweep and reindex many sessions while another client measures delays: `python -m benchmarks.maintaining`.
 
 A tenth of the sessions has expired, so their ids are stale. A second store adds a reference.
+
+A machine that is busy stalls more often than one at rest. The row "get" shows the delay while 25 tasks read sessions.
 """
 
 import argparse
@@ -22,22 +24,37 @@ from rss import Reference, SessionStore
 REFERENCES: Final = {"user_id": Reference(identity=True), "ip": Reference()}
 #: How many sessions are made at the same time.
 AT_ONCE: Final = 500
-#: The seconds at rest that are compared.
+#: The seconds at rest and of reading that are compared, and how many tasks read.
 REST: Final = 30
+READERS: Final = 25
 
 
-async def fill(store: SessionStore, client: Redis, sessions: int) -> None:
-    """Make the sessions, three of each user, and let every tenth expire."""
+async def fill(store: SessionStore, client: Redis, sessions: int) -> list[str]:
+    """Make the sessions, three of each user, and let every tenth expire. Return the ids of the last ones."""
+    ids = list[str]()
     for first in range(0, sessions, AT_ONCE):
         rows = [{"user_id": n // 3, "ip": f"10.{n % 1000}", "team": n % 5000} for n in range(first, first + AT_ONCE)]
         ids = await asyncio.gather(*map(store.create, rows))
         await client.unlink(*map(store.get_session_key, ids[::10]))
+    return ids
+
+
+async def read(store: SessionStore, ids: list[str]) -> None:
+    """Read sessions by several tasks."""
+    end = time.perf_counter() + REST
+
+    async def read_some(mine: list[str]) -> None:
+        while time.perf_counter() < end:
+            for session_id in mine:
+                await store.get(session_id)
+
+    await asyncio.gather(*(read_some(ids[n::READERS]) for n in range(READERS)))
 
 
 async def run(sessions: int, url: str, about: str, bystander: Bystander) -> None:
     """Measure, and print a table."""
     async with Redis.from_url(url) as client, SessionStore.from_url(url, references=REFERENCES) as store:
-        await fill(store, client, sessions)
+        ids = await fill(store, client, sessions)
         with bystander.pinging():
             await asyncio.sleep(REST)
         print(f"{sessions:,} sessions, of which a tenth has expired, on {about}\n")
@@ -46,6 +63,7 @@ async def run(sessions: int, url: str, about: str, bystander: Bystander) -> None
         print(f"| at rest | {REST} | {bystander.longest:.1f} | {_memory():.0f} | |")
         later = SessionStore.from_url(url, references={**REFERENCES, "team": Reference()})
         for name, work in (
+            ("get", lambda: read(store, ids)),
             ("check", lambda: _kinds(store)),
             ("sweep", store.maintenance.sweep),
             ("reindex", later.maintenance.reindex),
@@ -54,7 +72,7 @@ async def run(sessions: int, url: str, about: str, bystander: Bystander) -> None
             with bystander.pinging():
                 result = await work()
             spent = time.perf_counter() - began
-            print(f"| {name} | {spent:.0f} | {bystander.longest:.1f} | {_memory():.0f} | {result} |", flush=True)
+            print(f"| {name} | {spent:.0f} | {bystander.longest:.1f} | {_memory():.0f} | {result or ''} |", flush=True)
         await later.aclose()
 
 

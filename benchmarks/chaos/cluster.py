@@ -14,7 +14,8 @@ import redis.exceptions
 from redis.asyncio import RedisCluster
 from redis.crc import key_slot
 
-from benchmarks.chaos.deployment import Options, Runner, play
+from benchmarks.chaos.deployment import Options, play
+from benchmarks.chaos.others import Runner
 from benchmarks.chaos.scene import Fault, Scene
 from rss import SessionStore
 from rss.keys import Partitioned

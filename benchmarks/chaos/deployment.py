@@ -1,15 +1,15 @@
 """Run the faults of one deployment in order. The course is the same for all deployments."""
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from redis import Redis
 
-from benchmarks.chaos.scene import Fault, Listener, Phase, Scene
+from benchmarks.chaos.others import Runner, runners
+from benchmarks.chaos.scene import Fault, Phase, Scene, listening
 from benchmarks.chaos.tasks import TASKS, Task
 from rss import Reference, SessionStore
 from rss.testing import ClusterServer
@@ -36,14 +36,7 @@ class Options:
     def store(self) -> dict[str, Any]:
         """The options of a store. Each has a prefix of its own."""
         references = {"user_id": Reference(identity=True), "ip": Reference(strict=self.strict)}
-        return {"references": references, "prefix": f"chaos-{secrets.token_hex(4)}", "timeout": 10}
-
-
-class Runner(Protocol):
-    """A task that works until an event."""
-
-    async def run(self, stop: asyncio.Event) -> None:
-        """Work until the event."""
+        return {"references": references, "prefix": f"chaos-{secrets.token_hex(4)}", "timeout": 10, "events": True}
 
 
 async def play(
@@ -64,27 +57,26 @@ async def play(
     scene, stop = Scene(store.operations.layout, quiet, patience), asyncio.Event()
     tasks = [Task(store, scene, number, durable=durable) for number in range(TASKS)]
     scene.workers = [*tasks]
-    listener, root = Listener(scene), logging.getLogger("rss")
-    root.addHandler(listener)
-    running = [asyncio.create_task(task.run(stop)) for task in [*tasks, *beside(scene)]]
+    runs = [*tasks, *runners(store, scene), *beside(scene)]
+    running = [asyncio.create_task(task.run(stop)) for task in runs]
     try:
-        await asyncio.sleep(1 if options.quick else 2)  # The tasks have their first sessions now.
-        for fault in plan(scene):
-            await scene.run(fault)
-            for task in running:
-                if task.done():
-                    task.result()
-        stop.set()
-        await asyncio.gather(*running)
-        await asyncio.sleep(1)
-        scene.phases.append(Phase("at the end"))
-        await scene.settle()
-        await asyncio.to_thread(_look_at_keys, scene, tasks, servers())
-        async for finding in store.maintenance.check():
-            if finding.kind != "stale":
-                scene.now.wrong[f"check: {finding.kind}"] += 1
+        with listening(scene):
+            await asyncio.sleep(1 if options.quick else 2)  # The tasks have their first sessions now.
+            for fault in plan(scene):
+                await scene.run(fault)
+                for task in running:
+                    if task.done():
+                        task.result()
+            stop.set()
+            await asyncio.gather(*running)
+            await asyncio.sleep(1)
+            scene.phases.append(Phase("at the end"))
+            await scene.settle()
+            await asyncio.to_thread(_look_at_keys, scene, tasks, servers())
+            async for finding in store.maintenance.check():
+                if finding.kind != "stale":
+                    scene.now.wrong[f"check: {finding.kind}"] += 1
     finally:
-        root.removeHandler(listener)
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)

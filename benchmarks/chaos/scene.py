@@ -8,7 +8,8 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -227,8 +228,22 @@ def tells(text: str) -> bool:
     return SECRET in text or bool(_ID.search(text))
 
 
-class Listener(logging.Handler):
-    """Searches all log records for ids and values."""
+@contextmanager
+def listening(scene: Scene) -> Iterator[None]:
+    """Search the log of all libraries while the body runs, at every level."""
+    listener, root = _Listener(scene), logging.getLogger()
+    level = root.level
+    root.addHandler(listener)
+    root.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(listener)
+
+
+class _Listener(logging.Handler):
+    """Searches log records for ids and values."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(logging.DEBUG)
