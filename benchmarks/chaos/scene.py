@@ -20,8 +20,6 @@ from rss.keys import SLOTS, Layout
 
 #: The beginning of every value of a reference. No error and no log record may hold it.
 SECRET: Final = "SECRET"  # noqa: S105 - it is none
-#: The share of the quiet throughput at which a deployment has recovered.
-RECOVERED: Final = 0.9
 #: All slots: every acknowledged write is at risk.
 EVERYTHING: Final = range(SLOTS)
 # Seconds over which the throughput is measured.
@@ -96,6 +94,8 @@ class Fault:
     #: Any operation may fail. Otherwise only `increment` may, because it is never run twice, and a durable operation
     #: without a replica.
     refuses: bool = False
+    #: The share of the quiet throughput at which the deployment has recovered.
+    recovered: float = 0.9
     #: Why it cannot happen here. None: it can.
     lacks: str | None = None
 
@@ -168,7 +168,7 @@ class Scene:
         else:
             await asyncio.to_thread(fault.act)
         ended = time.perf_counter()
-        while await self._rate() < RECOVERED * quiet:
+        while await self._rate() < fault.recovered * quiet:
             if time.perf_counter() - ended > self.patience:
                 self.now.recovered = None
                 break
