@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 _logger = logging.getLogger("rss")
 
 # How many keys are looked at together. Each script then keeps Redis busy for less than half a millisecond.
-_AT_ONCE: Final = 10
+_AT_ONCE: Final = 15
 # How many stray keys are listed in one pass: another application with the same prefix may have millions.
 _MOST_STRAYS: Final = 10_000
 # Seconds for some commands outside of the engine, with all attempts.

@@ -197,6 +197,7 @@ async def test_each_damage_is_found_and_mended(store: SessionStore, keyspace: Ke
         assert await store.ids_by("user_id", values["user_id"]) == [session_id]
 
 
+@pytest.mark.timeout(180)  # Thousands of keys are looked at three times.
 @on_both
 async def test_much_damage_under_load(store: SessionStore, keyspace: Keyspace) -> None:
     """Damage of each kind among many sessions is found and mended while applications use the store."""

@@ -44,7 +44,7 @@ class _Group(click.Group):
             _stop(ctx, str(error), 3)
         except (TimeoutError, redis.exceptions.RedisError) as error:
             _stop(ctx, str(failure_of(error)), 3)
-        except (ValueError, TypeError) as error:  # The library refuses an argument.
+        except ValueError as error:  # The library refuses an argument.
             _stop(ctx, str(error), 2)
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(130)

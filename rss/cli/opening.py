@@ -29,7 +29,7 @@ Store = SessionStore[dict[str, Any]]
 
 
 def client_for(url: str) -> Client:
-    """Return a client. Raises `Refusal`, without the secrets in the URL, if the URL is none."""
+    """Return a client. Raises `Refusal` if the URL is invalid. The message does not hold the URL, which has secrets."""
     try:
         return client_of(url)
     except (ValueError, redis.exceptions.RedisError):

@@ -37,7 +37,7 @@ class Server(Protocol):
 async def line_to(server: Server, pushed: Pushed | None = None) -> AsyncIterator["Line"]:
     """Open a line, and close it at the end of the context.
 
-    *pushed*: is called with each message that is no reply: only RESP3 has these. An error of it breaks the line.
+    *pushed*: is called with each message that is no reply: only RESP3 has these. If it raises, the line is closed.
 
     An error in the context puts the server in doubt.
 
