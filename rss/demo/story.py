@@ -34,8 +34,9 @@ async def keys(client: Redis) -> list[str]:
 async def show(client: Redis) -> None:
     """Print every key in Redis, and what it holds."""
     for key in sorted(await keys(client), key=lambda key: (not key.startswith(f"{PREFIX}:{{"), key)):
-        days, left = divmod(await client.ttl(key), 86_400)
-        lives = f"{days + (left > 0)} days" if days else f"{-(-left // 60)} minutes"
+        ttl = await client.ttl(key)
+        days, left = divmod(ttl, 86_400)
+        lives = "for ever" if ttl < 0 else f"{days + (left > 0)} days" if days else f"{-(-left // 60)} minutes"
         if await client.type(key) == "set":
             held = "set   " + ", ".join(f"{str(member)[:6]}..." for member in sorted(await client.smembers(key)))
         else:
