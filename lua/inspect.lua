@@ -15,7 +15,7 @@
     "stray", key      the hash is neither a session nor a tombstone: it is removed if wanted
 ]]
 local mends, removes = ARGV[3] ~= "check", ARGV[3] == "mend_and_remove"
-spent = ENOUGH - 300 -- A batch ends after a third of a millisecond, because nobody waits for it.
+spent = ENOUGH - 300 -- A batch ends after about a third of a millisecond: nobody waits for it.
 
 local function inspect()
   key = key + 1

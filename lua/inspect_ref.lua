@@ -17,7 +17,7 @@
     If it is not certain that an id belongs to no session, the id stays.
 ]]
 local mends, page = ARGV[3] ~= "check", ARGV[4]
-spent = ENOUGH - 300 -- A batch ends after a third of a millisecond, because nobody waits for it.
+spent = ENOUGH - 300 -- A batch ends after about a third of a millisecond: nobody waits for it.
 arg = 4
 
 local function inspect_ref()

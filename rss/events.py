@@ -42,7 +42,10 @@ def event_of(message: bytes, layout: Layout, fields: Fields) -> Event:
     Another program, or a later version, may have published it.
     """
     try:
-        kind, about, *details = json.loads(message.decode(errors="replace"))
+        parts = json.loads(message.decode(errors="replace"))
+        if not all(isinstance(part, str) for part in parts):
+            return Event("gap")
+        kind, about, *details = parts
         if kind == "created":
             return Event("created", about)
         if kind == "rotated":
@@ -55,6 +58,6 @@ def event_of(message: bytes, layout: Layout, fields: Fields) -> Event:
         if kind == "blocked":
             parsed = layout.parse(about)
             return Event("blocked", reason=details[0], field=parsed.name, value=parsed.value)
-    except (ValueError, TypeError, IndexError, SessionError):
+    except (ValueError, TypeError, IndexError, RecursionError, SessionError):
         pass
     return Event("gap")

@@ -25,7 +25,7 @@ from rss.keys import Parsed
 _T = TypeVar("_T")
 _logger = logging.getLogger("rss")
 
-# How many keys are looked at together. Each script then keeps Redis busy for less than half a millisecond.
+# How many keys are looked at together. With more of them, each script would keep Redis busy for longer.
 _AT_ONCE: Final = 15
 # How many stray keys are listed in one pass: another application with the same prefix may have millions.
 _MOST_STRAYS: Final = 10_000
@@ -73,7 +73,7 @@ class Maintenance:
     """The maintenance of one store.
 
     All methods may run while applications use the store, and may be stopped and called again. They list the keys by
-    SCAN, and look at each session and each page of a set by a script that takes Redis less than two milliseconds. A
+    SCAN, and look at sessions and sets by short scripts, which usually keep Redis busy for less than a millisecond. A
     *report* is called with the share of the work that is done. They raise `StoreUnavailable` if a server does not
     answer.
     """

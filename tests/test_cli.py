@@ -640,7 +640,7 @@ async def test_what_the_command_does_is_told(url: str, partitions: int | None) -
 
 
 async def test_a_repair_that_may_not_remove(url: str) -> None:
-    """What was not mended is shown as such, the log says why, and the exit code is 1."""
+    """If a key could not be removed, the output says that it was not mended, and the exit code is 1."""
     async with client_of(url) as admin, SessionStore.from_url(url, references=["user_id"]) as store:
         await admin.flushall()
         async with SessionStore.from_url(url, references=["user_id"]):

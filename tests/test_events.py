@@ -256,7 +256,19 @@ async def test_a_user_without_the_right() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    ["x", "{}", "[]", '["ended"]', '["rotated", "id"]', '["later", "id"]', "\udcff"],
+    [
+        "x",
+        "{}",
+        "[]",
+        "5",
+        "[" * 100_000,
+        '["ended"]',
+        '["ended", "id", "why", {"a": 1}]',
+        '["blocked", 5, "why"]',
+        '["rotated", "id"]',
+        '["later", "id"]',
+        "\udcff",
+    ],
 )
 async def test_a_message_that_is_not_readable(store: SessionStore, client: Redis, message: str) -> None:
     """A message of another program, or of a later version, is a gap. The events after it are told."""

@@ -124,7 +124,7 @@ class Statistics:
     async def _sample(self, keys: list[tuple[str, str]], node: Node, stack: AsyncExitStack) -> None:
         """Ask for the sizes of some keys, each with its kind, and whether ids of the sets among them are stale.
 
-        What Redis refuses to answer is left out.
+        If Redis refuses to answer for a key, the key is left out.
         """
         sets = [(kind.removeprefix("set "), name) for kind, name in keys if kind.startswith("set ")]
         try:

@@ -34,8 +34,9 @@ class Keys(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Where the partitions are."""
+    """The masters of the partitions."""
 
+    #: The master of each partition.
     owners: list[Node]
     #: The partitions whose slots move, key by key.
     moving: set[int]
