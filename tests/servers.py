@@ -23,7 +23,7 @@ from rss import SessionStore
 from rss.engine import scripts
 from rss.engine.scripts import sha
 from rss.keys import SLOTS
-from rss.testing import Cluster, ClusterServer, local_server, server_binary
+from rss.testing import Cluster, ClusterServer, free_port, local_server, server_binary
 
 #: The streams of a connection that asyncio opens.
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -325,13 +325,6 @@ async def stopped(client: Redis) -> AsyncIterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def free_port() -> int:
-    """Return a free port of the loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(port: int) -> None:

@@ -27,8 +27,9 @@ from rss import IncompleteReference, PartlyDone, Reference, SessionStore, TextCo
 from rss.cli import doctor, main, opening, output
 from rss.encryption import EncryptingCodec
 from rss.engine.meta import Held, held_by
+from rss.testing import free_port
 from tests.keyspace import Keyspace
-from tests.servers import client_of, everywhere, free_port, own_server, sentinel, stopped
+from tests.servers import client_of, everywhere, own_server, sentinel, stopped
 from tests.test_acl import ACL_RULE
 
 on_both = pytest.mark.parametrize("keyspace", [None, "cluster"], indirect=True)

@@ -8,7 +8,8 @@ from redis.asyncio.sentinel import SentinelConnectionPool, SentinelManagedSSLCon
 
 from rss import SessionStore
 from rss.clients import client_of
-from tests.servers import connections, free_port, own_server, sentinel
+from rss.testing import free_port
+from tests.servers import connections, own_server, sentinel
 
 
 async def test_a_store_behind_sentinels(tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ from rss.engine.coalesce import Batch, Queue
 from rss.engine.lane import Lane
 from rss.keys import Partitioned
 from rss.keys import slot as slot_of
-from rss.testing import Cluster, cluster
+from rss.testing import Cluster, cluster, free_port
 from tests.documents import ROOT
 from tests.keyspace import Keyspace
-from tests.servers import free_port, own_server
+from tests.servers import own_server
 from tests.steps import run_at
 
 PARTITIONS = 16

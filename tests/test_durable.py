@@ -11,7 +11,8 @@ import pytest
 from redis.asyncio import Redis
 
 from rss import Reference, SessionError, SessionStore, StoreUnavailable
-from tests.servers import free_port, own_server, proxied, until
+from rss.testing import free_port
+from tests.servers import own_server, proxied, until
 
 Call = Callable[[SessionStore, str], Awaitable[object]]
 

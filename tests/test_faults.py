@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 
 from rss import PartlyDone, Reference, SessionEnded, SessionError, SessionNotFound, SessionStore, StoreUnavailable
 from rss.keys import Partitioned
-from rss.testing import Cluster, clusters
+from rss.testing import Cluster, clusters, free_port
 from tests.keyspace import Keyspace
 from tests.servers import (
     Proxy,
@@ -28,7 +28,6 @@ from tests.servers import (
     client_of,
     connections,
     everywhere,
-    free_port,
     own_server,
     require_all,
     restart,

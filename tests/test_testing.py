@@ -14,8 +14,17 @@ import docker.errors
 import pytest
 import redis
 
-from rss.testing import NoServerError, RedisServer, cluster, find, local, local_server, redis_server, server_binary
-from tests.servers import free_port
+from rss.testing import (
+    NoServerError,
+    RedisServer,
+    cluster,
+    find,
+    free_port,
+    local,
+    local_server,
+    redis_server,
+    server_binary,
+)
 
 pytest_plugins = ["pytester"]
 

@@ -8,9 +8,9 @@ import pytest
 from redis.asyncio import Redis, RedisCluster
 
 from rss import Reference, SessionError, SessionStore, StoreUnavailable
-from rss.testing import Cluster, cluster
+from rss.testing import Cluster, cluster, free_port
 from tests.keyspace import Keyspace
-from tests.servers import client_of, connections, everywhere, free_port, own_server
+from tests.servers import client_of, connections, everywhere, own_server
 
 on_both = pytest.mark.parametrize(("client", "keyspace"), [({}, None), ("cluster", "cluster")], indirect=True)
 

@@ -2,7 +2,7 @@
 
 from rss.testing.clusters import Cluster, ClusterServer, cluster
 from rss.testing.find import RedisServer, redis_server
-from rss.testing.local import NoServerError, local_server, server_binary
+from rss.testing.local import NoServerError, free_port, local_server, server_binary
 
 __all__ = [
     "Cluster",
@@ -10,6 +10,7 @@ __all__ = [
     "NoServerError",
     "RedisServer",
     "cluster",
+    "free_port",
     "local_server",
     "redis_server",
     "server_binary",

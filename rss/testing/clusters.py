@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,7 +14,7 @@ import redis
 import redis.exceptions
 
 from rss.keys import SLOTS
-from rss.testing.local import NoServerError, server_binary, signals_end_it
+from rss.testing.local import NoServerError, free_port, server_binary, signals_end_it
 
 _OPTIONS: Final = ("--cluster-node-timeout", "1500", "--repl-diskless-sync-delay", "0")
 
@@ -24,7 +23,7 @@ class ClusterServer:
     """One server of a cluster. Call it to run a command: `server("PING")`."""
 
     def __init__(self, folder: Path, binary: str) -> None:
-        self.port: int = _free_pair()
+        self.port: int = free_port()
         self.folder: Path = folder / str(self.port)
         self._binary = binary
         self._process: subprocess.Popen[bytes] | None = None
@@ -232,13 +231,3 @@ def cluster(masters: int = 3, replicas: int = 0) -> Iterator[Cluster]:
             yield made
         finally:
             made.stop()
-
-
-def _free_pair() -> int:
-    """Return a free port whose bus port, 10,000 above, is free too."""
-    while True:
-        with suppress(OSError, OverflowError), socket.socket() as probe, socket.socket() as bus:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-            bus.bind(("127.0.0.1", port + 10_000))
-            return port

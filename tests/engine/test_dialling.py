@@ -8,8 +8,9 @@ import pytest
 from redis.asyncio import Redis
 
 from rss import SessionStore
+from rss.testing import free_port
 from tests.engine.callers import Hours, outcomes, works
-from tests.servers import fake, free_port, ones, own_server
+from tests.servers import fake, ones, own_server
 
 
 async def test_a_server_that_is_gone_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:

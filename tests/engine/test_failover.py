@@ -16,9 +16,9 @@ from redis.asyncio import Redis
 from redis.asyncio.sentinel import Sentinel
 
 from rss import SessionStore, StoreUnavailable
-from rss.testing import ClusterServer, cluster
+from rss.testing import ClusterServer, cluster, free_port
 from tests.engine.callers import outcomes
-from tests.servers import free_port, own_server, sentinel, serving, until
+from tests.servers import own_server, sentinel, serving, until
 
 
 async def _begin_to_count(

@@ -20,10 +20,11 @@ from rss import SessionError, SessionStore, StoreUnavailable
 from rss.engine import cluster, coalesce, lane
 from rss.engine.scripts import pack
 from rss.keys import tags
+from rss.testing import free_port
 from tests.conftest import LOOPS
 from tests.engine.callers import outcomes
 from tests.secrecy import Secrecy
-from tests.servers import Fake, free_port, serving
+from tests.servers import Fake, serving
 
 PARTITIONS, HOST = 2, "127.0.0.1"
 

@@ -18,9 +18,10 @@ from axe_playwright_python.base import AXE_FILE_PATH
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
 from redis.asyncio import Redis
 
+from rss.testing import free_port
 from tests.integrations.serving import browser as client_of
 from tests.secrecy import Secrecy
-from tests.servers import free_port, own_server
+from tests.servers import own_server
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 #: The folder for screenshots, from the variable SCREENSHOTS; None means that no screenshots are taken.
