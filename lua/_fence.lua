@@ -4,6 +4,7 @@
     round             the number of delete_by_ref calls that have begun
     open              the rounds of the calls that are not done, each after a space: " 3 5"
     call:<token>      the round of a call that is not done, or "done"
+    end:<token>       exists if the pages of such a call are done
     reason:<round>    the reason of a call that is not done, for sessions that leave the set in the meantime
     id:<id>           the mark of a session: the round in which it joined, or 0; then the rounds of the calls that keep
                       it, each after a space: "0 5"

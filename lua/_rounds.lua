@@ -48,11 +48,19 @@ local function begin(fence, token, reason, keep)
   return round
 end
 
+-- Note that all pages of a call are done. A server that took over without the writes of the last pages lacks the note.
+local function note_end(fence, token)
+  redis.call("HDEL", fence, "end:" .. token) -- A full server refuses only the first write.
+  redis.call("HSET", fence, "end:" .. token, "")
+end
+
+local function is_at_end(fence, token) return redis.call("HGET", fence, "end:" .. token) end
+
 -- Finish a call. If no other call is open, remove all marks. Note that this call is done, because it may be sent again.
 local function finish(fence, token, round)
   local open = string.gsub((redis.call("HGET", fence, "open") or "") .. " ", " " .. round .. " ", " ", 1)
   open = string.sub(open, 1, -2)
-  redis.call("HDEL", fence, "reason:" .. round) -- First: it frees memory.
+  redis.call("HDEL", fence, "reason:" .. round, "end:" .. token) -- First: it frees memory.
   if open == "" then forget(fence) else redis.call("HSET", fence, "open", open) end
   redis.call("HSET", fence, "call:" .. token, "done")
   keep_fence(fence)

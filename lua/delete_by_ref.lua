@@ -10,13 +10,15 @@
     left              number of ids that the last page left, then the ids. If there are any, they are this page
     token             the name of this call, the same for all of its pages
     reason            the reason in the tombstones, "deleted"
+    tell              "tell" to publish an event of the block; otherwise "silent"
     block             milliseconds for which to block the value, from the first page on; or "open" for no block
     required          "required" to end nothing if a session to keep is not alive; otherwise "optional"
     keep              number of ids to keep, then the ids
 
   Returns the cursor of the next page, "0" after the last; the ids that this page left, because its time was spent; and
-  the number of sessions that it ended. After several pages, the cursor is "end", not "0". The caller sends it back if
-  all cursors came from one server. On the first page, it may return
+  the number of sessions that it ended. After several pages, the cursor is "end", not "0". The caller sends it back, and
+  the call is done if this is still the server that returned it, or has all of its writes. Otherwise the call begins
+  anew, in its round. On the first page, it may return
     RSSNOTFOUND       if there is no session with a required id
     RSSENDED reason   if it was ended
 
@@ -28,9 +30,9 @@ local set, fence, n, cursor = KEYS[1], KEYS[2], tonumber(ARGV[3]), ARGV[4]
 local page, left = tonumber(ARGV[5]), tonumber(ARGV[6])
 arg = 6
 local ids = args(left)
-local token, reason, block = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3])
-local required, kept = ARGV[arg + 4] == "required", tonumber(ARGV[arg + 5])
-arg = arg + 5
+local token, reason, told, block = ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3] == "tell", tonumber(ARGV[arg + 4])
+local required, kept = ARGV[arg + 5] == "required", tonumber(ARGV[arg + 6])
+arg = arg + 6
 
 -- Block the value. A longer block stays as it is.
 local function close()
@@ -39,7 +41,7 @@ local function close()
   local before = tonumber(redis.call("HGET", fence, "until") or 0)
   if till > before then redis.call("HSET", fence, "until", till, "why", reason) end
   keep_fence(fence)
-  if tell then tell("blocked", set, reason, string.format("%.0f", till)) end
+  if tell and told then tell("blocked", set, reason, string.format("%.0f", till)) end
 end
 
 -- Return the ids to keep. On the first page, include the ids that they lead to. Later pages find marks of both. Returns
@@ -64,7 +66,9 @@ local function delete_by()
   local size = redis.pcall("SCARD", set)
   if type(size) == "table" then return size end
   local round, ended, spared = redis.call("HGET", fence, "call:" .. token), 0, {}
-  if round and round ~= "done" and cursor == "end" then finish(fence, token, round) end
+  if cursor == "end" and round and round ~= "done" then
+    if is_at_end(fence, token) then finish(fence, token, round) else cursor = "0" end
+  end
   if round == "done" or cursor == "end" then return { "0", {}, 0 } end
   local keep = read_keep(not round)
   if keep.err then return keep end
@@ -86,7 +90,10 @@ local function delete_by()
     if not session.ended then ended = ended + 1 end
   end)
   if #rest > 0 and not round then begin(fence, token, reason, keep) end
-  if #rest == 0 and round and cursor == "0" then cursor = "end" end
+  if #rest == 0 and round and cursor == "0" then
+    cursor = "end"
+    note_end(fence, token)
+  end
   return { cursor, rest, ended }
 end
 

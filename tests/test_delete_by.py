@@ -193,12 +193,50 @@ async def test_what_one_call_keeps_another_one_ends(
         await others.unblock("user_id", 1)
 
 
+#: The rest of the arguments of `Operations.delete_by`.
+CALL: dict[str, Any] = {"reason": "deleted", "block": "open", "tell": False, "keep": (), "required": False}
+
+
+async def test_a_replica_that_takes_over_before_the_last_step(store: SessionStore, keyspace: Keyspace) -> None:
+    """If a replica takes over that lacks what the last pages did, the call begins anew there and ends all sessions."""
+    await _crowd(store, 300)
+    at = (await store.operations.delete_by("user_id", 1, operations.Position(), token="one", **CALL)).position
+    keys = [f"{keyspace.prefix}:{name}" for name in await keyspace.dump()]
+    replica = [(key, await keyspace.client.pttl(key), await dumped(keyspace.client, key)) for key in keys]
+    while at.cursor != b"end":
+        at = (await store.operations.delete_by("user_id", 1, at, token="one", **CALL)).position
+    assert await store.ids_by("user_id", 1) == []
+    for key, ttl, held in replica:
+        await keyspace.client.restore(key, ttl, held, replace=True)
+    left = await store.count_by("user_id", 1)
+    assert left >= 100
+    ended, at = 0, at._replace(channel="the one to the old master")
+    while not at.done:
+        page = await store.operations.delete_by("user_id", 1, at, token="one", **CALL)
+        ended, at = ended + page.ended, page.position
+    assert ended == left
+    assert await store.ids_by("user_id", 1) == []
+    assert await keyspace.client.hgetall(f"{keyspace.prefix}:_fence:user_id:{{1}}") == {"call:one": "done"}
+
+
+async def dumped(client: Redis, key: str) -> bytes:
+    """Return the content of a key as bytes, by a client that decodes replies."""
+    connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+    try:
+        await connection.send_command("DUMP", key)
+        held: Any = await connection.read_response(disable_decoding=True)
+    finally:
+        await client.connection_pool.release(connection)
+    assert isinstance(held, bytes)
+    return held
+
+
 async def test_a_fence_stays_small_after_a_caller_died(store: SessionStore, keyspace: Keyspace) -> None:
     """The marks of a call that never goes on are removed when another call begins and there are many marks."""
     fence = f"{keyspace.prefix}:_fence:user_id:{{1}}"
     await _crowd(store, 300)
     page = await store.operations.delete_by(
-        "user_id", 1, operations.Position(), token="died", reason="deleted", block="3600000", keep=(), required=False
+        "user_id", 1, operations.Position(), token="died", **{**CALL, "block": "3600000"}
     )
     assert page.position != operations.Position()
     assert await keyspace.client.hget(fence, "open") == " 1"

@@ -116,6 +116,18 @@ async def test_a_limit_and_a_block_are_told(store: SessionStore) -> None:
 
 
 @on_both
+async def test_a_block_of_many_partitions_is_told_once(store: SessionStore) -> None:
+    """One block is one event, also if it is in force in all partitions."""
+    await store.create({"user_id": 1, "ip": "x"})
+    async with reading(store) as reader:
+        await store.block("ip", "x", "1m")
+        events = {event.kind: event for event in await reader.told(2)}
+        assert (events["blocked"].field, events["blocked"].value) == ("ip", "x")
+        assert events["ended"].reason == "blocked"
+    await store.unblock("ip", "x")
+
+
+@on_both
 async def test_expired_sessions_are_told_by_a_sweep(store: SessionStore) -> None:
     """A sweep tells which sessions have expired, each once, although they were in two sets."""
     async with reading(store) as reader:
@@ -281,6 +293,16 @@ async def test_a_message_that_is_not_readable(store: SessionStore, client: Redis
             told.append(await anext(events))
     assert [one.kind for one in told[:2]] == ["gap", "created"]
     assert told[-1].session_id == session_id
+
+
+async def test_a_reader_that_outlives_the_subscription(store: SessionStore) -> None:
+    """If the context ends while another task reads, its iteration ends."""
+    reader = Reader()
+    async with store.events() as events:
+        task = asyncio.create_task(reader.read(events))
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        await task
 
 
 async def test_nothing_is_left(store: SessionStore) -> None:

@@ -71,6 +71,7 @@ class FanOut:
                     token=token,
                     reason=reason,
                     block=block,
+                    tell=partition == partitions[0] and not again,
                     keep=kept,
                     required=required,
                     replicas=replicas,

@@ -507,19 +507,21 @@ class Operations:
         token: str,
         reason: str,
         block: str,
+        tell: bool,
         keep: Sequence[str],
         required: bool,
         replicas: int = 0,
     ) -> Deleted:
         """End a page of the sessions with a value.
 
-        *token*: the same for all pages of one call. *block*: milliseconds, or "open". *required*: end nothing if a
-        session to keep is not alive.
+        *token*: the same for all pages of one call. *block*: milliseconds, or "open". *tell*: publish an event of the
+        block. *required*: end nothing if a session to keep is not alive.
         """
         number = self.fields.number(field)
         keys = (self.layout.reference(field, value, at.partition), self.layout.fence(field, value, at.partition))
         args: list[str | bytes] = [number, at.start, _PAGE, str(len(at.left)), *at.left]
-        args += (token, reason, block, "required" if required else "optional", str(len(keep)), *keep)
+        args += (token, reason, "tell" if tell else "silent", block)
+        args += ("required" if required else "optional", str(len(keep)), *keep)
         call = self.engine.run(DELETE_BY, keys, args, partition=at.partition, begun=True, replicas=replicas)
         cursor, left, ended = await call
         return Deleted(ended, at.after(call, cursor, left))
@@ -546,10 +548,8 @@ class Operations:
             yield _unheeded(call)
         except GeneratorExit:  # The caller has found enough. An observer should not see that as a failed call.
             raise
-        except (
-            BaseException
-        ):  # Nobody waits for this call any more. Without this, it would be retried until its deadline.
-            call.cancel()
+        except BaseException:
+            call.cancel()  # Nobody waits for this call any more. Without this, it would be retried until its deadline.
             raise
 
     def mark(self, field: str, text: str, partition: int) -> Awaitable[object]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import redis.exceptions
 
 from rss.engine.failures import failure_of
-from rss.engine.lane import Servers
+from rss.engine.lane import Node, Servers
 from rss.engine.line import PING, Attempts, Line, line_to
 from rss.engine.scripts import pack
 from rss.errors import StoreUnavailable
@@ -65,7 +65,8 @@ class Subscription:
             try:
                 async with AsyncExitStack() as stack:
                     await self._servers.ready()
-                    owners = list(self._servers.owners)
+                    masters = self._owners()
+                    owners = [node for node, _ in masters]
                     lines: list[Line] = []
                     for node in dict.fromkeys(owners):
                         lines.append(await stack.enter_async_context(line_to(node, self._pushed)))
@@ -74,14 +75,18 @@ class Subscription:
                         self.put(None)
                     begun.set()
                     attempts.failures = 0
-                    while list(self._servers.owners) == owners and not self._is_closed():
+                    while self._owners() == masters and not self._is_closed():
                         await asyncio.gather(*(line.stay(_EVERY) for line in lines))
             except Exception as error:  # noqa: BLE001 - a retry may help after any error, even of a hook of the user
                 self.failure = error
                 if final := await attempts.failed(error):
-                    self._end(final, begun)
+                    self.end(final, begun)
                     return
-        self._end(StoreUnavailable("the store was closed"), begun)
+        self.end(StoreUnavailable("the store was closed"), begun)
+
+    def _owners(self) -> list[tuple[Node, int]]:
+        """Return the server of each partition, with the number of masters that this server was before."""
+        return [(node, node.demotions) for node in self._servers.owners]
 
     async def _subscribe(self, line: Line, partitions: Sequence[int]) -> None:
         (about,) = await line.ask(pack("HELLO", 3))
@@ -98,7 +103,8 @@ class Subscription:
         elif message[0] in (b"unsubscribe", b"sunsubscribe"):
             raise redis.exceptions.ConnectionError("the slot of a channel has moved")
 
-    def _end(self, error: Exception, begun: asyncio.Event) -> None:
+    def end(self, error: Exception, begun: asyncio.Event) -> None:
+        """Let the iteration end with this error, after the messages that are there."""
         self._error = error
         self._there.set()
         begun.set()
@@ -129,3 +135,4 @@ async def subscribed(
     finally:
         task.cancel()
         await asyncio.wait([task])
+        subscription.end(StopAsyncIteration(), begun)  # Another task may be reading.
