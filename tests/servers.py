@@ -341,15 +341,19 @@ def wait_for(port: int) -> None:
 
 
 @contextmanager
-def sentinel(folder: Path, master: int) -> Iterator[int]:
-    """Run a sentinel that watches the master "main" on a port, and yield its own port."""
-    binary, port = server_binary(), free_port()
+def sentinel(folder: Path, master: int, port: int | None = None, *, epoch: int = 0) -> Iterator[int]:
+    """Run a sentinel that watches the master "main" on a port, and yield its own port.
+
+    *port*: its own port; None: any. *epoch*: the number of the last failover that it knows of.
+    """
+    binary, port = server_binary(), port or free_port()
     assert binary
     config = folder / "sentinel.conf"
     config.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
         f"sentinel monitor main 127.0.0.1 {master} 1\n"
         "sentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 3000\n"
+        f"sentinel config-epoch main {epoch}\n"
     )
     process = subprocess.Popen([binary, str(config), "--sentinel"], stdout=subprocess.DEVNULL)
     try:

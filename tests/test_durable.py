@@ -224,11 +224,13 @@ async def test_a_full_server(store: SessionStore, master: Redis) -> None:
         await master.config_set("maxmemory", "0")
 
 
-async def test_a_user_who_may_not_wait(store: SessionStore, servers: Servers, master: Redis) -> None:
-    """An error names the command WAIT if the user has no right to it."""
-    await master.execute_command("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", "-wait")  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("command", ["wait", "set"])
+async def test_a_user_who_may_not_wait(store: SessionStore, servers: Servers, master: Redis, command: str) -> None:
+    """An error names the command WAIT, or SET, if the user has no right to it."""
+    rule = "reset", "on", ">secret", "~*", "+@all", f"-{command}"
+    await master.execute_command("ACL", "SETUSER", "app", *rule)  # type: ignore[no-untyped-call]
     session_id = await store.create({"user_id": 1})
     async with another(store, f"redis://app:secret@127.0.0.1:{servers.master}") as other:
-        with pytest.raises(SessionError, match="no permission for the command wait"):
+        with pytest.raises(SessionError, match=f"no permission for the command {command}"):
             await other.delete(session_id, durable=1)
     assert await store.ended(session_id) == "deleted"

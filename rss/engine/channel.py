@@ -130,9 +130,8 @@ class Channel(asyncio.Protocol):
         self._hand_out()
 
     def _hand_out(self) -> None:
-        outstanding = len(
-            self._answers
-        )  # Without the commands that callers send below: their replies are not here yet.
+        # Without the commands that callers send below: their replies are not here yet.
+        outstanding = len(self._answers)
         try:
             while self._lost and (reply := self._reader.gets()) is not _NOTHING:
                 if isinstance(reply, hiredis.PushNotification):

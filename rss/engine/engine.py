@@ -154,9 +154,11 @@ class Engine:
 
         Raises `StoreUnavailable` immediately if no server answers.
         """
-        node = self.servers.owners[0]
+        servers = self.servers
         try:
             async with asyncio.timeout(self._timeout):
+                await servers.ready()  # Any server of a cluster may tell which of them have the partitions.
+                node = servers.owners[0]
                 channel = await node.open(node.main)
         except (OSError, redis.exceptions.RedisError) as error:
             # If a server answered with an error, the first call reports it, or waits.

@@ -122,6 +122,8 @@ class Node:
         self.repair: Lane = Lane(self, 3, 1)
         #: Those who wait for the ends of sessions.
         self.watch: Watch = Watch(self, self.loop)
+        #: How often another master took its place, behind the same address or Sentinels.
+        self.demotions: int = 0
         #: Learns whether the server is still the master. None: there is no reason to doubt that.
         self.confirming: asyncio.Task[None] | None = None
         self._held: list[Channel] = []  # The channels that hold their replies meanwhile.
@@ -145,6 +147,13 @@ class Node:
     def doubt(self) -> None:
         """Note that the server does not answer, or does not have a key."""
         self.servers.doubt(self)
+
+    def demote(self) -> None:
+        """Leave the server, because it is not the master any more: also the channels that only read there."""
+        self.demotions += 1
+        for lane in self.lanes:
+            lane.demote()
+        self.watch.leave()
 
     def confirm(self, channel: Channel) -> None:
         """Let a channel go on when it is known that the server is still the master.
@@ -389,7 +398,8 @@ class Lane(Listener):
 
     def _marked(self, batch: Batch, reply: Any) -> None:
         if isinstance(reply, Exception):
-            self._unsafe(batch, with_cause(StoreUnavailable(f"{_UNSAFE}: call again"), reply))
+            unsafe = with_cause(StoreUnavailable(f"{_UNSAFE}: call again"), reply)
+            self._unsafe(batch, unsafe if code_of(reply) else final_error_for(reply))
 
     def _replicated(self, batch: Batch, reply: Any) -> None:
         """Hand out the replies of a durable operation. *reply*: the number of replicas that have its writes."""
@@ -428,7 +438,8 @@ class Lane(Listener):
         queue.hold(error, self.node.loop.time(), at_once=code == "NOSCRIPT")
         if code == "NOSCRIPT":  # The next volley may be without this batch.
             self._missing.add(batch.queue.kind[0].script)
-        self._demoted = self._demoted or code in DEMOTED
+        if code in DEMOTED:
+            self.node.demote()
 
     def _loaded(self, sha: str, reply: Any) -> None:
         if isinstance(reply, Exception):

@@ -3,12 +3,18 @@
 import asyncio
 import contextlib
 import contextvars
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
+from redis.asyncio.sentinel import (
+    MasterNotFoundError,
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+)
 
 from rss.engine.coalesce import Batch
 from rss.engine.lane import VOLLEYS, Lane, Node
@@ -89,6 +95,28 @@ class OneServer:
         self._node.close()
 
 
+class _Address:
+    """What a connection needs of its pool: the address of the master. Sentinels are asked in an order of our own."""
+
+    is_master: Final = True
+
+    def __init__(self, pool: SentinelConnectionPool) -> None:
+        self.check_connection: bool = pool.check_connection
+        self._name = pool.service_name
+        self._manager: Sentinel = copy.copy(pool.sentinel_manager)
+        #: All Sentinels.
+        self.sentinels: Sequence[Redis] = tuple(self._manager.sentinels)
+
+    def ask_first(self, sentinel: Redis) -> None:
+        """Ask this Sentinel before all others."""
+        self._manager.sentinels = [sentinel, *(one for one in self.sentinels if one is not sentinel)]
+
+    async def get_master_address(self) -> tuple[str, int]:
+        """Return what the first Sentinel says that answers. Raises `MasterNotFoundError` if none does."""
+        address: tuple[str, int] = await self._manager.discover_master(self._name)
+        return address
+
+
 class SentinelServer(OneServer):
     """A Redis behind Sentinels.
 
@@ -104,10 +132,16 @@ class SentinelServer(OneServer):
         description: Mapping[str, str] | None,
         timeout: float,
     ) -> None:
-        super().__init__(pool.make_connection, scripts, layout, description, timeout)
+        super().__init__(self._make_connection, scripts, layout, description, timeout)
         self._pool = pool
+        self._address = _Address(pool)
         self._master: object = None
         self._watching: asyncio.Task[None] | None = None
+
+    def _make_connection(self) -> AbstractConnection:
+        connection = cast("SentinelManagedConnection", self._pool.make_connection())  # type: ignore[no-untyped-call]
+        connection.connection_pool = self._address
+        return connection
 
     async def ready(self) -> None:
         """Check the layout, as any server does. Learn who is the master, and watch that from now on.
@@ -131,8 +165,7 @@ class SentinelServer(OneServer):
     def close(self) -> None:
         """Close the connections. Calls without a reply get `StoreUnavailable`."""
         if self._watching:
-            self._watching.cancel()
-            self._watching = None
+            self._watching.cancel()  # It stays, so that `ready` begins no other one.
         super().close()
 
     async def confirm(self, node: Node) -> bool:
@@ -142,29 +175,34 @@ class SentinelServer(OneServer):
             address = await self._ask()
             if address != self._master:
                 self._master = address
-                for lane in self._node.lanes:
-                    lane.demote()
-                self._node.watch.leave()
+                self._node.demote()
                 return False
         return True
 
     async def _ask(self) -> object:
         """Return the address of the master: the one of the last failover. Some Sentinels hear of it later than others.
 
+        From now on, new connections believe the Sentinel that knows of it. Another one might lead to the old master.
+
         Raises `MasterNotFoundError` if no Sentinel knows the master.
         """
-        name, sentinels = self._pool.service_name, self._pool.sentinel_manager.sentinels
+        name, sentinels = self._pool.service_name, self._address.sentinels
 
         async def state_of(sentinel: Redis) -> dict[str, Any]:
             async with asyncio.timeout(_EVERY):
                 state: dict[str, Any] = (await sentinel.sentinel_masters())[name]
             return state
 
-        answers = await asyncio.gather(*map(state_of, sentinels), return_exceptions=True)
-        states = [answer for answer in answers if not isinstance(answer, BaseException)]
-        if not states:
+        def age(answer: tuple[dict[str, Any], Redis]) -> tuple[int, bool]:
+            # The Sentinel that leads a failover has its epoch before it gives the new address.
+            return int(answer[0]["config-epoch"]), "failover_in_progress" not in answer[0]["flags"]
+
+        states = zip(await asyncio.gather(*map(state_of, sentinels), return_exceptions=True), sentinels, strict=True)
+        answers = [(state, sentinel) for state, sentinel in states if not isinstance(state, BaseException)]
+        if not answers:
             raise MasterNotFoundError("no Sentinel knows the master")
-        newest = max(states, key=lambda state: int(state["config-epoch"]))
+        newest, sentinel = max(answers, key=age)
+        self._address.ask_first(sentinel)
         return newest["ip"], newest["port"]
 
     async def _watch(self) -> None:

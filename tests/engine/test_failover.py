@@ -75,8 +75,9 @@ async def test_a_master_that_is_demoted(url: str) -> None:
     async with (
         replicated_pair(ports) as (first, second),
         serving(relay) as port,
-        SessionStore.from_url(f"redis://127.0.0.1:{port}", timeout=40) as store,
+        SessionStore.from_url(f"redis://127.0.0.1:{port}", references=["user_id"], timeout=40) as store,
     ):
+        assert await store.ids_by("user_id", 7) == []
         done, counted = asyncio.Event(), list[bool]()
         counting = await _begin_to_count(store, second, done, counted)
         # For a moment no master accepts writes. Then the replica takes over.
@@ -89,6 +90,9 @@ async def test_a_master_that_is_demoted(url: str) -> None:
             await asyncio.sleep(0.01)
         done.set()
         await outcomes(counting)
+        # The channel of the pages was idle, and still led to the old master.
+        session_id = await store.create({"user_id": 7})
+        assert await store.ids_by("user_id", 7) == [session_id]
         assert all(counted)  # Refused calls were retried, so each ran once.
         assert (await store.get("a", ["n"]))["n"] <= len(counted)
         assert await second.hget("rss:{a}", "n") == str((await store.get("a", ["n"]))["n"]).encode()
@@ -169,6 +173,46 @@ async def test_a_master_that_is_replaced_but_lives(tmp_path: Path) -> None:
             assert await first.hget("rss:{a}", "n") == lost
             assert all(acknowledged)
             await store.aclose()
+
+
+async def test_a_sentinel_that_has_not_heard_of_the_failover(tmp_path: Path) -> None:
+    """Connections go to the master of the last failover, although another sentinel comes first and names the old one.
+
+    Writes, reads and events leave the old master, which lives and keeps its connections open.
+    """
+    ports = [free_port(), free_port()]
+    for name in ("late", "newest"):
+        (tmp_path / name).mkdir()
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(own_server("--port", str(port), *REPLICATED))
+        late = stack.enter_context(sentinel(tmp_path / "late", ports[0]))
+        newest = free_port()
+        sentinels = Sentinel([("127.0.0.1", late), ("127.0.0.1", newest)])  # type: ignore[no-untyped-call]
+        async with (
+            Redis(port=ports[1]) as second,
+            sentinels.master_for("main") as client,
+            SessionStore(client, references=["user_id"], timeout=20, events=True) as store,
+            store.events() as events,
+        ):
+            await store.create({"user_id": 1})
+            assert (await anext(events)).kind == "created"
+            assert len(await store.ids_by("user_id", 1)) == 1
+            stack.enter_context(sentinel(tmp_path / "newest", ports[1], newest, epoch=7))
+            async with asyncio.timeout(20):
+                while await second.dbsize() == 0:
+                    await store.create({"user_id": 2})
+                    await asyncio.sleep(0.05)
+                while (await anext(events)).kind != "gap":
+                    pass
+            session_id = await store.create({"user_id": 3})
+            assert await second.exists(store.get_session_key(session_id))
+            assert await store.ids_by("user_id", 3) == [session_id]
+            async with asyncio.timeout(20):
+                while (await anext(events)).session_id != session_id:
+                    pass
+        for one in sentinels.sentinels:
+            await one.aclose()
 
 
 class Writers:
