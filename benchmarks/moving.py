@@ -73,7 +73,7 @@ async def run(sessions: int) -> int:
             visits, stop = Visits(store, ids), asyncio.Event()
             visiting = [asyncio.create_task(visits.run(number, stop)) for number in range(VISITORS)]
             began = time.perf_counter()
-            await store.move_all(old)
+            await store.move_all()
             seconds = time.perf_counter() - began
             stop.set()
             await asyncio.gather(*visiting)

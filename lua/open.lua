@@ -5,7 +5,8 @@
   KEYS        the meta key, "rss:_meta"
   ARGV        the version of the format of keys and data; the number of partitions, "" for a store without partitions;
               the identity, "" for none; then names and values of other fields, among them "reference:<field>" for each
-              reference, with its options in words
+              reference, with its options in words, and "moving" if sessions move to this store from one without
+              partitions
 
   Returns two lists: the names of the references that the stores before it lacked, and of those that it lacks; or
     RSSOTHER name held
@@ -15,6 +16,7 @@
   Other values are written anew if they differ: those of the last store to open are kept.
 ]]
 local meta, held, wanted, own, lists = KEYS[1], {}, {}, {}, { {}, {} }
+local with_partitions = ARGV[2] ~= ""
 local new, fields = redis.call("EXISTS", meta) == 0, redis.call("HGETALL", meta)
 for i = 1, #fields, 2 do held[fields[i]] = fields[i + 1] end
 
@@ -23,17 +25,21 @@ local function want(name, value)
   wanted[#wanted + 1] = value
 end
 
-for i, name in ipairs({ "format", ARGV[2] ~= "" and "partitions", ARGV[2] ~= "" and "identity" }) do
-  if name and not held[name] then
+-- Sessions may move from a store without partitions to one with them. Until all have moved, both may open.
+for i = 4, #ARGV, 2 do own[ARGV[i]] = true end
+local moving = own.moving or held.moving
+for i, name in ipairs({ "format", "partitions", "identity" }) do
+  local missing, differs = not held[name] and ARGV[i] ~= "", (held[name] or "") ~= ARGV[i]
+  if missing and (new or own.moving) then
     want(name, ARGV[i])
-  elseif name and held[name] ~= ARGV[i] then
-    return redis.error_reply("RSSOTHER " .. name .. " " .. held[name])
+  elseif differs and not (moving and name ~= "format" and not with_partitions) then
+    return redis.error_reply("RSSOTHER " .. name .. " " .. (held[name] or ""))
   end
 end
+if held.moving and with_partitions and not own.moving then redis.call("HDEL", meta, "moving") end
 for i = 4, #ARGV, 2 do
   local name, value = ARGV[i], ARGV[i + 1]
   local field = string.match(name, "^reference:(.*)")
-  own[name] = true
   if field and not new and not held[name] then
     table.insert(lists[1], field)
   elseif held[name] ~= value then

@@ -1,14 +1,16 @@
 """Move all sessions to another Redis or Redis Cluster while applications use them. Nobody is signed out."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, Final, Literal, NamedTuple, Unpack
 
 from redis.asyncio import Redis, RedisCluster
 
 from rss.engine.fan_out import FanOut
 from rss.engine.operations import MaxAge, Operations, Read, Renewal, Rotated, Taken
-from rss.errors import Conflict, SessionEnded, SessionNotFound
+from rss.engine.scan import scan
+from rss.errors import Conflict, IncompleteReference, PartlyDone, SessionEnded, SessionNotFound
 from rss.fields import Encoded
 from rss.keys import Partitioned
 from rss.store import S, SessionStore, StoreOptions
@@ -49,19 +51,22 @@ class MovingStore(SessionStore[S]):
             raise ValueError("sessions that move keep their ids: the store must have partition_by_identity=False")
         if self.fields.references != source.fields.references:
             raise ValueError("source must have the same references")
+        engine = self.operations.engine
+        if engine.description is not None:  # The source may have the same prefix in the same Redis.
+            engine.description = {**engine.description, "moving": "yes"}
         self._source = source
         self._moving = _MovingOperations(source.operations, self.operations)
         self._by_reference = _Both(self._moving, FanOut(source.operations), FanOut(self.operations))
         self.operations: Operations = self._moving
 
-    async def move_all(
-        self, client: Redis | RedisCluster, report: Callable[[Progress], object] = lambda _: None
-    ) -> Progress:
+    async def move_all(self, report: Callable[[Progress], object] = lambda _: None) -> Progress:
         """Move all sessions that are at the source, and return how many keys of sessions and tombstones were there.
 
-        *client*: a client of the source, for SCAN. *report*: called with the progress, about every hundred sessions.
+        *report*: called with the progress, about every hundred sessions.
 
         Call this when no process uses the source itself any more. It may be stopped and called again.
+
+        Raises `StoreUnavailable` if a server does not answer.
         """
         progress, waiting = Progress(0, 0), list[str]()
         layout = self._source.operations.layout
@@ -76,15 +81,25 @@ class MovingStore(SessionStore[S]):
             waiting.clear()
             report(progress)
 
-        async for key in client.scan_iter(match=f"{layout.prefix}:*", count=1000):
-            name = key if isinstance(key, str) else key.decode(errors="replace")  # No key of the store is not UTF-8.
-            if (parsed := layout.parse(name)).kind == "session":
-                waiting.append(parsed.name)
-                if len(waiting) == _AT_ONCE:
-                    await move()
+        async with aclosing(scan(self._source.operations.engine.servers, layout, "hash")) as pages:
+            async for page in pages:
+                for name in page.names:
+                    parsed = layout.parse(name.decode(errors="replace"))  # No key of the store is not UTF-8.
+                    if parsed.kind == "session":
+                        waiting.append(parsed.name)
+                        if len(waiting) == _AT_ONCE:
+                            await move()
         if waiting:
             await move()
         return progress
+
+    async def wait_ended(self, session_id: str) -> str:
+        """Wait until a session has ended, and return why, as in `SessionStore`. The session moves first."""
+        try:
+            await self._moving.bring(session_id)
+        except SessionEnded as error:
+            return error.reason
+        return await super().wait_ended(session_id)
 
 
 class _MovingOperations(Operations):
@@ -212,15 +227,19 @@ class _Both(FanOut):
 
     async def delete(self, field: str, value: object, *, keep: Mapping[int, Sequence[str]], **options: Any) -> int:
         """End the sessions with a value, except those to keep, which move first."""
+        required, first = options.pop("required"), 0
         for session_id in (session_id for ids in keep.values() for session_id in ids):
-            await self._moving.bring(session_id)
-        ended = 0
-        if not options["required"]:
-            ended = await self._source.delete(field, value, keep={}, **options)
-            return ended + await self._target.delete(field, value, keep=keep, **options)
-        ended = await self._target.delete(field, value, keep=keep, **options)
-        ended += await self._source.delete(field, value, keep={}, **{**options, "required": False})
-        return ended + await self._target.delete(field, value, keep=keep, **{**options, "required": False})
+            with suppress(*(() if required else (SessionNotFound,))):
+                await self._moving.bring(session_id)
+        if required:  # It may raise that nothing is to end.
+            first = await self._target.delete(field, value, keep=keep, required=True, **options)
+        here = await _ended(self._source.delete(field, value, keep={}, required=False, **options))
+        there = await _ended(self._target.delete(field, value, keep=keep, required=False, **options))
+        ended = first + here.ended + there.ended
+        if failure := here.failure or there.failure:
+            failure.ended = ended
+            raise failure
+        return ended
 
     async def count(self, field: str, value: object) -> int:
         """Return the number of ids in the sets of a value."""
@@ -233,3 +252,18 @@ class _Both(FanOut):
     async def unblock(self, field: str, value: object) -> bool:
         """Remove the block of a value, and return whether it was blocked."""
         return await self._source.unblock(field, value) | await self._target.unblock(field, value)
+
+
+class _Ended(NamedTuple):
+    """The number of sessions that ended in one store, and why others may not have ended."""
+
+    ended: int
+    failure: IncompleteReference | PartlyDone | None
+
+
+async def _ended(deleting: Awaitable[int]) -> _Ended:
+    """Let one store end what it can, so that the other one has its turn too."""
+    try:
+        return _Ended(await deleting, None)
+    except (IncompleteReference, PartlyDone) as error:
+        return _Ended(error.ended, error)

@@ -625,15 +625,16 @@ async def test_watching_a_reason(url: str) -> None:
 async def test_what_the_command_does_is_told(url: str, partitions: int | None) -> None:
     """The readers of events hear what the command ends, as if the application had done it, but nothing of a doctor."""
     options: dict[str, Any] = {"references": REFERENCES, "partitions": partitions, "partition_by_identity": False}
-    async with client_of(url) as admin, SessionStore.from_url(url, events=True, **options) as store:
+    async with client_of(url) as admin:
         await admin.flushall()
-        async with SessionStore.from_url(url, events=True, **options):
+        async with SessionStore.from_url(url, events=True, **options) as store, store.events() as events:
             first, second = [await store.create({"user_id": 7, "ip": "x"}) for _ in range(2)]
-        async with store.events() as events:
+            assert [(await anext(events)).kind for _ in range(2)] == ["created"] * 2
             await admin.unlink(store.get_session_key(second))
             for args in (["doctor"], ["sweep"], ["revoke", "ip=x", "--yes"]):
                 assert (await asyncio.to_thread(run, *args, "--url", url)).code == 0
             told = [await anext(events) for _ in range(2)]
+        await admin.flushall()
         assert [(one.kind, one.session_id, one.reason, one.identity) for one in told] == [
             ("ended", second, "expired", None),
             ("ended", first, "revoked", 7),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis.exceptions
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
 
 from rss import (
     Blocked,
@@ -414,6 +415,28 @@ async def test_the_number_of_partitions_is_kept(servers: Cluster, keyspace: Keys
         async with other:
             pass
     assert len(await keyspace.keys()) == 1
+
+
+@pytest.mark.parametrize(("held", "own"), [(None, 16), (16, None)])
+async def test_partitions_cannot_be_added_or_forgotten(redis_url: str, held: int | None, own: int | None) -> None:
+    """A store with partitions is refused where one without them was, and the other way round."""
+    prefix = f"test-{secrets.token_hex(8)}"
+    async with SessionStore.from_url(redis_url, prefix=prefix, partitions=held) as store:
+        session_id = await store.create()
+        words = "in 16 partitions, not in no" if held else "in no partitions, not in 16"
+        with pytest.raises(SessionError, match=words):
+            await SessionStore.from_url(redis_url, prefix=prefix, partitions=own).create()
+        await store.delete(session_id)
+
+
+async def test_a_start_while_the_first_server_is_away(servers: Cluster, keyspace: Keyspace) -> None:
+    """A store with several addresses of a cluster opens although the first one does not answer."""
+    nodes = [ClusterNode("127.0.0.1", port) for port in (free_port(), servers.servers[1].port)]
+    async with (
+        RedisCluster(startup_nodes=nodes) as client,
+        SessionStore(client, prefix=keyspace.prefix, partitions=16, timeout=20) as store,
+    ):
+        assert await store.delete(await store.create())
 
 
 async def test_a_store_that_begins_while_the_slot_of_the_meta_key_moves(servers: Cluster, keyspace: Keyspace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
-from rss import Reference, SessionEnded, SessionNotFound, Sessions, SessionStore
+from rss import IncompleteReference, Reference, SessionEnded, SessionError, SessionNotFound, Sessions, SessionStore
 from rss.moving import MovingStore, Progress
 from tests.keyspace import Keyspace
 
@@ -113,10 +113,53 @@ async def test_every_operation(store: MovingStore, source: SessionStore, *, move
     assert await store.blocked("user_id", 1)
     assert await store.unblock("user_id", 1)
     assert await store.ids_by("user_id", 1) == ["a"]
+    assert await store.wait_ended("i") == "bye"
+    waiting = asyncio.create_task(store.wait_ended("h" if moved else "a"))
+    await asyncio.sleep(0.1)
+    assert waiting.done() == moved
+    waiting.cancel()
     assert set(await store.ids_by("ip", "x")) == {"a", new}
     assert await store.set("made", {"user_id": 1})
     created = await store.create({"user_id": 1})
     assert set(await store.ids_by("user_id", 1)) == {"a", "made", created}
+
+
+async def test_both_in_one_redis(source: SessionStore, there: Redis) -> None:
+    """A store gets partitions in place. Until all processes use a plain store, new ones may still open the source."""
+    await source.set("a", {"user_id": 1})
+    options: dict[str, Any] = {"references": REFERENCES, "partition_by_identity": False, "partitions": 64}
+    async with MovingStore(there, source=source, **options) as store:
+        async with SessionStore(there, references=REFERENCES) as late:
+            assert await late.ids_by("user_id", 1) == ["a"]
+        assert await store.move_all() == Progress(1, 1)
+    async with SessionStore(there, **options) as plain:
+        assert await plain.ids_by("user_id", 1) == ["a"]
+    with pytest.raises(SessionError, match="in 64 partitions, not in no"):
+        await SessionStore(there, references=REFERENCES).create()
+
+
+async def test_the_other_side_ends_too(store: MovingStore, source: SessionStore, there: Redis) -> None:
+    """If sessions may have been missed at the source, those that have moved end all the same."""
+    for session_id in "abc":
+        await source.set(session_id, {"user_id": 1, "ip": "x"})
+    await store.get("a")
+    async with SessionStore(there, references=["user_id"]):
+        pass  # A store without the reference "ip" makes it incomplete.
+    with pytest.raises(IncompleteReference) as raised:
+        await store.delete_by("ip", "x")
+    assert raised.value.ended == 3
+    assert [await store.ended(session_id) for session_id in "abc"] == ["deleted"] * 3
+
+
+async def test_a_session_to_keep_that_has_ended(store: MovingStore, source: SessionStore) -> None:
+    """An ended session is no reason to let the others live, unless it was required."""
+    for session_id in "ab":
+        await source.set(session_id, {"user_id": 1})
+    await source.delete("a")
+    with pytest.raises(SessionEnded):
+        await store.delete_by("user_id", 1, keep=["a"], keep_required=True)
+    assert await store.ids_by("user_id", 1) == ["b"]
+    assert await store.delete_by("user_id", 1, keep=["a"]) == 1
 
 
 async def test_a_store_that_cannot_take_them(cluster_url: str, source: SessionStore) -> None:
@@ -167,8 +210,8 @@ async def test_all_move_under_load(
     every = [*tokens]
     visiting = [asyncio.create_task(visit(every[n::20], n)) for n in range(20)]
     seen: list[Progress] = []
-    await store.move_all(there, seen.append)
-    again = await store.move_all(there)
+    await store.move_all(seen.append)
+    again = await store.move_all()
     stop.set()
     await asyncio.gather(*visiting)
     assert again.moved == 0

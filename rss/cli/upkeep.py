@@ -189,7 +189,7 @@ async def copy(place: Place, to: str, partitions: int) -> int:
     store, target = place.store, client_for(to)
     progress = Progress(0, 0)
     try:
-        held = await read_meta(target, place.prefix)
+        here, held = await read_meta(place.client, place.prefix), await read_meta(target, place.prefix)
         if held and (set(held.references) != set(store.fields.references) or held.identity or not held.partitions):
             raise Refusal(
                 "the stores there have other references, no partitions, or all sessions of an identity in one partition"
@@ -203,6 +203,7 @@ async def copy(place: Place, to: str, partitions: int) -> int:
             partitions=held.partitions if held else partitions,
             partition_by_identity=False,
             codec=store.fields.codec,
+            events=any(one.events for one in (here, held) if one),
         )
 
         def note(now: Progress) -> None:
@@ -213,7 +214,7 @@ async def copy(place: Place, to: str, partitions: int) -> int:
         status = place.output.err.status("moving")
         with status:
             async with moving:
-                await moving.move_all(place.client, note)
+                await moving.move_all(note)
     except asyncio.CancelledError:
         place.output.note(f"Interrupted. {progress.moved:,} sessions have moved: run it again.")
         raise

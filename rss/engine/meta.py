@@ -96,7 +96,8 @@ async def open_store(layout: Layout, description: Mapping[str, str], master_of: 
             if code != "RSSOTHER":
                 raise
             name, _, held = rest.partition(" ")
-            raise SessionError(_OTHER[name].format(held or "none", own[name] or "none")) from None
+            none = "no" if name == "partitions" else "none"
+            raise SessionError(_OTHER[name].format(held or none, own[name] or none)) from None
         added, missing = ([name.decode() for name in names] for names in reply)
         for names, kind in ((added, NEW), (missing, LACKED)):
             if names:
