@@ -12,7 +12,6 @@ from redis import Redis
 
 from benchmarks import server, tables
 from rss import SessionStore
-from rss.testing import redis_server
 
 _MADE: Final = 20_000
 # The share of its core that a server should use at most, and of its memory.
@@ -64,9 +63,9 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=2, help="references")
     parser.add_argument("--requests", type=int, default=1000, help="requests a second: each reads its session")
     options = parser.parse_args()
-    with redis_server() as running, Redis.from_url(running.url) as admin:
+    with server.own_server() as url, Redis.from_url(url) as admin:
         held, spent = asyncio.run(
-            measure(running.url, admin, fields=options.fields, size=options.bytes, references=options.references)
+            measure(url, admin, fields=options.fields, size=options.bytes, references=options.references)
         )
     memory = held * options.sessions
     share = spent["get"] * options.requests / 1e6

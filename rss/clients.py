@@ -1,5 +1,6 @@
 """Clients of redis-py for the URLs of this library."""
 
+import re
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -10,8 +11,9 @@ from redis.backoff import NoBackoff
 
 Client = Redis | RedisCluster
 
-# The port of a Sentinel if the URL names none.
-_PORT: Final = "26379"
+# The address of a Sentinel: a name or an IP address, and the port, which may be left out.
+_ADDRESS: Final = re.compile(r"([^:\[\]]+|\[[^\[\]]+\])(?::(\d+))?")
+_PORT: Final = 26379
 
 
 def client_of(url: str) -> Client:
@@ -40,14 +42,15 @@ def _behind_sentinels(url: str, once: dict[str, Any]) -> Redis:
     parts = urlsplit(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
-    addresses = [host.rpartition(":") if ":" in host else (host, ":", _PORT) for host in hosts.split(",")]
+    addresses = [_ADDRESS.fullmatch(address) for address in hosts.split(",")]
     service, _, db = parts.path.strip("/").partition("/")
     tls = {"redis+sentinel": False, "rediss+sentinel": True}.get(parts.scheme)
-    if tls is None or parts.query or not service or not all(host for host, _, _ in addresses):
+    if tls is None or parts.query or not service or None in addresses:
         raise ValueError("the URL must be redis+sentinel://host:port,host:port/service or /service/db, without options")
     once = {**once, "ssl": True} if tls else once
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [(host, int(port)) for host, _, port in addresses], sentinel_kwargs={**once, "socket_timeout": 1}
+        [(one[1].strip("[]"), int(one[2] or _PORT)) for one in addresses if one],
+        sentinel_kwargs={**once, "socket_timeout": 1},
     )
     options: dict[str, Any] = {**once, "username": unquote(user) or None, "password": unquote(password) or None}
     client: Redis = sentinel.master_for(unquote(service), db=int(db or 0), **options)

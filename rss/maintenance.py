@@ -5,14 +5,14 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar, cast
 
 import redis.exceptions
 
-from rss.engine.failures import failure_of
+from rss.engine.failures import code_of, failure_of
 from rss.engine.lane import Node, Servers
 from rss.engine.line import Attempts, line_to
 from rss.engine.meta import LACKED, NEW, forget, known_references
@@ -29,6 +29,10 @@ _logger = logging.getLogger("rss")
 _AT_ONCE: Final = 15
 # How many stray keys are listed in one pass: another application with the same prefix may have millions.
 _MOST_STRAYS: Final = 10_000
+# How many findings are known when a key is returned again. There may be millions.
+_MOST_SEEN: Final = 100_000
+# How many calls are made at a time, of one for each reference and partition.
+_CALLS: Final = 200
 # Seconds for some commands outside of the engine, with all attempts.
 _PATIENCE: Final = 10.0
 # After each page, the sweeper sleeps so many times as long as the page took: Redis serves others meanwhile.
@@ -135,20 +139,19 @@ class Maintenance:
         servers, references = operations.engine.servers, operations.fields.references
         known = await _outside(servers, lambda: known_references(self._layout, servers.master_of))
         others = [name for name in known if name not in references]
-        await asyncio.gather(*(operations.unmark(name, p) for name in others for p in partitions))
+        await _in_turn(operations.unmark(name, p) for name in others for p in partitions)
         await _outside(servers, lambda: forget(self._layout, others, servers.master_of))
         names = [*await self._incomplete()]
         for _ in range(_TRIES):
             if not (left := await self._incomplete()):
                 return names
             marks = {name: f"{kind} {self._layout.mint()}" for name, kind in left.items()}
-            await asyncio.gather(*(operations.mark(name, text, p) for name, text in marks.items() for p in partitions))
+            await _in_turn(operations.mark(name, text, p) for name, text in marks.items() for p in partitions)
             new = [name for name, kind in left.items() if kind == NEW]
             async with aclosing(self._inspect(report, ("session",), "mend", "hash", added=new)) as findings:
                 async for _ in findings:
                     pass
-            calls = (operations.complete(name, text, p) for name, text in marks.items() for p in partitions)
-            await asyncio.gather(*calls)
+            await _in_turn(operations.complete(name, text, p) for name, text in marks.items() for p in partitions)
         if left := await self._incomplete():
             raise IncompleteReference(next(iter(left)))
         return names
@@ -164,21 +167,21 @@ class Maintenance:
                 found[name] = kind
 
         partitions, names = range(self._layout.partitions), self._operations.fields.references
-        await asyncio.gather(*(ask_for(name, partition) for name in names for partition in partitions))
+        await _in_turn(ask_for(name, partition) for name in names for partition in partitions)
         return {name: found[name] for name in names if name in found}
 
     # One pass over all keys.
 
     async def _inspect_all(self, report: Report, mode: Mode) -> AsyncGenerator[Finding]:
         """Look at all keys: first at the sessions, so that their mended keys decide which ids of the sets are stale."""
-        seen = set[tuple[str, str, str | None]]()
+        seen, others = set[tuple[str, str, str | None]](), await self._stems()
         for number, kinds in enumerate((("session", "fence", "stray", "misplaced"), ("set",))):
             half = functools.partial(_report_half, report, number)
-            async with aclosing(self._inspect(half, kinds, mode)) as findings:
+            async with aclosing(self._inspect(half, kinds, mode, others=others)) as findings:
                 async for finding in findings:
                     what = finding.kind, finding.key, finding.session_id
                     if what not in seen:  # SCAN may return a key twice.
-                        if finding.kind != "stale":  # There may be millions of these.
+                        if finding.kind != "stale" and len(seen) < _MOST_SEEN:
                             seen.add(what)
                         yield finding
 
@@ -190,20 +193,20 @@ class Maintenance:
         type_of_redis: str | None = None,
         *,
         added: Collection[str] = (),
+        others: tuple[bytes, ...] = (),
         rest: float = 0,
     ) -> AsyncGenerator[Finding]:
         """Look at the keys of some kinds.
 
-        *type_of_redis*: look only at keys of this type; None: of all. *rest*: after each page, sleep so many times as
+        *type_of_redis*: look only at keys of this type; None: of all. *others*: the beginnings of keys of other stores,
+        which are left out: some may look like keys of this one. *rest*: after each page, sleep so many times as
         long as it took.
         """
         strays, servers = _Strays(), self._operations.engine.servers
-        if "stray" in kinds:
-            strays.others = await self._stems()
         began = time.monotonic()
         async with aclosing(scan(servers, self._layout, type_of_redis)) as pages:
             async for page in pages:
-                parsed = [(name, self._parse(name)) for name in page.names]
+                parsed = [(name, self._parse(name)) for name in page.names if not name.startswith(others)]
                 known = [(name.decode(), one) for name, one in parsed if one.kind in kinds and one.kind in _KNOWN]
                 for start in range(0, len(known), _AT_ONCE):
                     calls = (self._look(*one, added, mode) for one in known[start : start + _AT_ONCE])
@@ -220,9 +223,9 @@ class Maintenance:
         report(1)
 
     async def _report_strays(self, strays: "_Strays", mode: Mode) -> AsyncGenerator[Finding]:
-        if strays.count and mode == "mend_and_remove":  # Another store may have been opened meanwhile.
-            strays.others = await self._stems()
-        for node, keys in strays.by_server():
+        # Another store may have been opened meanwhile.
+        others = await self._stems() if strays.count and mode == "mend_and_remove" else ()
+        for node, keys in strays.by_server(others):
             removed = await _remove(node, list(keys)) if mode == "mend_and_remove" else set()
             for name, kind in keys.items():
                 yield Finding(kind, name.decode(errors="backslashreplace"), name in removed)
@@ -266,6 +269,13 @@ class Maintenance:
         return [*findings, Finding("stale", key, mended, stale)] if stale else findings
 
 
+async def _in_turn(calls: Iterable[Awaitable[object]]) -> None:
+    """Make calls, some at a time: others must find room in the queues."""
+    rest = iter(calls)
+    while some := list(itertools.islice(rest, _CALLS)):
+        await asyncio.gather(*some)
+
+
 async def _outside(servers: Servers, work: Callable[[], Awaitable[_T]]) -> _T:
     """Run commands outside of the engine. If the server is another one meanwhile, run them again there.
 
@@ -291,24 +301,23 @@ def _report_half(report: Report, number: int, share: float) -> None:
 
 
 class _Strays:
-    """The keys that are stray or misplaced, without those of other stores."""
+    """The keys that are stray or misplaced."""
 
     def __init__(self) -> None:
         #: How many there are.
         self.count = 0
-        #: The beginnings of the keys of other stores.
-        self.others: tuple[bytes, ...] = ()
         self._keys: dict[Node, dict[bytes, Kind]] = {}
 
     def add(self, name: bytes, parsed: Parsed, node: Node) -> None:
         keys = self._keys.setdefault(node, {})
-        if self.count < _MOST_STRAYS and name not in keys and not name.startswith(self.others):
+        if self.count < _MOST_STRAYS and name not in keys:
             self.count += 1
             keys[name] = cast("Kind", parsed.kind)
 
-    def by_server(self) -> Iterator[tuple[Node, dict[bytes, Kind]]]:
+    def by_server(self, others: tuple[bytes, ...]) -> Iterator[tuple[Node, dict[bytes, Kind]]]:
+        """Iterate over the servers and their keys, without those that begin like keys of other stores."""
         for node, keys in self._keys.items():
-            yield node, {name: kind for name, kind in keys.items() if not name.startswith(self.others)}
+            yield node, {name: kind for name, kind in keys.items() if not name.startswith(others)}
 
 
 async def _remove(node: Node, names: Sequence[bytes]) -> set[bytes]:
@@ -327,5 +336,5 @@ async def _remove(node: Node, names: Sequence[bytes]) -> set[bytes]:
     except (OSError, redis.exceptions.RedisError) as error:
         failure = error
     if failure:
-        _logger.warning("some keys were not removed: %s", failure_of(failure))
+        _logger.warning("some keys were not removed: %s", code_of(failure) or failure_of(failure))
     return removed

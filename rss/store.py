@@ -1,4 +1,4 @@
-"""The store: each method is one operation, and each operation is one script."""
+"""The store: each method is one operation, and an operation on a session is one script."""
 
 import codecs
 import inspect
@@ -77,7 +77,8 @@ class SessionStore(Generic[S]):
     identity ask all partitions, and it cannot have a limit. This cannot change either.
     *codec*: encodes and decodes values. Values of references use `TextCodec` if *codec* is one, or encrypts with one
     inside. Otherwise they use `JSONCodec`.
-    *timeout*: the deadline of each operation. In an operation on a reference, each page has its own.
+    *timeout*: the deadline of each operation. In an operation on a reference, each page has its own. So has each of the
+    scripts of a login that moves a session to another partition.
     *observe*: an observer, which is called with an `rss.observe.Observation` for each call of a script that has
     finished. None: there is no observer.
 
@@ -176,7 +177,8 @@ class SessionStore(Generic[S]):
     async def __aenter__(self) -> Self:
         """Open the store.
 
-        Raises `StoreUnavailable` immediately if no server answers at its address.
+        Raises `StoreUnavailable` if no server answers: immediately if the connection is refused, otherwise after the
+        timeout.
         """
         self._engine.reopen()
         try:
@@ -234,7 +236,7 @@ class SessionStore(Generic[S]):
             group.start_soon(self.maintenance.sweep_forever, period)
             try:
                 yield
-            except Exception as error:  # noqa: BLE001 - the group would put it into an ExceptionGroup
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - the group would put it into an ExceptionGroup
                 failure = error
             finally:
                 group.cancel_scope.cancel()
@@ -426,8 +428,8 @@ class SessionStore(Generic[S]):
         *durable*: return when this number of replicas have the writes, as in `delete`. If too few have them in time,
         the new id is lost.
 
-        In a store with several partitions, the session moves to the partition of its new identity. Then the copy of a
-        call that was stopped expires after a minute.
+        In a store with several partitions, the session moves to the partition of its new identity, by four scripts. If
+        the process dies before the third one, the session is as it was. If it dies after it, the session is lost.
 
         Raises `SessionNotFound` if there is no session. Raises `LimitExceeded` if a reference refuses the session, and
         `Blocked` if a new value is blocked.

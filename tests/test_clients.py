@@ -32,6 +32,8 @@ async def test_a_store_behind_sentinels(tmp_path: Path) -> None:
         "redis+sentinel://host:1/",
         "redis+sentinel://,host:1/main",
         "redis+sentinel://host:port/main",
+        "redis+sentinel://me:SECRET/main",
+        "redis+sentinel://[::1/main",
         "redis+sentinel://host:1/main/x",
         "redis+sentinel://host:1/main?db=1",
         "unix+sentinel://host:1/main",
@@ -39,8 +41,19 @@ async def test_a_store_behind_sentinels(tmp_path: Path) -> None:
 )
 def test_a_url_of_sentinels_that_is_none(url: str) -> None:
     """A URL that names no host, no service, no number or an option is refused."""
-    with pytest.raises(ValueError, match=r"redis\+sentinel|int\(\)"):
+    with pytest.raises(ValueError, match=r"redis\+sentinel|int\(\)|Invalid IPv6 URL") as raised:
         client_of(url)
+    assert "SECRET" not in str(raised.value)
+
+
+def test_sentinels_by_addresses() -> None:
+    """A Sentinel may have a name, or an address of IPv4 or IPv6."""
+    client = client_of("redis+sentinel://[::1]:5,10.0.0.1,[fe80::2],host:7/main")
+    assert isinstance(client, Redis)
+    assert isinstance(client.connection_pool, SentinelConnectionPool)
+    options = [one.connection_pool.connection_kwargs for one in client.connection_pool.sentinel_manager.sentinels]
+    addresses = [(one["host"], one["port"]) for one in options]
+    assert addresses == [("::1", 5), ("10.0.0.1", 26379), ("fe80::2", 26379), ("host", 7)]
 
 
 def test_sentinels_with_tls() -> None:

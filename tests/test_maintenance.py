@@ -319,6 +319,14 @@ async def test_a_sweeper_survives_a_failure(
     assert "the sweep failed: no answer" in caplog.text
 
 
+async def test_an_exit_beside_a_sweeper(store: SessionStore) -> None:
+    """An exit code passes a sweeper as it is."""
+    with pytest.raises(SystemExit) as raised:
+        async with store.sweeper():
+            raise SystemExit(3)
+    assert raised.value.code == 3
+
+
 async def test_an_error_beside_a_sweeper(store: SessionStore) -> None:
     """An error of the application passes a sweeper as it is, and ends the sweeper. So does a cancellation."""
     with pytest.raises(KeyError, match="mine"):
@@ -465,6 +473,32 @@ async def test_a_master_that_dies_during_a_check() -> None:
                     killed = True
             assert seen >= {store.get_session_key(session_id).encode() for session_id in ids}
             assert await listed(store.maintenance.check()) == []
+
+
+async def test_a_store_with_very_many_partitions(client: Redis, keyspace: Keyspace) -> None:
+    """The largest number of partitions can be checked and reindexed."""
+    options: dict[str, Any] = {"prefix": keyspace.prefix, "partitions": 4096, "timeout": 20}
+    async with SessionStore(client, references=["a"], **options) as store:
+        await store.create({"a": 1, "b": 2, "c": 3})
+    async with SessionStore(client, references=["a", "b", "c"], **options) as store:
+        assert await store.maintenance.reindex() == ["b", "c"]
+        assert len(await store.ids_by("c", 3)) == 1
+        assert await listed(store.maintenance.check()) == []
+
+
+async def test_another_store_whose_keys_look_like_sets(client: Redis, keyspace: Keyspace) -> None:
+    """A prefix that consists of another one and the name of a reference of it is left alone."""
+    async with (
+        SessionStore(client, references=["admin"], prefix=keyspace.prefix) as store,
+        SessionStore(client, references=["user_id"], prefix=f"{keyspace.prefix}:admin") as other,
+    ):
+        session_id = await other.create({"user_id": 1})
+        await store.create({"admin": "yes"})
+        before = await keyspace.dump()
+        assert await listed(store.maintenance.check()) == []
+        assert await listed(store.maintenance.repair()) == []
+        assert await keyspace.dump() == before
+        assert await other.ids_by("user_id", 1) == [session_id]
 
 
 @on_both

@@ -147,6 +147,7 @@ async def _commands(store: Store, connection: AbstractConnection) -> list[Line]:
         (("SCAN", "0", "MATCH", f"{layout.prefix}:*", "COUNT", "1"), "check, repair, reindex, sweep, stats and copy"),
         (("DBSIZE",), "check, repair, reindex, sweep, stats and copy"),
         (("HKEYS", layout.meta), "reindex"),
+        (("SET", layout.marker(0), "", "PX", "1"), "durable, sweep, repair and reindex"),
         (("WAIT", "0", "1"), "durable"),
         (("CLIENT", "TRACKING", "OFF"), "wait_ended"),
     ):

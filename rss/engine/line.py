@@ -9,12 +9,12 @@ import redis.exceptions
 
 from rss.engine.channel import Answer, Channel, Listener
 from rss.engine.coalesce import backoff
-from rss.engine.failures import REDIRECTED, code_of, error_for
+from rss.engine.failures import REDIRECTED, code_of, error_for, with_cause
 from rss.engine.scripts import pack
 
 #: A command that always has a reply.
 PING: Final = pack("PING")
-# The maximum seconds of one attempt to connect, and for the replies to some commands.
+# The maximum seconds of one attempt to connect, and usually for the replies to some commands.
 _CONNECTING: Final = 10.0
 _PATIENCE: Final = 2.0
 
@@ -34,16 +34,19 @@ class Server(Protocol):
 
 
 @asynccontextmanager
-async def line_to(server: Server, pushed: Pushed | None = None) -> AsyncIterator["Line"]:
+async def line_to(
+    server: Server, pushed: Pushed | None = None, *, patience: float = _PATIENCE
+) -> AsyncIterator["Line"]:
     """Open a line, and close it at the end of the context.
 
     *pushed*: is called with each message that is no reply: only RESP3 has these. If it raises, the line is closed.
+    *patience*: the maximum seconds for the replies to some commands.
 
     An error in the context puts the server in doubt.
 
     Raises the errors of redis-py, also `TimeoutError`.
     """
-    line = Line(pushed)
+    line = Line(pushed, patience)
     try:
         await line.open(server)
         yield line
@@ -60,8 +63,9 @@ class Line(Listener):
     The methods raise the errors of redis-py if the connection is lost, and `TimeoutError` if a reply is late.
     """
 
-    def __init__(self, pushed: Pushed | None) -> None:
+    def __init__(self, pushed: Pushed | None, patience: float) -> None:
         self._pushed = pushed
+        self._patience = patience
         self._channel: Channel | None = None
         self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
@@ -98,7 +102,7 @@ class Line(Listener):
                 done.set_result(None)
 
         self._send(b"".join(commands), [note] * len(commands))
-        await asyncio.wait((done, self._lost), timeout=_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((done, self._lost), timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
             raise self._lost.result() if self._lost.done() else TimeoutError("Redis did not reply")
         return replies
@@ -121,7 +125,7 @@ class Line(Listener):
     def lost(self, channel: Channel, error: Exception | None) -> None:
         del channel
         if not self._lost.done():
-            self._lost.set_result(error or redis.exceptions.ConnectionError("the connection was lost"))
+            self._lost.set_result(with_cause(redis.exceptions.ConnectionError("the connection was lost"), error))
 
 
 class Attempts:

@@ -1,6 +1,7 @@
 """Iterate over the keys of a store, on all of its servers."""
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -19,6 +20,9 @@ _COUNT: Final = 250
 # Seconds without a page after which the iteration fails: before the first page, and later, while a replica takes over.
 _FIRST: Final = 5.0
 _PATIENCE: Final = 30.0
+# Seconds for one page: after a silence, all keys must be listed anew, and Redis may fork for a snapshot meanwhile.
+_REPLY: Final = 10.0
+_logger = logging.getLogger("rss")
 
 
 class Keys(NamedTuple):
@@ -78,6 +82,7 @@ async def scan(servers: Servers, layout: Layout, kind: str | None = None, ending
                 raise final from error
             if loop.time() - heard > patience:
                 raise failure_of(error) from error
+            _logger.info("the keys are listed anew: %s", code_of(error) or type(error).__name__)
 
 
 async def _places(servers: Servers, layout: Layout) -> _Places:
@@ -86,7 +91,7 @@ async def _places(servers: Servers, layout: Layout) -> _Places:
     for node in dict.fromkeys(owners):
         numbers = [number for number, owner in enumerate(owners) if owner is node]
         async with line_to(node) as line:
-            keys = (layout.place(layout.mint(number))[0] for number in numbers)
+            keys = (f"{layout.stems(number)[0]}{layout.mint()}{layout.ending}" for number in numbers)
             replies = await line.ask_each(*(pack("EXISTS", key) for key in keys))
             for number, reply in zip(numbers, replies, strict=True):
                 if isinstance(reply, Exception) and code_of(reply) != "ASK":
@@ -98,7 +103,7 @@ async def _places(servers: Servers, layout: Layout) -> _Places:
 
 async def _scan_one(node: Node, options: Sequence[str]) -> AsyncGenerator[tuple[list[bytes], float]]:
     """Iterate over the keys of a server. Raises the errors of redis-py."""
-    async with line_to(node) as line:
+    async with line_to(node, patience=_REPLY) as line:
         cursor, seen, (size,) = b"0", 0, await line.ask(pack("DBSIZE"))
         while True:
             ((cursor, names),) = await line.ask(pack("SCAN", cursor, *options))
