@@ -1,4 +1,4 @@
-"""Web sessions in Redis for asyncio. Every operation is one script; one call ends all sessions of a user.
+"""Web sessions in Redis for asyncio. An operation on a session is one script; one call ends all sessions of a user.
 
     store = SessionStore.from_url("redis://localhost", references={"user_id": Reference(identity=True)})
     await store.delete_by("user_id", 7)  # ends every session of the user, on every server

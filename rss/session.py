@@ -418,9 +418,10 @@ class Session(Generic[S]):
 
         *max_age*: as in `set`; without it the TTL stays too.
 
-        The old id has ended, and so have the CSRF tokens. Makes a session if there is none, with these values; also if
-        the session was rotated meanwhile, as by the same form sent twice. If it has ended in another way after it was
-        read here, only another identity makes a session.
+        The old id has ended, and so have the CSRF tokens. If there is no session, this makes one with these values. It
+        does the same if another request has rotated the session, for example because a form was sent twice. If the
+        session has ended in another way after it was read here, this makes one only if *values* hold another identity,
+        and otherwise raises `SessionEnded` or `SessionNotFound`.
 
         Raises `LimitExceeded` if a reference refuses the session, and `Blocked` if a value is blocked.
         """
