@@ -49,7 +49,8 @@ class SentinelServer(Server):
     def watch(self, master: Server, quorum: int) -> None:
         """Watch this master from now on."""
         self("SENTINEL", "MONITOR", NAME, "127.0.0.1", master.port, quorum)
-        self("SENTINEL", "SET", NAME, "down-after-milliseconds", 1000)
+        # Longer than the second after which a sentinel connects again: one that leads a failover cuts the others off.
+        self("SENTINEL", "SET", NAME, "down-after-milliseconds", 2000)
         self("SENTINEL", "SET", NAME, "failover-timeout", 3000)
         with suppress(redis.exceptions.ResponseError):  # New in Redis 7.0.
             # The sentinel polls the other servers ten times a second, instead of every ten seconds. It demotes a master

@@ -129,6 +129,8 @@ class Task:
         """Run one operation, and find out what it did if that is unknown."""
         name, scene = kind.__name__[1:], self._scene
         async with self._turn:
+            if session_id and session_id[0] not in self.live:  # `settle`, which had its turn before, did not find it.
+                return
             began, known, self._waits = time.perf_counter(), False, False
             try:
                 known = await self._run(kind(*session_id))

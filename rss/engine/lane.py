@@ -438,7 +438,7 @@ class Lane(Listener):
         queue.hold(error, self.node.loop.time(), at_once=code == "NOSCRIPT")
         if code == "NOSCRIPT":  # The next volley may be without this batch.
             self._missing.add(batch.queue.kind[0].script)
-        if code in DEMOTED:
+        if code in DEMOTED and not self._demoted:  # Once for each channel, not for each batch that it had.
             self.node.demote()
 
     def _loaded(self, sha: str, reply: Any) -> None:
@@ -520,7 +520,12 @@ class Lane(Listener):
         self.waiting.clear()  # All calls are done.
 
     def demote(self) -> None:
-        """Send nothing more through this channel, and close it when it is idle: its server is not the master."""
+        """Send nothing more through this channel, and close it when it is idle: its server is not the master.
+
+        A connection that is just being made may lead there too, as soon as a server that was stopped goes on.
+        """
+        if self._dialling:
+            self._dialling.cancel()
         self._demoted = self._channel is not None
         self.hang_up()
         if self._channel and self.is_silent:

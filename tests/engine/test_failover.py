@@ -295,6 +295,35 @@ async def test_a_master_that_wakes_up_replaced(tmp_path: Path, pause: float) -> 
         await writers.stop()
 
 
+async def test_a_connection_that_a_stopped_master_accepts_later(tmp_path: Path) -> None:
+    """A connection that was being made when the master was replaced is not used when the old one goes on."""
+    ports = [free_port(), free_port()]
+    async with (
+        replicated_pair(ports) as (first, second),
+        watched(tmp_path, ports[0]) as (guard, client),
+        SessionStore(client, references=["user_id"], timeout=20) as store,
+    ):
+        await store.create({"user_id": 1})
+        process = (await first.info("server"))["process_id"]
+        os.kill(process, signal.SIGSTOP)
+        try:
+            writing = asyncio.create_task(store.create({"user_id": 2}))
+            reading = asyncio.create_task(store.ids_by("user_id", 2))  # The first call of this kind connects.
+            await asyncio.sleep(0.6)  # Now the channel of the write is silent.
+            await second.replicaof("NO", "ONE")
+            await guard.sentinel_remove("main")
+            await guard.sentinel_monitor("main", "127.0.0.1", ports[1], 1)
+            ids = {await writing}
+        finally:
+            os.kill(process, signal.SIGCONT)
+        await reading
+        for _ in range(20):
+            ids.add(await store.create({"user_id": 2}))
+            assert set(await store.ids_by("user_id", 2)) == ids
+            await asyncio.sleep(0.02)
+        assert await second.scard(store.get_reference_key("user_id", 2)) == len(ids)
+
+
 async def test_a_master_of_a_cluster_that_wakes_up_replaced() -> None:
     """No write is lost that a master acknowledges after a pause in which its replica took over."""
     with cluster(3, 1) as servers:
