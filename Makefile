@@ -7,9 +7,9 @@ VENV ?= .venv
 IN := $(VENV)/bin
 SOURCES := rss tests benchmarks
 
-# Most tests wait: for a server, a deadline, a browser. The tests of a file share a server and stay together.
-# A crash ends the run: pytest-xdist would repeat the test that crashed.
-WORKERS := -n 3 --dist loadfile --max-worker-restart 0
+# Most tests wait: for a server, a deadline, a browser. The tests of a file share a server, so neighbours stay together
+# until a worker has nothing left to do. A crash ends the run: pytest-xdist would repeat the test that crashed.
+WORKERS := -n 3 --dist worksteal --max-worker-restart 0
 
 .PHONY: all demo serve serve-cluster test coverage lowest bench bench-quick chaos lint format dist release-check clean
 .PRECIOUS: $(VENV)/.%
