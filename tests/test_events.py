@@ -305,6 +305,21 @@ async def test_a_reader_that_outlives_the_subscription(store: SessionStore) -> N
         await task
 
 
+async def test_an_end_while_a_connection_breaks(cluster_url: str, keyspace: Keyspace) -> None:
+    """The context ends also if a connection breaks at the same moment."""
+    async with (
+        RedisCluster.from_url(cluster_url.replace("+cluster", "")) as admin,
+        SessionStore.from_url(cluster_url, prefix=keyspace.prefix, timeout=20, events=True) as store,
+    ):
+        master = admin.get_primaries()[0]
+        for turns in range(60):
+            async with asyncio.timeout(10):
+                async with store.events():
+                    await admin.execute_command("CLIENT", "KILL", "TYPE", "pubsub", target_nodes=master)
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+
+
 async def test_nothing_is_left(store: SessionStore) -> None:
     """When the context ends, no task and no connection is left."""
     async with reading(store):

@@ -67,7 +67,8 @@ class Line(Listener):
         self._pushed = pushed
         self._patience = patience
         self._channel: Channel | None = None
-        self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        #: Done when the connection is lost. The result is the reason.
+        self.end: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     async def open(self, server: Server) -> None:
         """Connect."""
@@ -94,7 +95,7 @@ class Line(Listener):
     async def ask_each(self, *commands: bytes) -> list[Any]:
         """Send commands, and return their replies. Errors are among them."""
         replies: list[Any] = []
-        done = self._lost.get_loop().create_future()
+        done = self.end.get_loop().create_future()
 
         def note(reply: Any) -> None:
             replies.append(reply)
@@ -102,18 +103,13 @@ class Line(Listener):
                 done.set_result(None)
 
         self._send(b"".join(commands), [note] * len(commands))
-        await asyncio.wait((done, self._lost), timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((done, self.end), timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
-            raise self._lost.result() if self._lost.done() else TimeoutError("Redis did not reply")
+            raise self.end.result() if self.end.done() else TimeoutError("Redis did not reply")
         return replies
 
-    async def stay(self, seconds: float) -> None:
-        """Wait, and check then that the server still answers. A lost connection is noticed at once."""
-        await asyncio.wait((self._lost,), timeout=seconds)
-        await self.ask_each(PING)  # The refusal of a user without this right is an answer too.
-
     def _send(self, data: bytes, answers: Sequence[Answer]) -> None:
-        if self._channel and not self._lost.done():
+        if self._channel and not self.end.done():
             self._channel.send(data, answers)
 
     # Events of the channel.
@@ -124,8 +120,19 @@ class Line(Listener):
 
     def lost(self, channel: Channel, error: Exception | None) -> None:
         del channel
-        if not self._lost.done():
-            self._lost.set_result(with_cause(redis.exceptions.ConnectionError("the connection was lost"), error))
+        if not self.end.done():
+            self.end.set_result(with_cause(redis.exceptions.ConnectionError("the connection was lost"), error))
+
+
+async def stay(lines: Sequence[Line], seconds: float) -> None:
+    """Wait, and check then that the servers still answer. A lost connection is noticed at once.
+
+    Raises the errors of redis-py, and `TimeoutError`.
+    """
+    # Not by `gather`: if one line breaks while the caller is cancelled, it would raise the error of the line.
+    await asyncio.wait([line.end for line in lines], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for line in lines:
+        await line.ask_each(PING)  # The refusal of a user without this right is an answer too.
 
 
 class Attempts:

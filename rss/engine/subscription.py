@@ -11,7 +11,7 @@ import redis.exceptions
 
 from rss.engine.failures import failure_of
 from rss.engine.lane import Node, Servers
-from rss.engine.line import PING, Attempts, Line, line_to
+from rss.engine.line import PING, Attempts, Line, line_to, stay
 from rss.engine.scripts import pack
 from rss.errors import StoreUnavailable
 from rss.keys import Layout, Partitioned
@@ -76,7 +76,7 @@ class Subscription:
                     begun.set()
                     attempts.failures = 0
                     while self._owners() == masters and not self._is_closed():
-                        await asyncio.gather(*(line.stay(_EVERY) for line in lines))
+                        await stay(lines, _EVERY)
             except Exception as error:  # noqa: BLE001 - a retry may help after any error, even of a hook of the user
                 self.failure = error
                 if final := await attempts.failed(error):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from rss.engine.failures import code_of, final_error_for
-from rss.engine.line import Attempts, Line, Server, line_to
+from rss.engine.line import Attempts, Line, Server, line_to, stay
 from rss.engine.scripts import pack
 from rss.errors import StoreUnavailable
 
@@ -68,7 +68,7 @@ class Watch:
                         self._look(line, name)
                     attempts.failures = 0
                     while True:
-                        await line.stay(_EVERY)
+                        await stay([line], _EVERY)
             except Exception as error:  # noqa: BLE001 - a retry may help after any error, even of a hook of the user
                 self._line = None
                 if final := await attempts.failed(error):
