@@ -10,7 +10,7 @@ import contextlib
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, cast
 
 import hiredis
@@ -198,7 +198,8 @@ async def open_channel(make: Callable[[], AbstractConnection], listener: Listene
 
     try:
         connection.retry = Retry(NoBackoff(), 0)  # The lane decides how often to try.
-        await connection.connect()  # type: ignore[no-untyped-call]
+        with heeding_cancellation():
+            await connection.connect()  # type: ignore[no-untyped-call]
         channel = Channel(connection, listener, hung_up)
         _keep_alive(_writer(connection).get_extra_info("socket"), connection, patience)
         channel.send(_GREETING, [greeted.set_result])
@@ -209,6 +210,22 @@ async def open_channel(make: Callable[[], AbstractConnection], listener: Listene
                 writer.transport.abort()
         raise
     return channel
+
+
+@contextlib.contextmanager
+def heeding_cancellation() -> Iterator[None]:
+    """Let no cancellation get lost in the body. Use it around calls of redis-py.
+
+    On Python 3.11, `asyncio.wait_for` loses one that comes when its future is done, and redis-py sends by it. Then a
+    task that tries again and again would never end.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:

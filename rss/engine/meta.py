@@ -14,6 +14,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from rss.engine.channel import heeding_cancellation
 from rss.engine.lane import Node
 from rss.engine.scripts import read, sha
 from rss.errors import SessionError
@@ -51,8 +52,9 @@ async def connected(node: Node) -> AsyncIterator[AbstractConnection]:
     connection.retry = Retry(NoBackoff(), 0)
     try:
         async with asyncio.timeout(_PATIENCE):
-            await connection.connect()  # type: ignore[no-untyped-call]
-            yield connection
+            with heeding_cancellation():
+                await connection.connect()  # type: ignore[no-untyped-call]
+                yield connection
     except Exception:
         node.doubt()
         raise

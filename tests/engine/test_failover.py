@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.asyncio.sentinel import Sentinel
 
 from rss import SessionStore, StoreUnavailable
+from rss.engine.channel import Listener
 from rss.testing import ClusterServer, cluster, free_port
 from tests.engine.callers import outcomes
 from tests.servers import own_server, sentinel, serving, until
@@ -213,6 +214,25 @@ async def test_a_sentinel_that_has_not_heard_of_the_failover(tmp_path: Path) -> 
                     pass
         for one in sentinels.sentinels:
             await one.aclose()
+
+
+async def test_no_cancellation_is_lost(tmp_path: Path) -> None:
+    """A connection that is being made, by the advice of a sentinel, is given up whenever its task is cancelled."""
+    port, cancelled = free_port(), 0
+    with own_server("--port", str(port), *REPLICATED):
+        async with watched(tmp_path, port) as (_, client), SessionStore(client, timeout=20) as store:
+            node = store.operations.engine.servers.owners[0]
+            for turns in range(300):
+                task = asyncio.create_task(node.open(Listener()))
+                for _ in range(turns % 100):
+                    await asyncio.sleep(0)
+                if not task.cancel():
+                    task.result().close()
+                    continue
+                await asyncio.wait([task])
+                assert task.cancelled()
+                cancelled += 1
+    assert cancelled > 30
 
 
 class Writers:
