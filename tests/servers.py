@@ -307,7 +307,7 @@ async def serving(
         yield 0 if sock.family == socket.AF_UNIX else int(sock.getsockname()[1])
     finally:
         server.close()
-        for _ in range(5):  # A connection that was just accepted is served a few turns later.
+        for _ in range(100):  # A connection that was just accepted is served a few turns later, with TLS after more.
             for task, writer in running.items():
                 with suppress(AttributeError):  # Python 3.11.2 raises this if TLS is closed twice.
                     writer.transport.abort()
