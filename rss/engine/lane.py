@@ -92,8 +92,9 @@ class Node:
     Calls go through the lane `main`. Pages of reference sets go through `pages`, and durable operations through
     `durable`, so that other calls do not wait for them.
 
-    If a channel breaks, the calls in flight on it are retried through `repair`, one volley at a time. The first retry
-    sends them together, the next ones send each alone. So a call that makes Redis hang up fails alone.
+    If a channel breaks, the calls in flight on it are retried through another lane, one volley at a time. The first
+    retry sends them together, the next ones send each alone. So a call that makes Redis hang up fails alone. Durable
+    calls are retried through one of their own, because they may wait for replicas for seconds.
     """
 
     def __init__(
@@ -116,10 +117,12 @@ class Node:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         #: An empty context for timers and callbacks. Otherwise they would keep the context of a request alive.
         self.context: contextvars.Context = contextvars.Context()
-        self.main: Lane = Lane(self, 0, servers.volleys)
-        self.pages: Lane = Lane(self, 1, VOLLEYS)
-        self.durable: Lane = Lane(self, 2, VOLLEYS)
-        self.repair: Lane = Lane(self, 3, 1)
+        repair, durable_repair = Lane(self, 3, 1), Lane(self, 4, 1)
+        self.main: Lane = Lane(self, 0, servers.volleys, repair)
+        self.pages: Lane = Lane(self, 1, VOLLEYS, repair)
+        self.durable: Lane = Lane(self, 2, VOLLEYS, durable_repair)
+        #: All lanes. Those that retry are the last ones, because calls of the others may get into them.
+        self.lanes: Sequence[Lane] = self.main, self.pages, self.durable, repair, durable_repair
         #: Those who wait for the ends of sessions.
         self.watch: Watch = Watch(self, self.loop)
         #: How often another master took its place, behind the same address or Sentinels.
@@ -130,11 +133,6 @@ class Node:
         self.make_connection = make_connection
         self._timeout = timeout
         self._guard: AsyncGenerator[None] | None = None
-
-    @property
-    def lanes(self) -> tuple["Lane", "Lane", "Lane", "Lane"]:
-        """All lanes. `repair` is the last one, because calls of the others may get into it."""
-        return self.main, self.pages, self.durable, self.repair
 
     async def open(self, listener: Listener) -> Channel:
         """Open a channel for a lane, or for the callers that wait for ends. Raises the errors of redis-py."""
@@ -208,7 +206,7 @@ class Node:
 class Lane(Listener):
     """A queue of calls, and one channel at a time. The channel is opened when needed, and reopened when it breaks.
 
-    *volleys*: the maximum number of volleys in flight.
+    *volleys*: the maximum number of volleys in flight. *repair*: the lane that retries calls; None: this one does.
 
     Without a channel, the task `_dialling` opens one. With a channel, `_dialling` means that the channel is in doubt,
     because it has been silent for too long. Then nothing more is sent through it, and the task opens another channel.
@@ -216,13 +214,14 @@ class Lane(Listener):
     stops for a few seconds causes no failure. A connection that was lost without notice costs one wait.
     """
 
-    def __init__(self, node: Node, number: int, volleys: int) -> None:
+    def __init__(self, node: Node, number: int, volleys: int, repair: "Lane | None" = None) -> None:
         #: The calls that are not in flight.
         self.waiting: Waiting = Waiting()
         self.node = node
         #: The number of this lane among those of its server.
         self.number = number
         self._volleys = volleys
+        self._repair = repair or self
         self._channel: Channel | None = None
         self._in_flight: deque[Batch] = deque()  # The batches without a reply, oldest first.
         self._answering: Batch | None = None  # The batch whose replies are being handed out; None if there is none.
@@ -452,7 +451,7 @@ class Lane(Listener):
         if channel is self._channel:
             if self._dialling:
                 self._dialling.cancel()
-            if self._demoted or (self is self.node.repair and not self.waiting.count):
+            if self._demoted or (self is self._repair and not self.waiting.count):
                 self.hang_up()
         if self._volleys > 1:
             self._flush()
@@ -548,7 +547,7 @@ class Lane(Listener):
         for batch in in_flight:
             try:
                 if batch.queue.kind[0].repeatable:
-                    self.node.repair.retry(batch, self._error)
+                    self._repair.retry(batch, self._error)
                     continue
             except Exception as mistake:  # noqa: BLE001 - every caller must get an answer
                 self._error = mistake
