@@ -29,7 +29,7 @@ _logger = logging.getLogger("rss")
 _AT_ONCE: Final = 15
 # How many stray keys are listed in one pass: another application with the same prefix may have millions.
 _MOST_STRAYS: Final = 10_000
-# How many findings are known when a key is returned again. There may be millions.
+# How many findings are remembered, so that a key that SCAN returns twice is reported once. There may be millions.
 _MOST_SEEN: Final = 100_000
 # How many calls are made at a time, of one for each reference and partition.
 _CALLS: Final = 200

@@ -429,7 +429,8 @@ class SessionStore(Generic[S]):
         the new id is lost.
 
         In a store with several partitions, the session moves to the partition of its new identity, by four scripts. If
-        the process dies before the third one, the session is as it was. If it dies after it, the session is lost.
+        the process dies before the third one, the session is as it was. If it dies between the third and the last one,
+        the session is lost.
 
         Raises `SessionNotFound` if there is no session. Raises `LimitExceeded` if a reference refuses the session, and
         `Blocked` if a new value is blocked.

@@ -549,7 +549,7 @@ class Operations:
         except GeneratorExit:  # The caller has found enough. An observer should not see that as a failed call.
             raise
         except BaseException:
-            call.cancel()  # Nobody waits for this call any more. Without this, it would be retried until its deadline.
+            call.cancel()  # Nobody waits for it any more, so it need not be retried.
             raise
 
     def mark(self, field: str, text: str, partition: int) -> Awaitable[object]:

@@ -96,7 +96,7 @@ class OneServer:
 
 
 class _Address:
-    """What a connection needs of its pool: the address of the master. Sentinels are asked in an order of our own."""
+    """Gives a connection the address of the master, in place of its pool. We choose which Sentinel is asked first."""
 
     is_master: Final = True
 
