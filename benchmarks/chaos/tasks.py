@@ -83,6 +83,7 @@ class Task:
         #: The sessions that live, and those that ended: when, and whether durably.
         self.live: dict[str, Model] = {}
         self.ended: dict[str, tuple[float, bool]] = {}
+        self._past: list[str] = []  # The ids of the same: to choose one must not become slower with their number.
         self._recent: set[str] = set()  # The sessions that ended in this phase.
         self._doomed: set[tuple[str, str]] = set()  # The arguments of `delete_by` calls of unknown outcome.
         self._expected: dict[str, Model] = {}  # Sessions by tag, that calls of unknown outcome were to make.
@@ -179,7 +180,7 @@ class Task:
     async def _get(self, session_id: str) -> None:
         self._verify(session_id, await self._store.get(session_id))
         if self.ended:
-            ended = self._random.choice([*self.ended])
+            ended = self._random.choice(self._past)
             if await self._store.get(ended):
                 await self._revived(ended)
 
@@ -267,6 +268,7 @@ class Task:
     def _gone(self, session_id: str, *, durable: bool = False, when: float | None = None) -> None:
         self.live.pop(session_id, None)
         self.ended[session_id] = time.perf_counter() if when is None else when, durable
+        self._past.append(session_id)
         self._recent.add(session_id)
 
     # Compare the keys in Redis with the model.
