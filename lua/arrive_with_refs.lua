@@ -4,6 +4,7 @@
 
   KEYS        for each session: the hash of its copy, "rss:{<tag>}:s:<id>"
   ARGV        the stems, then for each session
+    copy              the name of what is copied: the same for the same fields, and for no others
     lives             milliseconds to live until it is confirmed
     before            number of fields and values, then field, value, ... of the references that it has there
     values            number of fields and values, then field, value, ... of the copy, also of fields of ours
@@ -22,7 +23,7 @@ local function described(first, last)
   return session
 end
 
--- Remove an earlier copy, of a call that is repeated.
+-- Remove an earlier copy, of a call that is repeated, or of another one that copies the same session.
 local function discard(copy)
   redis.call("UNLINK", copy.key)
   for n = 1, references do
@@ -31,8 +32,8 @@ local function discard(copy)
 end
 
 local function arrive()
-  local name, lives, there = KEYS[key + 1], tonumber(ARGV[arg + 1]), arg + 3
-  local first = there + ARGV[arg + 2] + 1
+  local name, copied, lives, there = KEYS[key + 1], ARGV[arg + 1], tonumber(ARGV[arg + 2]), arg + 4
+  local first = there + ARGV[arg + 3] + 1
   local last = first + ARGV[first - 1] - 1
   key, arg = key + 1, last
   spent = spent + 5 + (last - first) * 0.5
@@ -54,7 +55,7 @@ local function arrive()
   enter(plan, session, name, ttl)
   redis.call("UNLINK", name) -- A key that is neither a session nor a tombstone.
   session.held[3] = now
-  redis.call("HSET", name, "id", session.held[1], "_arriving", 1, "_created", now)
+  redis.call("HSET", name, "id", session.held[1], "_arriving", copied, "_created", now)
   spread("HSET", name, ARGV, first, last)
   expire(session, name, nil, ttl)
   settle(plan, session, ttl)

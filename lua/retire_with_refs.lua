@@ -5,16 +5,17 @@
   KEYS        for each session: its hash, "rss:{<tag>}:s:<id>"
   ARGV        the stems, then for each session
     id                the id of the copy
+    copy              its name, as `arrive_with_refs` got it
     fields            their number, names included, then field, value, ... as they were when they were copied
 
-  Returns for each session the TTL in milliseconds that it had, a list of field, value, ... that have changed since it
-  was copied, and a list of fields that are gone since then; or
+  Returns for each session the TTL in milliseconds that it had, the name of the copy, a list of field, value, ... that
+  have changed since it was copied, and a list of fields that are gone since then; or
     "stays"           if it stays; or
     RSSNOTFOUND       if there is none
     RSSENDED reason   if it was ended, even by this call, while delete_by_ref works through one of its sets
 
-  The tombstone keeps the reply for a second run of the same call: `_to`, the id of the copy; `_ttl`; the changed
-  fields; and `_gone:<field>` for each field that is gone.
+  The tombstone keeps the reply for a second run, also of a call with another copy under the same id: `_to`, the id of
+  the copy; `_copy`, its name; `_ttl`; the changed fields; and `_gone:<field>` for each field that is gone.
 ]]
 
 -- Return what has changed since the copy ARGV[first] to ARGV[last]: field, value, ...; then the fields that are gone.
@@ -40,24 +41,26 @@ end
 
 -- Return the reply of the first run from the tombstone. Falsy if another call made the tombstone.
 local function replied(name, id)
-  local noted, ttl, values, gone = redis.call("HGETALL", name), nil, {}, {}
+  local noted, ttl, copy, values, gone = redis.call("HGETALL", name), nil, nil, {}, {}
   for i = 1, #noted, 2 do
     local field, value = noted[i], noted[i + 1]
     if field == "_to" and value ~= id then return nil end
     if field == "_ttl" then
       ttl = tonumber(value)
+    elseif field == "_copy" then
+      copy = value
     elseif string.sub(field, 1, 6) == "_gone:" then
       gone[#gone + 1] = string.sub(field, 7)
     elseif string.byte(field) ~= 95 then
       values[#values + 1], values[#values + 2] = field, value
     end
   end
-  return ttl and { ttl, values, gone }
+  return ttl and { ttl, copy, values, gone }
 end
 
 local function retire()
-  local name, id, first = KEYS[key + 1], ARGV[arg + 1], arg + 3
-  local last = first + ARGV[arg + 2] - 1
+  local name, id, copy, first = KEYS[key + 1], ARGV[arg + 1], ARGV[arg + 2], arg + 4
+  local last = first + ARGV[arg + 3] - 1
   key, arg = key + 1, last
   spent = spent + (last - first) * 0.5
   local session = look(name, true)
@@ -77,11 +80,11 @@ local function retire()
   if failed then return failed end
   session.moves = true
   bury(session, "rotated")
-  redis.call("HSET", name, "_to", id, "_ttl", session.ttl)
+  redis.call("HSET", name, "_to", id, "_copy", copy, "_ttl", session.ttl)
   spread("HSET", name, values, 1, #values)
   for i = 1, #gone do redis.call("HSET", name, "_gone:" .. gone[i], "") end
   if tell then tell("rotated", session.held[1], id) end
-  return { session.ttl, values, gone }
+  return { session.ttl, copy, values, gone }
 end
 
 return each(retire)

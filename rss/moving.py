@@ -7,10 +7,11 @@ from typing import Any, Final, Literal, NamedTuple, Unpack
 
 from redis.asyncio import Redis, RedisCluster
 
+from rss.engine.failures import with_cause
 from rss.engine.fan_out import FanOut
-from rss.engine.operations import MaxAge, Operations, Read, Renewal, Rotated, Taken
+from rss.engine.operations import Copy, MaxAge, Operations, Read, Renewal, Rotated, Taken
 from rss.engine.scan import scan
-from rss.errors import Conflict, IncompleteReference, PartlyDone, SessionEnded, SessionNotFound
+from rss.errors import Conflict, IncompleteReference, PartlyDone, SessionEnded, SessionNotFound, StoreUnavailable
 from rss.fields import Encoded
 from rss.keys import Partitioned
 from rss.store import S, SessionStore, StoreOptions
@@ -118,26 +119,35 @@ class _MovingOperations(Operations):
         """
         if (await self._target.get(session_id, [], begun=True)).state != b"absent":
             return False
+        deadline = asyncio.get_running_loop().time() + self.timeout
         with self._source.several(), self._target.several():
-            while True:
-                read = await self._source.get(session_id, None, begun=True)
-                if read.state == b"absent":
-                    return False
-                fields = dict(zip(read.pairs[::2], read.pairs[1::2], strict=True))
-                copied = read.pairs if fields.pop(b"id", b"") == session_id.encode() else []
-                try:
-                    if copied:
-                        pairs = [part for pair in fields.items() for part in pair]
-                        await self._target.arrive(session_id, pairs, fields)
-                    retired = await self._source.retire(session_id, session_id, copied)
-                    if retired:
-                        await self._target.confirm(session_id, str(retired.ttl), retired, (), 0)
-                        return True
-                except Conflict:  # Another call has just moved it.
-                    return False
-                except SessionNotFound:
-                    self._target.discard(session_id)
-                    raise
+            while (moved := await self._try(session_id)) is None:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise StoreUnavailable("others changed or moved the session all the time: it could not move")
+        return moved
+
+    async def _try(self, session_id: str) -> bool | None:
+        """Move a session, and return whether it was at the source. Return None to try again: others were faster."""
+        read = await self._source.get(session_id, None, begun=True)
+        if read.state == b"absent":
+            return False
+        copy = Copy.of(session_id, read.pairs)
+        try:
+            if copy.read:
+                await self._target.arrive(session_id, copy)
+            retired = await self._source.retire(session_id, session_id, copy)
+            if retired:
+                await self._target.confirm(session_id, str(retired.ttl), retired, copy)
+        except Conflict:  # Another call has moved it, or is about to.
+            moved = (await self._target.get(session_id, [], begun=True)).state != b"absent"
+            return False if moved else None
+        except SessionEnded:
+            self._target.discard(session_id)
+            raise
+        except SessionNotFound:  # It has expired, here or there.
+            self._target.discard(session_id)
+            return False
+        return True if retired else None
 
     async def get(
         self, session_id: str, fields: Sequence[str] | None, renewal: Renewal = (), *, begun: bool = False
@@ -267,3 +277,5 @@ async def _ended(deleting: Awaitable[int]) -> _Ended:
         return _Ended(await deleting, None)
     except (IncompleteReference, PartlyDone) as error:
         return _Ended(error.ended, error)
+    except StoreUnavailable as error:  # A store without partitions raises this one.
+        return _Ended(0, with_cause(PartlyDone(0, 1, 1), error))

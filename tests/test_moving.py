@@ -2,16 +2,27 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
-from rss import IncompleteReference, Reference, SessionEnded, SessionError, SessionNotFound, Sessions, SessionStore
+from rss import (
+    IncompleteReference,
+    PartlyDone,
+    Reference,
+    SessionEnded,
+    SessionError,
+    SessionNotFound,
+    Sessions,
+    SessionStore,
+    StoreUnavailable,
+)
 from rss.moving import MovingStore, Progress
 from tests.keyspace import Keyspace
+from tests.steps import run_at
 
 REFERENCES = {"user_id": Reference(identity=True), "ip": Reference()}
 
@@ -151,6 +162,25 @@ async def test_the_other_side_ends_too(store: MovingStore, source: SessionStore,
     assert [await store.ended(session_id) for session_id in "abc"] == ["deleted"] * 3
 
 
+async def test_a_source_that_does_not_answer(
+    store: MovingStore, source: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sessions that have moved end all the same, and the error tells how many."""
+    for session_id in "ab":
+        await source.set(session_id, {"user_id": 1})
+    await store.get("a")
+
+    async def fail(call: Awaitable[Any]) -> Any:
+        await call
+        raise StoreUnavailable("gone")
+
+    run_at(source, monkeypatch, "delete_by_ref", fail)
+    with pytest.raises(PartlyDone) as raised:
+        await store.delete_by("user_id", 1)
+    assert raised.value.ended == 1
+    assert await store.ended("a") == "deleted"
+
+
 async def test_a_session_to_keep_that_has_ended(store: MovingStore, source: SessionStore) -> None:
     """An ended session is no reason to let the others live, unless it was required."""
     for session_id in "ab":
@@ -160,6 +190,71 @@ async def test_a_session_to_keep_that_has_ended(store: MovingStore, source: Sess
         await store.delete_by("user_id", 1, keep=["a"], keep_required=True)
     assert await store.ids_by("user_id", 1) == ["b"]
     assert await store.delete_by("user_id", 1, keep=["a"]) == 1
+
+
+async def test_a_session_that_expires_after_it_has_moved(store: MovingStore, source: SessionStore) -> None:
+    """The tombstone at the source, which outlives a short session, is no reason to fail."""
+    await source.set("a", {"user_id": 7}, 0.2)
+    assert await store.get("a")
+    while await store.ttl("a"):
+        await asyncio.sleep(0.05)
+    assert await store.get("a") == {}
+    assert not await store.touch("a")
+    assert await store.set("a", {"user_id": 8})
+
+
+@pytest.fixture(name="other")
+async def _other(
+    url: str, cluster_url: str, options: dict[str, Any]
+) -> AsyncIterator[tuple[SessionStore, MovingStore]]:
+    """The stores of another process."""
+    async with (
+        Redis.from_url(url, decode_responses=True) as client,
+        RedisCluster.from_url(cluster_url.replace("+cluster", "")) as cluster,
+        SessionStore(client, references=REFERENCES) as source,
+        MovingStore(cluster, source=source, **options) as store,
+    ):
+        yield source, store
+
+
+async def test_two_processes_that_move_one_session(
+    store: MovingStore,
+    source: SessionStore,
+    other: tuple[SessionStore, MovingStore],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A write that only the faster process has copied is not lost, although the slower one replaces the copy."""
+    await source.set("a", {"user_id": 7, "ip": "x", "n": 1})
+    read, retired, replaced = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def read_early(call: Awaitable[Any]) -> Any:
+        reply = await call
+        read.set()
+        await retired.wait()
+        return reply
+
+    async def replace_late(call: Awaitable[Any]) -> Any:
+        reply = await call
+        replaced.set()
+        return reply
+
+    async def wait_for_the_other(call: Awaitable[Any]) -> Any:
+        reply = await call
+        retired.set()
+        await replaced.wait()
+        return reply
+
+    run_at(source, monkeypatch, "get", read_early)
+    run_at(store, monkeypatch, "arrive_with_refs", replace_late)
+    run_at(other[0], monkeypatch, "retire_with_refs", wait_for_the_other)
+    slow = asyncio.create_task(store.get("a"))
+    await read.wait()
+    await other[0].set("a", {"ip": "y", "n": 2})
+    expected = {"id": "a", "user_id": 7, "ip": "y", "n": 2}
+    for session in await asyncio.gather(other[1].get("a"), slow):
+        assert session == expected
+    assert await store.ids_by("ip", "y") == ["a"]
+    assert await store.ids_by("ip", "x") == []
 
 
 async def test_a_store_that_cannot_take_them(cluster_url: str, source: SessionStore) -> None:

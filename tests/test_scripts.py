@@ -305,17 +305,18 @@ CASES: Final[Mapping[str, Case]] = {
         keys=[{"the hash of its copy": ["{c}"]}, {"the hash of its copy": ["{d}"]}],
         own=[
             {
+                "copy": ["f1"],
                 "lives": ["60000"],
                 "before": ["2", "ip", "y"],
                 "values": ["6", "user_id", "1", "ip", "y", "_created", CREATED],
             },
-            {"lives": ["70000"], "before": ["0"], "values": ["2", "ip", "z"]},
+            {"copy": ["f2"], "lives": ["70000"], "before": ["0"], "values": ["2", "ip", "z"]},
         ],
         replies=[60000, 70000],
         left={
             **SEED,
-            "{c}": {"id": "c", "_arriving": "1", "user_id": "1", "ip": "y"},
-            "{d}": {"id": "d", "_arriving": "1", "ip": "z"},
+            "{c}": {"id": "c", "_arriving": "f1", "user_id": "1", "ip": "y"},
+            "{d}": {"id": "d", "_arriving": "f2", "ip": "z"},
             "user_id:{1}": {"a", "b", "c"},
             "ip:{y}": {"c"},
             "ip:{z}": {"d"},
@@ -325,10 +326,14 @@ CASES: Final[Mapping[str, Case]] = {
     "retire_with_refs": Case(
         keys=[A, B],
         own=[
-            {"id": ["c"], "fields": ["10", "id", "a", "ip", "x", "n", "1", "user_id", "1", "_created", CREATED]},
-            {"id": ["d"], "fields": ["2", "id", "b"]},
+            {
+                "id": ["c"],
+                "copy": ["f1"],
+                "fields": ["10", "id", "a", "ip", "x", "n", "1", "user_id", "1", "_created", CREATED],
+            },
+            {"id": ["d"], "copy": ["f2"], "fields": ["2", "id", "b"]},
         ],
-        replies=[[TTL, [], []], "stays"],
+        replies=[[TTL, "f1", [], []], "stays"],
         left={
             "{a}": {"_ended": "rotated"},
             "{b}": SEED["{b}"],
@@ -340,8 +345,8 @@ CASES: Final[Mapping[str, Case]] = {
     "confirm_with_refs": Case(
         keys=[A, B],
         own=[
-            {"ttl": ["60000"], "values": ["2", "n", "7"], "gone": ["1", "ip"]},
-            {"ttl": ["renew"], "values": ["2", "m", "8"], "gone": ["1", "n"]},
+            {"copy": [CREATED], "ttl": ["60000"], "values": ["2", "n", "7"], "gone": ["1", "ip"]},
+            {"copy": [CREATED], "ttl": ["renew"], "values": ["2", "m", "8"], "gone": ["1", "n"]},
         ],
         replies=[60000, TTL],
         left={

@@ -17,7 +17,7 @@ from rss.cli.opening import Store
 from rss.engine.lane import Node
 from rss.engine.line import line_to
 from rss.engine.meta import ask, connected
-from rss.engine.operations import Position
+from rss.engine.operations import Copy, Position
 from rss.engine.scripts import pack
 from rss.errors import IncompleteReference, SessionError, StoreUnavailable
 
@@ -238,13 +238,11 @@ class _Trial:
 
     async def _move(self, session_id: str, other: str) -> None:
         """Move the session to another id, as a change of its partition does."""
-        copied = (await self._operations.get(session_id, None)).pairs
-        fields = dict(zip(copied[::2], copied[1::2], strict=True))
-        fields.pop(b"id", None)
-        await self._operations.arrive(other, [part for pair in fields.items() for part in pair], fields)
-        retired = await self._operations.retire(session_id, other, copied)
+        copy = Copy.of(session_id, (await self._operations.get(session_id, None)).pairs)
+        await self._operations.arrive(other, copy)
+        retired = await self._operations.retire(session_id, other, copy)
         if retired:
-            await self._operations.confirm(other, "60000", retired, (), 0)
+            await self._operations.confirm(other, "60000", retired, copy)
 
     async def clear(self) -> bool:
         """Remove all keys of the trial. Return whether that failed."""

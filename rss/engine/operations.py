@@ -5,9 +5,10 @@ of each script describes its arguments.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, Final, Literal, NamedTuple
 
 from redis.asyncio import Redis, RedisCluster
@@ -16,7 +17,7 @@ from rss.engine.call import Call
 from rss.engine.coalesce import Elsewhere, Operation, batched
 from rss.engine.engine import Engine
 from rss.engine.meta import describe, incomplete
-from rss.engine.scripts import Scripts, schema
+from rss.engine.scripts import Scripts, pack, schema
 from rss.errors import Conflict, SessionEnded, SessionNotFound, StoreUnavailable
 from rss.fields import Encoded, Fields
 from rss.keys import Layout, Partitioned, reference_value
@@ -139,11 +140,41 @@ class Rotated(NamedTuple):
     ttl: int
 
 
+class Copy(NamedTuple):
+    """A session that is copied. Empty: it has ended, or is the successor of a session with grace."""
+
+    #: What was read of it: field, data, ...
+    read: Sequence[bytes]
+    #: What its copy has: field, data, ...
+    pairs: Sequence[str | bytes]
+
+    @classmethod
+    def of(
+        cls,
+        session_id: str,
+        read: Sequence[bytes],
+        pairs: Sequence[str | bytes] = (),
+        written: Container[bytes] = frozenset({b"id"}),
+    ) -> "Copy":
+        """Return the copy of a session that was read. It has other *pairs* in place of the fields in *written*."""
+        fields = list(zip(read[::2], read[1::2], strict=True))
+        if (b"id", session_id.encode()) not in fields:
+            return cls([], [])
+        return cls(read, [*pairs, *(part for field in fields if field[0] not in written for part in field)])
+
+    @property
+    def name(self) -> str:
+        """The same for the same fields, and for no others: two calls may copy one session at different times."""
+        return blake2b(pack(*self.read) + pack(*self.pairs), digest_size=12).hexdigest() if self.read else ""
+
+
 class Retired(NamedTuple):
     """A session that was ended because it has a copy."""
 
     #: The TTL that it had, in milliseconds.
     ttl: int
+    #: The name of the copy.
+    copy: bytes
     #: Field, data, ... that have changed since it was copied.
     values: list[bytes]
     #: The fields that are gone since then.
@@ -393,14 +424,10 @@ class Operations:
         new = mint()
         with self.several():
             while True:
-                copied = (await self.get(session_id, None, begun=True)).pairs
-                fields = dict(zip(copied[::2], copied[1::2], strict=True))
-                if fields.get(b"id") != session_id.encode():
-                    copied = []  # It has ended, or it is the successor of a session with grace.
-                else:
-                    kept = [part for name in fields if name not in written for part in (name, fields[name])]
+                copy = Copy.of(session_id, (await self.get(session_id, None, begun=True)).pairs, pairs, written)
+                if copy.read:
                     try:
-                        await self.arrive(new, [*pairs, *kept], fields)
+                        await self.arrive(new, copy)
                     except Conflict:  # A call with this id was completed, or its copy was ended.
                         new = mint()
                         continue
@@ -408,53 +435,70 @@ class Operations:
                         self.discard(new)  # The script may have run, even if the caller was cancelled.
                         raise
                 try:
-                    retired = await self.retire(session_id, new, copied, replicas)
+                    retired = await self.retire(session_id, new, copy, replicas)
                 except SessionNotFound:
                     self.discard(new)
                     raise
                 if retired:
                     ttl = str(retired.ttl) if max_age == "keep" else "renew"
-                    return Rotated(new, await self.confirm(new, ttl, retired, written, replicas) or retired.ttl)
+                    with suppress(Conflict):  # Another call with this id was faster: see what it has left to do.
+                        confirmed = await self.confirm(new, ttl, retired, copy, written, replicas=replicas)
+                        return Rotated(new, confirmed or retired.ttl)
                 if asyncio.get_running_loop().time() >= deadline:
                     self.discard(new)
                     raise StoreUnavailable("a reference of the session changed all the time: it could not get a new id")
 
-    async def arrive(self, new: str, pairs: Sequence[str | bytes], fields: Mapping[bytes, bytes]) -> None:
-        """Write a copy of a session, in place of an earlier one. Raises `Conflict` if the id was used otherwise.
-
-        *fields*: those of the session itself.
-        """
+    async def arrive(self, new: str, copy: Copy) -> None:
+        """Write a copy of a session, in place of an earlier one. Raises `Conflict` if the id was used otherwise."""
         before: list[str | bytes] = []
+        fields = dict(zip(copy.read[::2], copy.read[1::2], strict=True))
         for name in self.fields.references:
             if (data := fields.get(name.encode())) is not None:
                 before += (name, data)
         lives = str(_ARRIVAL + round(self.timeout * 2000))
-        await self._step(ARRIVE, new, [lives, str(len(before)), *before, str(len(pairs)), *pairs])
+        await self._step(ARRIVE, new, [copy.name, lives, str(len(before)), *before, str(len(copy.pairs)), *copy.pairs])
 
-    async def retire(self, session_id: str, new: str, copied: Sequence[bytes], replicas: int = 0) -> Retired | None:
+    async def retire(self, session_id: str, new: str, copy: Copy, replicas: int = 0) -> Retired | None:
         """End a session that has been copied. Return None if its references have changed since then.
 
-        *new*: the id of the copy. *copied*: field, data, ... as they were copied. A second run, after the first one was
-        done, returns the same for any of them.
+        *new*: the id of the copy. A second run, after the first one was done, returns the same for any copy.
         """
-        reply = await self._step(RETIRE, session_id, [new, str(len(copied)), *copied], replicas=replicas)
+        args: list[str | bytes] = [new, copy.name, str(len(copy.read)), *copy.read]
+        reply = await self._step(RETIRE, session_id, args, replicas=replicas)
         return None if reply == b"stays" else Retired(*reply)
 
-    async def confirm(self, new: str, ttl: str, retired: Retired, written: Container[bytes], replicas: int) -> int:
+    async def confirm(
+        self,
+        new: str,
+        ttl: str,
+        retired: Retired,
+        copy: Copy,
+        written: Container[bytes] = frozenset(),
+        *,
+        replicas: int = 0,
+    ) -> int:
         """Complete a copy, and return its TTL in milliseconds. Return 0 if it was evicted already.
 
         *ttl*: milliseconds, or "renew". *written*: the fields of the rotation, which come after those of `retired`.
+
+        Raises `Conflict` if the session was ended for a copy of another call, which that call has yet to write again.
         """
         changed = zip(retired.values[::2], retired.values[1::2], strict=True)
         values = [part for pair in changed if pair[0] not in written for part in pair]
         gone = [name for name in retired.gone if name not in written]
-        args: list[str | bytes] = [ttl, str(len(values)), *values, str(len(gone)), *gone]
-        try:
-            return int(await self._step(CONFIRM, new, args, replicas=replicas))
-        except SessionEnded as error:
-            if error.reason != "evicted":
-                raise
-        return 0  # A later login may evict any session, so this is no failure.
+        args: list[str | bytes] = [retired.copy, ttl, str(len(values)), *values, str(len(gone)), *gone]
+        while True:
+            try:
+                return int(await self._step(CONFIRM, new, args, replicas=replicas))
+            except Conflict:
+                if retired.copy != copy.name.encode():
+                    raise
+                # A slower call has put its copy in the place of ours, perhaps an older one. The changes are to ours.
+                await self.arrive(new, copy)
+            except SessionEnded as error:
+                if error.reason != "evicted":
+                    raise
+                return 0  # A later login may evict any session, so this is no failure.
 
     def discard(self, new: str) -> None:
         """Delete a copy, and do not wait for that: a caller that was cancelled cannot."""
