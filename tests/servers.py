@@ -73,8 +73,9 @@ def works(cluster: dict[str, Any]) -> bool:
 class Proxy:
     """A proxy between a client and servers, which can swallow the next replies, and hang up."""
 
-    def __init__(self) -> None:
-        """Let everything through at first."""
+    def __init__(self, delay: float = 0) -> None:
+        """Let everything through at first. *delay*: seconds by which each reply is late."""
+        self._delay = delay
         self.swallow = 0
         self.scripts = 0
 
@@ -98,6 +99,7 @@ class Proxy:
                     if self.swallow:
                         self.swallow -= 1
                         return
+                await asyncio.sleep(self._delay)
                 writer.write(data)
 
         pumps = [asyncio.ensure_future(requests()), asyncio.ensure_future(replies())]
@@ -122,14 +124,17 @@ async def proxied(url: str) -> AsyncIterator[tuple[Proxy, str]]:
 
 
 @asynccontextmanager
-async def behind_proxy(url: str, **options: Any) -> AsyncIterator[tuple[Proxy, SessionStore]]:
-    """Put a proxy before a server, or before each master of a cluster, and yield the proxy and a store behind it."""
+async def behind_proxy(url: str, *, delay: float = 0, **options: Any) -> AsyncIterator[tuple[Proxy, SessionStore]]:
+    """Put a proxy before a server, or before each master of a cluster, and yield the proxy and a store behind it.
+
+    *delay*: seconds by which each reply of a cluster is late.
+    """
     async with AsyncExitStack() as stack:
         if "+cluster" not in url:
             proxy, address = await stack.enter_async_context(proxied(url))
             yield proxy, await stack.enter_async_context(SessionStore.from_url(address, **options))
             return
-        proxy, ports = Proxy(), dict[int, int]()
+        proxy, ports = Proxy(delay), dict[int, int]()
         async with client_of(url) as direct:
             for node in direct.get_primaries():
                 connect = functools.partial(asyncio.open_connection, node.host, node.port)

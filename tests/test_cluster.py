@@ -34,7 +34,7 @@ from rss.keys import slot as slot_of
 from rss.testing import Cluster, cluster, free_port
 from tests.documents import ROOT
 from tests.keyspace import Keyspace
-from tests.servers import own_server
+from tests.servers import behind_proxy, own_server
 from tests.steps import run_at
 
 PARTITIONS = 16
@@ -437,6 +437,15 @@ async def test_a_start_while_the_first_server_is_away(servers: Cluster, keyspace
         SessionStore(client, prefix=keyspace.prefix, partitions=16, timeout=20) as store,
     ):
         assert await store.delete(await store.create())
+
+
+async def test_a_cluster_that_is_far_away(servers: Cluster, keyspace: Keyspace) -> None:
+    """A store opens although no server can be asked for the topology in the time that is given to a near one."""
+    async with behind_proxy(servers.url, delay=0.2, prefix=keyspace.prefix, partitions=PARTITIONS, timeout=20) as (
+        _,
+        far,
+    ):
+        assert await far.create({"n": 1})
 
 
 async def test_a_store_that_begins_while_the_slot_of_the_meta_key_moves(servers: Cluster, keyspace: Keyspace) -> None:

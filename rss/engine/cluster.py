@@ -26,8 +26,10 @@ from rss.keys import Layout, Partitioned, slot, tag_in
 
 _Address = tuple[str, int]
 
-# Seconds for one server to report the topology. Other servers can report it too.
+# Seconds for one server to report the topology: if the cluster is near, and if it may be far away. It takes several
+# round trips. Other servers can report it too.
 _PATIENCE: Final = 0.5
+_LONG_PATIENCE: Final = 3.0
 # Seconds between two looks at the topology: at least, and at most while nothing changes.
 _PAUSE: Final = 0.1
 _LONG_PAUSE: Final = 1.0
@@ -76,6 +78,7 @@ class Cluster:
         self._looking: asyncio.Task[None] | None = None
         self._doubts = set[Node]()
         self._pause = _PAUSE
+        self._patience = _PATIENCE
         #: The master of each partition. Before the first look at the topology: the first seed.
         self.owners: list[Node] = [self._node(self._seeds[0])] * layout.partitions
 
@@ -111,8 +114,13 @@ class Cluster:
         """
         if not self._known:
             async with self._lock:
-                if not self._known:
-                    await self._look()
+                while not self._known:
+                    patience = self._patience
+                    try:
+                        await self._look()
+                    except TimeoutError:  # The next look has more patience.
+                        if patience == _LONG_PATIENCE:
+                            raise
 
     async def confirm(self, node: Node) -> bool:
         """Ask each replica of a server for the topology, then any server: a replica that took over knows that first.
@@ -172,13 +180,16 @@ class Cluster:
         doubts, self._doubts = self._doubts, set()
         error: Exception = redis.exceptions.ConnectionError("no server of the cluster is known")
         for address in self._candidates(doubts) if candidates is None else candidates:
-            node = self._node(address)
+            node, began = self._node(address), self.loop.time()
             try:
-                async with asyncio.timeout(_PATIENCE), connected(node) as connection:
+                async with asyncio.timeout(self._patience), connected(node) as connection:
                     masters, replicas = self._read(address[0], await ask(connection, "CLUSTER", "SLOTS"))
             except Exception as failure:  # noqa: BLE001 - another server may give a topology that can be read
                 error = failure
+                if isinstance(failure, TimeoutError):  # The cluster may be far away.
+                    self._patience = min(2 * self._patience, _LONG_PATIENCE)
                 continue
+            self._patience = max(_PATIENCE, 3 * (self.loop.time() - began))
             if masters:
                 await self._adopt(masters, replicas)
                 return
