@@ -244,18 +244,20 @@ async def test_stats(place: Place) -> None:
         await place.admin.unlink(place.store.get_session_key(one))
     await place.admin.set(f"{place.prefix}:thing", "x", ex=600)
     await place.admin.set(place.store.get_session_key("a-string"), "x", ex=600)
+    await place.store.rotate(ids[1], grace="1m")
+    await place.admin.sadd((await place.rss("show", ids[30], "--json")).lines[0]["sets"][0], b"\xff")
     [told] = (await place.rss("stats", "--json")).lines
-    assert (told["sessions"], told["tombstones"], told["other"]) == (34, 1, 2)
+    assert (told["sessions"], told["tombstones"], told["other"]) == (34, 2, 2)
     assert told["fences"] > 0
-    assert told["references"]["user_id"]["largest"] == [{"value": "7", "ids": 29}, {"value": "8", "ids": 10}]
-    assert told["references"]["user_id"]["ids"] == 39
+    assert told["references"]["user_id"]["largest"] == [{"value": "7", "ids": 29}, {"value": "8", "ids": 11}]
+    assert told["references"]["user_id"]["ids"] == 40
     assert told["references"]["team"] == {"sets": 0, "ids": 0, "stale_share": None, "largest": []}
     assert 0 <= told["references"]["user_id"]["stale_share"] <= 0.5
     assert told["references"]["ip"]["stale_share"] == 0
     assert 34 * 100 < told["bytes"] < 34 * 3000
     table = (await place.rss("stats")).out
     assert re.search(r"sessions +34", table)
-    assert "7: 29, 8: 10" in table
+    assert "7: 29, 8: 11" in table
 
 
 @on_both

@@ -94,8 +94,10 @@ class Statistics:
         parsed = operations.layout.parse(name)
         try:
             if parsed.kind == "session":
-                state = (await operations.get(parsed.name, [])).state
-                return {b"alive": "sessions", b"ended": "tombstones"}.get(state)
+                read = await operations.get(parsed.name, [])
+                if read.pairs and read.pairs[1] != parsed.name.encode():  # It is the successor of one with grace.
+                    return "tombstones"
+                return {b"alive": "sessions", b"ended": "tombstones"}.get(read.state)
             if parsed.kind == "set" and parsed.name in self._store.fields.references:
                 return await self._look_at_set(name, parsed)
         except StoreUnavailable:
@@ -144,6 +146,7 @@ class Statistics:
 
     async def _look_for_stale(self, reference: str, ids: list[Any]) -> None:
         operations = self._store.operations
-        reads = await asyncio.gather(*(operations.get(one.decode(), []) for one in ids))
+        names = (one.decode(errors="backslashreplace") for one in ids)  # No id of a session is not UTF-8.
+        reads = await asyncio.gather(*(operations.get(name, []) for name in names))
         self._looked[reference] += len(reads)
         self._stale[reference] += sum(read.state != b"alive" for read in reads)
