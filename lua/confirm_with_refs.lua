@@ -23,7 +23,7 @@ local function confirm()
   if not session or session.ended ~= ARRIVING then
     return refusal(session) or session.ttl -- An earlier run has confirmed it.
   end
-  if session.held[5 + references] ~= copy then return redis.error_reply("RSSCONFLICT another copy has taken its place") end
+  if session.held[5 + references] ~= copy then return redis.error_reply("RSSCONFLICT another copy took its place") end
   for n = 1, references do sets[n] = false end
   local plan = plan_move(session, session.held[1], 0)
   if plan.err then return plan end
