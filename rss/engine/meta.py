@@ -31,6 +31,8 @@ LACKED: Final = "lacked"
 FORMAT: Final = "1"
 # Seconds to connect and run a few commands.
 _PATIENCE: Final = 10.0
+# How many marks are sent together: a store may have thousands of partitions, and the server may be far away.
+_AT_ONCE: Final = 100
 _logger = logging.getLogger("rss")
 #: The names of the scripts that run before all others.
 SCRIPTS: Final = ("open", "mark")
@@ -167,8 +169,11 @@ async def mark(layout: Layout, references: Iterable[str], value: str, master_of:
     for node, keys in by_master.items():
         async with connected(node) as connection:
             await ask(connection, "SCRIPT", "LOAD", _MARK)
-            for key in keys:
-                await ask(connection, "EVALSHA", sha(_MARK), "1", key, *fields)
+            for first in range(0, len(keys), _AT_ONCE):
+                some = [("EVALSHA", sha(_MARK), "1", key, *fields) for key in keys[first : first + _AT_ONCE]]
+                await connection.send_packed_command(connection.pack_commands(some))
+                for _ in some:
+                    await connection.read_response(disable_decoding=True)
 
 
 async def known_references(layout: Layout, master_of: MasterOf) -> list[str]:
