@@ -14,6 +14,14 @@ local function leave(set, id)
   if type(reply) == "table" and not elsewhere(reply) then wrong_type(reply) end
 end
 
+-- Remove the copy of a session that moves. It is no session, so nothing ends: it leaves no tombstone.
+local function discard(copy)
+  redis.call("UNLINK", copy.key)
+  for n = 1, references do
+    for _, set in ipairs(sets_in(copy, n)) do leave(set, copy.held[1]) end
+  end
+end
+
 -- Write a tombstone under a free key. The arguments follow the field `_ended`. If PEXPIRE fails, `undo` removes the
 -- tombstone, so it never stays without a TTL.
 local function entomb(name, lives, ...)

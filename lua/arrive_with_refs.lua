@@ -5,11 +5,13 @@
   KEYS        for each session: the hash of its copy, "rss:{<tag>}:s:<id>"
   ARGV        the stems, then for each session
     copy              the name of what is copied: the same for the same fields, and for no others
+    replaces          the name of another copy that this one may replace, "" for none; or "any"
     lives             milliseconds to live until it is confirmed
     before            number of fields and values, then field, value, ... of the references that it has there
     values            number of fields and values, then field, value, ... of the copy, also of fields of ours
 
-  Returns for each session its TTL in milliseconds, or
+  Returns for each session its TTL in milliseconds; or
+    a text            the name of another copy, which stays
     RSSCONFLICT       if the id was used otherwise
     RSSLIMIT field    if a reference of that field refuses another session
     RSSBLOCKED until reason field
@@ -23,23 +25,19 @@ local function described(first, last)
   return session
 end
 
--- Remove an earlier copy, of a call that is repeated, or of another one that copies the same session.
-local function discard(copy)
-  redis.call("UNLINK", copy.key)
-  for n = 1, references do
-    for _, set in ipairs(sets_in(copy, n)) do leave(set, copy.held[1]) end
-  end
-end
-
 local function arrive()
-  local name, copied, lives, there = KEYS[key + 1], ARGV[arg + 1], tonumber(ARGV[arg + 2]), arg + 4
-  local first = there + ARGV[arg + 3] + 1
+  local name, copied, replaces, lives, there = KEYS[key + 1], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3], arg + 5
+  local first = there + ARGV[arg + 4] + 1
   local last = first + ARGV[first - 1] - 1
   key, arg = key + 1, last
   spent = spent + 5 + (last - first) * 0.5
   local copy = look(name)
   if copy and copy.ended ~= ARRIVING then return redis.error_reply("RSSCONFLICT the id was used otherwise") end
-  if copy then discard(copy) end
+  if copy then
+    local other = copy.held[5 + references]
+    if other ~= copied and other ~= replaces and replaces ~= "any" then return other end
+    discard(copy)
+  end
 
   local before, after = described(there, first - 2), described(first, last)
   arrives = {}
@@ -51,7 +49,7 @@ local function arrive()
   local plan = plan_move(session, session.held[1], 0)
   if plan.err then return plan end
 
-  local ttl = lifetime(session, lives)
+  local ttl = lifetime(session, tonumber(lives))
   enter(plan, session, name, ttl)
   redis.call("UNLINK", name) -- A key that is neither a session nor a tombstone.
   session.held[3] = now

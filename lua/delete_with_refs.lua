@@ -7,7 +7,8 @@
     reason            the reason in its tombstone, "deleted"
     expected          for each field: its name; "holds", "lacks", or "lacks_or_holds"; the data, "" for "lacks"
 
-  Returns for each session 1 if it was ended; 0 if there is none, or if it fails an expectation.
+  Returns for each session 1 if it was ended; 0 if there is none, or if it fails an expectation. The copy of a session
+  that moves is removed: it is no session.
 ]]
 local expectations = tonumber(ARGV[3])
 arg = 3
@@ -19,6 +20,10 @@ local function delete()
   if not session then return 0 end
   if session.err then return session end
   if not session.ttl or differs(session, expected, expectations) then return 0 end
+  if session.ended == ARRIVING then
+    discard(session)
+    return 0
+  end
   bury(session, reason_for(session, reason))
   return session.ended and 0 or 1
 end

@@ -55,7 +55,7 @@ local function replied(name, id)
       values[#values + 1], values[#values + 2] = field, value
     end
   end
-  return ttl and { ttl, copy, values, gone }
+  return ttl and copy and { ttl, copy, values, gone }
 end
 
 local function retire()

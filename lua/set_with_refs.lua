@@ -49,6 +49,10 @@ local function set()
 
   local session
   if mode ~= "create" or redis.call("EXISTS", name) == 1 then session = find(name) end
+  if session and session.ended == ARRIVING and mode ~= "update" then
+    discard(session) -- The copy of a session that has expired before it moved.
+    session = nil
+  end
   if session or mode == "update" then
     local refused = refusal(session)
     if refused then return refused end

@@ -1,12 +1,14 @@
 """Move all sessions to another Redis or Redis Cluster while applications use them. Nobody is signed out."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Final, Literal, NamedTuple, Unpack
 
 from redis.asyncio import Redis, RedisCluster
 
+from rss.engine.coalesce import backoff
 from rss.engine.failures import with_cause
 from rss.engine.fan_out import FanOut
 from rss.engine.operations import Copy, MaxAge, Operations, Read, Renewal, Rotated, Taken
@@ -109,7 +111,8 @@ class _MovingOperations(Operations):
     def __init__(self, source: Operations, target: Operations) -> None:
         self.layout, self.scripts, self.engine = target.layout, target.scripts, target.engine
         self.fields, self.timeout = target.fields, target.timeout
-        self._source = source
+        #: The operations of the store that the sessions leave.
+        self.source: Operations = source
         self._target = target
 
     async def bring(self, session_id: str) -> bool:
@@ -119,35 +122,47 @@ class _MovingOperations(Operations):
         """
         if (await self._target.get(session_id, [], begun=True)).state != b"absent":
             return False
-        deadline = asyncio.get_running_loop().time() + self.timeout
-        with self._source.several(), self._target.several():
-            while (moved := await self._try(session_id)) is None:
+        deadline, replaces = asyncio.get_running_loop().time() + self.timeout, ""
+        with self.source.several(), self._target.several():
+            for tries in itertools.count(1):
+                outcome = await self._try(session_id, replaces)
+                if isinstance(outcome, bool):
+                    return outcome
+                replaces = outcome
                 if asyncio.get_running_loop().time() >= deadline:
-                    raise StoreUnavailable("others changed or moved the session all the time: it could not move")
-        return moved
+                    break
+                await asyncio.sleep(backoff(tries))
+        raise StoreUnavailable("other calls changed or moved the session all the time: it could not move")
 
-    async def _try(self, session_id: str) -> bool | None:
-        """Move a session, and return whether it was at the source. Return None to try again: others were faster."""
-        read = await self._source.get(session_id, None, begun=True)
+    async def _try(self, session_id: str, replaces: str) -> bool | str:
+        """Move a session, and return whether it was at the source.
+
+        Return a text if it must be tried again: the name of a copy that the next try may replace, or "". The next try
+        reads the source first, because another call may have ended the session for that copy. *replaces*: the name
+        that the last try returned.
+        """
+        read = await self.source.get(session_id, None, begun=True)
         if read.state == b"absent":
             return False
         copy = Copy.of(session_id, read.pairs)
         try:
-            if copy.read:
-                await self._target.arrive(session_id, copy)
-            retired = await self._source.retire(session_id, session_id, copy)
-            if retired:
-                await self._target.confirm(session_id, str(retired.ttl), retired, copy)
+            if copy.read and (other := await self._target.arrive(session_id, copy, replaces)):
+                return other
+            retired = await self.source.retire(session_id, session_id, copy)
+            if retired is None or (copy.read and retired.copy != copy.name.encode()):
+                # It has changed, or another call has ended it for its copy, which ours has replaced.
+                self._target.discard(session_id, copy)
+                return ""
+            await self._target.confirm(session_id, str(retired.ttl), retired, copy)
         except Conflict:  # Another call has moved it, or is about to.
             moved = (await self._target.get(session_id, [], begun=True)).state != b"absent"
-            return False if moved else None
-        except SessionEnded:
-            self._target.discard(session_id)
-            raise
-        except SessionNotFound:  # It has expired, here or there.
-            self._target.discard(session_id)
-            return False
-        return True if retired else None
+            return False if moved else ""
+        except SessionNotFound as error:
+            self._target.discard(session_id, copy)
+            if isinstance(error, SessionEnded):
+                raise
+            return False  # It has expired, here or there.
+        return True
 
     async def get(
         self, session_id: str, fields: Sequence[str] | None, renewal: Renewal = (), *, begun: bool = False
@@ -246,9 +261,15 @@ class _Both(FanOut):
         here = await _ended(self._source.delete(field, value, keep={}, required=False, **options))
         there = await _ended(self._target.delete(field, value, keep=keep, required=False, **options))
         ended = first + here.ended + there.ended
-        if failure := here.failure or there.failure:
-            failure.ended = ended
-            raise failure
+        failures = [failure for failure in (here.failure, there.failure) if failure]
+        for failure in failures:
+            if isinstance(failure, IncompleteReference):
+                raise with_cause(IncompleteReference(failure.field, ended), failure)
+        unfinished = sum(failure.unfinished for failure in failures if isinstance(failure, PartlyDone))
+        if unfinished:
+            layouts = self._moving.source.layout, self._moving.layout
+            partitions = sum(len(layout.with_value(field, value)) for layout in layouts)
+            raise PartlyDone(ended, unfinished, partitions) from failures[0]
         return ended
 
     async def count(self, field: str, value: object) -> int:

@@ -443,7 +443,7 @@ async def test_a_start_while_the_first_server_is_away(servers: Cluster, keyspace
 
 async def test_a_cluster_that_is_far_away(servers: Cluster, keyspace: Keyspace) -> None:
     """A store opens although no server can be asked for the topology in the time that is given to a near one."""
-    async with behind_proxy(servers.url, delay=0.2, prefix=keyspace.prefix, partitions=PARTITIONS, timeout=20) as (
+    async with behind_proxy(servers.url, delay=0.3, prefix=keyspace.prefix, partitions=PARTITIONS, timeout=20) as (
         _,
         far,
     ):

@@ -194,13 +194,93 @@ async def test_a_session_to_keep_that_has_ended(store: MovingStore, source: Sess
 
 async def test_a_session_that_expires_after_it_has_moved(store: MovingStore, source: SessionStore) -> None:
     """The tombstone at the source, which outlives a short session, is no reason to fail."""
-    await source.set("a", {"user_id": 7}, 0.2)
+    await store.load()
+    await source.set("a", {"user_id": 7}, 1)
     assert await store.get("a")
     while await store.ttl("a"):
         await asyncio.sleep(0.05)
     assert await store.get("a") == {}
     assert not await store.touch("a")
     assert await store.set("a", {"user_id": 8})
+    assert await store.get("a") == {"id": "a", "user_id": 8}
+
+
+async def test_a_session_that_expires_on_the_way(
+    store: MovingStore, source: SessionStore, there: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that expires at the source while it moves is absent, and the next write makes a new one."""
+
+    async def expire(call: Awaitable[Any]) -> Any:
+        reply = await call
+        await there.unlink("rss:{a}")
+        return reply
+
+    await source.set("a", {"user_id": 7, "ip": "x"})
+    run_at(store, monkeypatch, "arrive_with_refs", expire)
+    assert await store.get("a") == {}
+    assert await store.ended("a") is None
+    assert await store.set("a", {"user_id": 8})
+    assert await store.ids_by("ip", "x") == []
+
+
+async def test_a_copy_that_was_left_behind(
+    store: MovingStore, source: SessionStore, there: Redis, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write makes a new session in place of a copy whose session has expired."""
+
+    async def stop(call: Awaitable[Any]) -> Any:
+        await call
+        raise StoreUnavailable("gone")
+
+    await source.set("a", {"user_id": 7, "ip": "x"})
+    run_at(store, monkeypatch, "arrive_with_refs", stop)
+    with pytest.raises(StoreUnavailable):
+        await store.get("a")
+    await there.unlink("rss:{a}")
+    assert await store.get("a") == {}
+    assert await store.set("a", {"user_id": 8})
+    assert await store.get("a") == {"id": "a", "user_id": 8}
+    held = await keyspace.dump()
+    assert {name: ids for name, ids in held.items() if isinstance(ids, set)} == {"user_id:{8}": {"a"}}
+
+
+async def test_a_session_that_ends_on_the_way(
+    store: MovingStore, source: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why a session has ended at the source stays known, and nothing is left of its copy."""
+
+    async def end(call: Awaitable[Any]) -> Any:
+        reply = await call
+        await source.delete("a", reason="bye")
+        return reply
+
+    await source.set("a", {"user_id": 7})
+    run_at(store, monkeypatch, "arrive_with_refs", end)
+    assert await store.get("a") == {}
+    assert [await store.ended("a"), await store.wait_ended("a")] == ["bye", "bye"]
+    assert await store.count_by("user_id", 7) == 0
+
+
+async def test_a_new_session_under_the_id_of_one_that_has_moved(
+    store: MovingStore, source: SessionStore, other: tuple[SessionStore, MovingStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that finds that a session has expired does not end a new one under the same id."""
+
+    async def make_another(call: Awaitable[Any]) -> Any:
+        try:
+            return await call
+        finally:
+            await other[1].set("a", {"user_id": 8})
+
+    await store.load()
+    await source.set("a", {"user_id": 7}, 1)
+    assert await store.get("a")
+    while await store.ttl("a"):
+        await asyncio.sleep(0.05)
+    run_at(store, monkeypatch, "confirm_with_refs", make_another)
+    for _ in range(3):
+        await store.get("a")
+    assert await store.get("a") == {"id": "a", "user_id": 8}
 
 
 @pytest.fixture(name="other")
@@ -217,15 +297,17 @@ async def _other(
         yield source, store
 
 
+@pytest.mark.parametrize("dies", [False, True])
 async def test_two_processes_that_move_one_session(
     store: MovingStore,
     source: SessionStore,
     other: tuple[SessionStore, MovingStore],
     monkeypatch: pytest.MonkeyPatch,
+    *,
+    dies: bool,
 ) -> None:
-    """A write that only the faster process has copied is not lost, although the slower one replaces the copy."""
-    await source.set("a", {"user_id": 7, "ip": "x", "n": 1})
-    read, retired, replaced = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    """A slow process does not put an older copy in the place of one for which the session has ended."""
+    read, retired, come = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def read_early(call: Awaitable[Any]) -> Any:
         reply = await call
@@ -233,28 +315,94 @@ async def test_two_processes_that_move_one_session(
         await retired.wait()
         return reply
 
-    async def replace_late(call: Awaitable[Any]) -> Any:
+    async def come_late(call: Awaitable[Any]) -> Any:
         reply = await call
-        replaced.set()
+        come.set()
         return reply
 
     async def wait_for_the_other(call: Awaitable[Any]) -> Any:
         reply = await call
         retired.set()
-        await replaced.wait()
+        if dies:
+            raise StoreUnavailable("gone")
+        await come.wait()
         return reply
 
+    await source.set("a", {"user_id": 7, "ip": "x", "n": 1})
     run_at(source, monkeypatch, "get", read_early)
-    run_at(store, monkeypatch, "arrive_with_refs", replace_late)
+    run_at(store, monkeypatch, "arrive_with_refs", come_late)
     run_at(other[0], monkeypatch, "retire_with_refs", wait_for_the_other)
     slow = asyncio.create_task(store.get("a"))
     await read.wait()
     await other[0].set("a", {"ip": "y", "n": 2})
     expected = {"id": "a", "user_id": 7, "ip": "y", "n": 2}
-    for session in await asyncio.gather(other[1].get("a"), slow):
-        assert session == expected
+    if dies:
+        with pytest.raises(StoreUnavailable):
+            await other[1].get("a")
+    else:
+        assert await other[1].get("a") == expected
+    assert await slow == expected
     assert await store.ids_by("ip", "y") == ["a"]
     assert await store.ids_by("ip", "x") == []
+
+
+async def test_a_copy_that_another_process_replaces(
+    store: MovingStore,
+    source: SessionStore,
+    other: tuple[SessionStore, MovingStore],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If a process replaces the copy for which the session is ended meanwhile, that copy is written again."""
+    read, arrived, again, retired, replaced = (asyncio.Event() for _ in range(5))
+
+    async def read_early(call: Awaitable[Any]) -> Any:
+        reply = await call
+        run_at(source, monkeypatch, "get", read_again)
+        read.set()
+        await arrived.wait()
+        return reply
+
+    async def read_again(call: Awaitable[Any]) -> Any:
+        reply = await call
+        again.set()
+        await retired.wait()
+        return reply
+
+    async def find_the_other(call: Awaitable[Any]) -> Any:
+        reply = await call
+        run_at(store, monkeypatch, "arrive_with_refs", replace)
+        return reply
+
+    async def replace(call: Awaitable[Any]) -> Any:
+        reply = await call
+        replaced.set()
+        return reply
+
+    async def arrive(call: Awaitable[Any]) -> Any:
+        reply = await call
+        await other[0].set("a", {"n": 3})
+        arrived.set()
+        await again.wait()
+        return reply
+
+    async def retire(call: Awaitable[Any]) -> Any:
+        reply = await call
+        retired.set()
+        await replaced.wait()
+        return reply
+
+    await source.set("a", {"user_id": 7, "n": 1})
+    run_at(source, monkeypatch, "get", read_early)
+    run_at(store, monkeypatch, "arrive_with_refs", find_the_other)
+    run_at(other[1], monkeypatch, "arrive_with_refs", arrive)
+    run_at(other[0], monkeypatch, "retire_with_refs", retire)
+    slow = asyncio.create_task(store.get("a"))
+    await read.wait()
+    await other[0].set("a", {"n": 2, "m": 2})
+    expected = {"id": "a", "user_id": 7, "n": 3, "m": 2}
+    assert await other[1].get("a") == expected
+    assert await slow == expected
+    assert await other[0].ended("a") == "rotated"
 
 
 async def test_a_store_that_cannot_take_them(cluster_url: str, source: SessionStore) -> None:

@@ -306,11 +306,12 @@ CASES: Final[Mapping[str, Case]] = {
         own=[
             {
                 "copy": ["f1"],
+                "replaces": [""],
                 "lives": ["60000"],
                 "before": ["2", "ip", "y"],
                 "values": ["6", "user_id", "1", "ip", "y", "_created", CREATED],
             },
-            {"copy": ["f2"], "lives": ["70000"], "before": ["0"], "values": ["2", "ip", "z"]},
+            {"copy": ["f2"], "replaces": ["any"], "lives": ["70000"], "before": ["0"], "values": ["2", "ip", "z"]},
         ],
         replies=[60000, 70000],
         left={

@@ -83,7 +83,7 @@ class Task:
         #: The sessions that live, and those that ended: when, and whether durably.
         self.live: dict[str, Model] = {}
         self.ended: dict[str, tuple[float, bool]] = {}
-        self._past: list[str] = []  # The ids of the same: to choose one must not become slower with their number.
+        self._past: list[str] = []  # The same ids in a list: a choice from a dict takes longer as it grows.
         self._recent: set[str] = set()  # The sessions that ended in this phase.
         self._doomed: set[tuple[str, str]] = set()  # The arguments of `delete_by` calls of unknown outcome.
         self._expected: dict[str, Model] = {}  # Sessions by tag, that calls of unknown outcome were to make.

@@ -146,7 +146,7 @@ class Statistics:
 
     async def _look_for_stale(self, reference: str, ids: list[Any]) -> None:
         operations = self._store.operations
-        names = (one.decode(errors="backslashreplace") for one in ids)  # No id of a session is not UTF-8.
+        names = (one.decode(errors="backslashreplace") for one in ids)  # Ids that are not UTF-8 are stale.
         reads = await asyncio.gather(*(operations.get(name, []) for name in names))
         self._looked[reference] += len(reads)
         self._stale[reference] += sum(read.state != b"alive" for read in reads)

@@ -26,8 +26,8 @@ from rss.keys import Layout, Partitioned, slot, tag_in
 
 _Address = tuple[str, int]
 
-# Seconds for one server to report the topology: if the cluster is near, and if it may be far away. It takes several
-# round trips. Other servers can report it too.
+# Seconds for one server to report the topology, which takes several round trips: at first, and at most, after looks in
+# which no server was fast enough. The cluster may be far away.
 _PATIENCE: Final = 0.5
 _LONG_PATIENCE: Final = 3.0
 # Seconds between two looks at the topology: at least, and at most while nothing changes.
@@ -118,8 +118,8 @@ class Cluster:
                     patience = self._patience
                     try:
                         await self._look()
-                    except TimeoutError:  # The next look has more patience.
-                        if patience == _LONG_PATIENCE:
+                    except TimeoutError:
+                        if self._patience <= patience:  # Otherwise the next look has more.
                             raise
 
     async def confirm(self, node: Node) -> bool:
@@ -178,22 +178,23 @@ class Cluster:
         *candidates*: the servers to try. None: all that are known.
         """
         doubts, self._doubts = self._doubts, set()
-        error: Exception = redis.exceptions.ConnectionError("no server of the cluster is known")
+        error: Exception | None = None
         for address in self._candidates(doubts) if candidates is None else candidates:
             node, began = self._node(address), self.loop.time()
             try:
                 async with asyncio.timeout(self._patience), connected(node) as connection:
                     masters, replicas = self._read(address[0], await ask(connection, "CLUSTER", "SLOTS"))
             except Exception as failure:  # noqa: BLE001 - another server may give a topology that can be read
-                error = failure
-                if isinstance(failure, TimeoutError):  # The cluster may be far away.
-                    self._patience = min(2 * self._patience, _LONG_PATIENCE)
+                if not isinstance(error, TimeoutError):  # It may answer if more patience is given.
+                    error = failure
                 continue
-            self._patience = max(_PATIENCE, 3 * (self.loop.time() - began))
+            self._patience = min(max(_PATIENCE, 3 * (self.loop.time() - began)), _LONG_PATIENCE)
             if masters:
                 await self._adopt(masters, replicas)
                 return
-        raise error
+        if candidates is None and isinstance(error, TimeoutError):
+            self._patience = min(2 * self._patience, _LONG_PATIENCE)
+        raise error or redis.exceptions.ConnectionError("no server of the cluster is known")
 
     def _candidates(self, doubts: set[Node]) -> Iterator[_Address]:
         """Iterate over the addresses of the servers that may report the topology, the most promising first."""

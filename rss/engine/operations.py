@@ -5,6 +5,7 @@ of each script describes its arguments.
 """
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 from redis.asyncio import Redis, RedisCluster
 
 from rss.engine.call import Call
-from rss.engine.coalesce import Elsewhere, Operation, batched
+from rss.engine.coalesce import Elsewhere, Operation, backoff, batched
 from rss.engine.engine import Engine
 from rss.engine.meta import describe, incomplete
 from rss.engine.scripts import Scripts, pack, schema
@@ -122,7 +123,7 @@ FEW: Final = 3
 # The lifetime of an unconfirmed copy in milliseconds. Twice the timeout of the store is added, because two more scripts
 # must run until the copy is confirmed.
 _ARRIVAL: Final = 60_000
-# How many ids to try for a new session before waiting for a slot that moves.
+# How many ids to try for a new session before waiting for a slot that moves. How often to confirm a copy.
 _TRIES: Final = 4
 # The argument to read all fields.
 _ALL: Final = ("all",)
@@ -165,7 +166,9 @@ class Copy(NamedTuple):
     @property
     def name(self) -> str:
         """The same for the same fields, and for no others: two calls may copy one session at different times."""
-        return blake2b(pack(*self.read) + pack(*self.pairs), digest_size=12).hexdigest() if self.read else ""
+        fields = sorted(zip(self.read[::2], self.read[1::2], strict=True))
+        packed = pack(*(part for field in fields for part in field)) if fields else b""
+        return blake2b(packed, digest_size=12, usedforsecurity=False).hexdigest()
 
 
 class Retired(NamedTuple):
@@ -423,7 +426,7 @@ class Operations:
         written = {str(name).encode() for name in (*pairs[::2], *values.gone, "id")}
         new = mint()
         with self.several():
-            while True:
+            for tries in itertools.count(1):
                 copy = Copy.of(session_id, (await self.get(session_id, None, begun=True)).pairs, pairs, written)
                 if copy.read:
                     try:
@@ -432,31 +435,41 @@ class Operations:
                         new = mint()
                         continue
                     except BaseException:
-                        self.discard(new)  # The script may have run, even if the caller was cancelled.
+                        self.discard(new, copy)  # The script may have run, even if the caller was cancelled.
                         raise
                 try:
                     retired = await self.retire(session_id, new, copy, replicas)
                 except SessionNotFound:
-                    self.discard(new)
+                    self.discard(new, copy)
                     raise
                 if retired:
                     ttl = str(retired.ttl) if max_age == "keep" else "renew"
-                    with suppress(Conflict):  # Another call with this id was faster: see what it has left to do.
+                    with suppress(Conflict):  # Another call with this id was faster. Begin anew, and complete its work.
                         confirmed = await self.confirm(new, ttl, retired, copy, written, replicas=replicas)
                         return Rotated(new, confirmed or retired.ttl)
                 if asyncio.get_running_loop().time() >= deadline:
-                    self.discard(new)
-                    raise StoreUnavailable("a reference of the session changed all the time: it could not get a new id")
+                    if not retired:
+                        self.discard(new, copy)
+                    break
+                await asyncio.sleep(backoff(tries))
+        raise StoreUnavailable("other calls changed or moved the session all the time: it could not get a new id")
 
-    async def arrive(self, new: str, copy: Copy) -> None:
-        """Write a copy of a session, in place of an earlier one. Raises `Conflict` if the id was used otherwise."""
+    async def arrive(self, new: str, copy: Copy, replaces: str = "any") -> str:
+        """Write a copy of a session. Return "", or the name of another copy, which stays.
+
+        *replaces*: the name of another copy that this one may replace, "" for none, or "any".
+
+        Raises `Conflict` if the id was used otherwise.
+        """
         before: list[str | bytes] = []
         fields = dict(zip(copy.read[::2], copy.read[1::2], strict=True))
         for name in self.fields.references:
             if (data := fields.get(name.encode())) is not None:
                 before += (name, data)
         lives = str(_ARRIVAL + round(self.timeout * 2000))
-        await self._step(ARRIVE, new, [copy.name, lives, str(len(before)), *before, str(len(copy.pairs)), *copy.pairs])
+        args = [copy.name, replaces, lives, str(len(before)), *before, str(len(copy.pairs)), *copy.pairs]
+        reply = await self._step(ARRIVE, new, args)
+        return reply.decode() if isinstance(reply, bytes) else ""
 
     async def retire(self, session_id: str, new: str, copy: Copy, replicas: int = 0) -> Retired | None:
         """End a session that has been copied. Return None if its references have changed since then.
@@ -481,28 +494,30 @@ class Operations:
 
         *ttl*: milliseconds, or "renew". *written*: the fields of the rotation, which come after those of `retired`.
 
-        Raises `Conflict` if the session was ended for a copy of another call, which that call has yet to write again.
+        Raises `Conflict` if the session was ended for a copy of another call. That call must write its copy again.
         """
         changed = zip(retired.values[::2], retired.values[1::2], strict=True)
         values = [part for pair in changed if pair[0] not in written for part in pair]
         gone = [name for name in retired.gone if name not in written]
         args: list[str | bytes] = [retired.copy, ttl, str(len(values)), *values, str(len(gone)), *gone]
-        while True:
+        for left in reversed(range(_TRIES)):
             try:
                 return int(await self._step(CONFIRM, new, args, replicas=replicas))
-            except Conflict:
-                if retired.copy != copy.name.encode():
-                    raise
-                # A slower call has put its copy in the place of ours, perhaps an older one. The changes are to ours.
-                await self.arrive(new, copy)
             except SessionEnded as error:
                 if error.reason != "evicted":
                     raise
-                return 0  # A later login may evict any session, so this is no failure.
+                break  # A later login may evict any session, so this is no failure.
+            except (Conflict, SessionNotFound):
+                # Another call has put its copy in the place of ours, or a new master lacks ours. What has changed was
+                # noted against our copy, so write it again.
+                if not left or retired.copy != copy.name.encode():
+                    raise
+                await self.arrive(new, copy)
+        return 0
 
-    def discard(self, new: str) -> None:
-        """Delete a copy, and do not wait for that: a caller that was cancelled cannot."""
-        _unheeded(self._step(DELETE, new, ["deleted"], ("0",)))
+    def discard(self, new: str, copy: Copy) -> None:
+        """Remove a copy, and do not wait for that: a caller that was cancelled cannot."""
+        _unheeded(self._step(DELETE, new, ["deleted", "_arriving", "holds", copy.name], ("1",)))
 
     def _step(
         self,
