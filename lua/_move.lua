@@ -12,7 +12,7 @@
 local SURPLUS = 100
 
 -- If a session arrives from another partition: the fences of the sets that it had there, as keys. It may join the same
--- sets here, even if they are blocked. It evicts nobody before `confirm_with_refs`.
+-- sets here, even if they are blocked or full. It evicts nobody before `confirm_with_refs`.
 local arrives = false
 
 clock()
@@ -115,7 +115,7 @@ local function plan_join(plan, n, set)
   local members, limit = redis.pcall("SRANDMEMBER", set, SAMPLE), limits and limits[n] or 0
   if not members[1] then surely(members, set) end
   if members.err then return members end
-  if arrives and not (refuses and refuses[n]) then limit = 0 end
+  if arrives and (arrives[fence_of(set)] or not (refuses and refuses[n])) then limit = 0 end
   if limit > 0 and redis.call("SCARD", set) >= limit then
     local refused = make_room(plan, n, set)
     if refused then return refused end

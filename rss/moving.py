@@ -11,7 +11,7 @@ from redis.asyncio import Redis, RedisCluster
 from rss.engine.coalesce import backoff
 from rss.engine.failures import with_cause
 from rss.engine.fan_out import FanOut
-from rss.engine.operations import Copy, MaxAge, Operations, Read, Renewal, Rotated, Taken
+from rss.engine.operations import TOMBSTONE, Copy, MaxAge, Operations, Read, Renewal, Retired, Rotated, Taken
 from rss.engine.scan import scan
 from rss.errors import Conflict, IncompleteReference, PartlyDone, SessionEnded, SessionNotFound, StoreUnavailable
 from rss.fields import Encoded
@@ -33,8 +33,8 @@ class MovingStore(SessionStore[S]):
     """A store whose sessions come from another one, *source*, which applications have used until now.
 
     Each operation on a session moves the session first, if it is still at the source. Operations on a reference look at
-    both. So all processes of an application can change from the source to this store one after the other. When none
-    uses the source itself any more, `move_all` moves the rest. Then the processes change to a plain `SessionStore`.
+    both. For a process that still uses the source itself, a session that has moved has ended. When there is none any
+    more, `move_all` moves the rest. Then the processes change to a plain `SessionStore`, one after the other.
 
     The source and this store must have the same references and codec. This store must have partitions, on one Redis
     too. Sessions keep their ids, so if there are several partitions, it must have `partition_by_identity=False`. Grace
@@ -125,7 +125,8 @@ class _MovingOperations(Operations):
         deadline, replaces = asyncio.get_running_loop().time() + self.timeout, ""
         with self.source.several(), self._target.several():
             for tries in itertools.count(1):
-                outcome = await self._try(session_id, replaces)
+                # A session must not stay half moved because its caller is cancelled.
+                outcome = await asyncio.shield(self._try(session_id, replaces, deadline))
                 if isinstance(outcome, bool):
                     return outcome
                 replaces = outcome
@@ -134,34 +135,41 @@ class _MovingOperations(Operations):
                 await asyncio.sleep(backoff(tries))
         raise StoreUnavailable("other calls changed or moved the session all the time: it could not move")
 
-    async def _try(self, session_id: str, replaces: str) -> bool | str:
+    async def _try(self, session_id: str, replaces: str, deadline: float) -> bool | str:
         """Move a session, and return whether it was at the source.
 
         Return a text if it must be tried again: the name of a copy that the next try may replace, or "". The next try
         reads the source first, because another call may have ended the session for that copy. *replaces*: the name
         that the last try returned.
         """
-        read = await self.source.get(session_id, None, begun=True)
-        if read.state == b"absent":
-            return False
-        copy = Copy.of(session_id, read.pairs)
-        try:
-            if copy.read and (other := await self._target.arrive(session_id, copy, replaces)):
-                return other
-            retired = await self.source.retire(session_id, session_id, copy)
-            if retired is None or (copy.read and retired.copy != copy.name.encode()):
-                # It has changed, or another call has ended it for its copy, which ours has replaced.
+        with self.source.several(), self._target.several():
+            read = await self.source.get(session_id, None, begun=True)
+            if read.state == b"absent":
+                return False
+            copy = Copy.of(session_id, read.pairs)
+            try:
+                if copy.read:
+                    other = await self._target.arrive(session_id, copy, replaces, lives=TOMBSTONE)
+                    if other:
+                        return other
+                retired = await self.source.retire(session_id, session_id, copy)
+                return await self._confirm(session_id, retired, copy, deadline) if retired else copy.name
+            except Conflict:  # It has moved already.
+                return False
+            except SessionNotFound as error:
                 self._target.discard(session_id, copy)
-                return ""
-            await self._target.confirm(session_id, str(retired.ttl), retired, copy)
-        except Conflict:  # Another call has moved it, or is about to.
-            moved = (await self._target.get(session_id, [], begun=True)).state != b"absent"
-            return False if moved else ""
-        except SessionNotFound as error:
-            self._target.discard(session_id, copy)
-            if isinstance(error, SessionEnded):
-                raise
-            return False  # It has expired, here or there.
+                if isinstance(error, SessionEnded):
+                    raise
+                return False
+
+    async def _confirm(self, session_id: str, retired: Retired, copy: Copy, deadline: float) -> bool | str:
+        """Complete a move. Return what `_try` returns."""
+        try:
+            await self._target.confirm(session_id, str(retired.ttl), retired, copy, deadline=deadline)
+        except Conflict:  # The call that has ended it must write its copy again.
+            return ""
+        except SessionNotFound:  # It has moved already, and has ended or expired since.
+            return False
         return True
 
     async def get(
@@ -216,7 +224,10 @@ class _MovingOperations(Operations):
             await self.bring(session_id)
         except SessionEnded:
             return False
-        return await self._target.delete(session_id, reason, expected, replicas=replicas)
+        ended = await self._target.delete(session_id, reason, expected, replicas=replicas)
+        if ended:
+            await self._end_there(session_id, reason)
+        return ended
 
     async def rotate(
         self,
@@ -230,7 +241,13 @@ class _MovingOperations(Operations):
     ) -> Rotated:
         """Give a session a new id."""
         await self.bring(session_id)
-        return await self._target.rotate(session_id, mint, values, max_age, grace=grace, replicas=replicas)
+        rotated = await self._target.rotate(session_id, mint, values, max_age, grace=grace, replicas=replicas)
+        await self._end_there(session_id, "rotated")
+        return rotated
+
+    async def _end_there(self, session_id: str, reason: str) -> None:
+        """End a session at the source too. A replica that took over there may not know that it has moved."""
+        await self.source.delete(session_id, reason)
 
 
 class _Both(FanOut):

@@ -11,6 +11,7 @@ from redis.asyncio import Redis, RedisCluster
 
 from rss import (
     IncompleteReference,
+    LimitExceeded,
     PartlyDone,
     Reference,
     SessionEnded,
@@ -353,7 +354,7 @@ async def test_a_copy_that_another_process_replaces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If a process replaces the copy for which the session is ended meanwhile, that copy is written again."""
-    read, arrived, again, retired, replaced = (asyncio.Event() for _ in range(5))
+    read, arrived, again, retired, refused = (asyncio.Event() for _ in range(5))
 
     async def read_early(call: Awaitable[Any]) -> Any:
         reply = await call
@@ -370,13 +371,14 @@ async def test_a_copy_that_another_process_replaces(
 
     async def find_the_other(call: Awaitable[Any]) -> Any:
         reply = await call
-        run_at(store, monkeypatch, "arrive_with_refs", replace)
+        run_at(store, monkeypatch, "confirm_with_refs", confirm)
         return reply
 
-    async def replace(call: Awaitable[Any]) -> Any:
-        reply = await call
-        replaced.set()
-        return reply
+    async def confirm(call: Awaitable[Any]) -> Any:
+        try:
+            return await call
+        finally:
+            refused.set()
 
     async def arrive(call: Awaitable[Any]) -> Any:
         reply = await call
@@ -388,7 +390,7 @@ async def test_a_copy_that_another_process_replaces(
     async def retire(call: Awaitable[Any]) -> Any:
         reply = await call
         retired.set()
-        await replaced.wait()
+        await refused.wait()
         return reply
 
     await source.set("a", {"user_id": 7, "n": 1})
@@ -403,6 +405,53 @@ async def test_a_copy_that_another_process_replaces(
     assert await other[1].get("a") == expected
     assert await slow == expected
     assert await other[0].ended("a") == "rotated"
+
+
+async def test_a_caller_that_is_cancelled(
+    store: MovingStore, source: SessionStore, keyspace: Keyspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that was ended at the source moves completely, although its caller is cancelled."""
+
+    async def cancel(call: Awaitable[Any]) -> Any:
+        reply = await call
+        caller.cancel()
+        return reply
+
+    await source.set("a", {"user_id": 7})
+    run_at(source, monkeypatch, "retire_with_refs", cancel)
+    caller = asyncio.create_task(store.get("a"))
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await store.aclose()
+    assert not await keyspace.copies()
+    assert await source.ended("a") == "rotated"
+
+
+@pytest.mark.parametrize("how", ["delete", "rotate"])
+async def test_a_source_that_has_forgotten_the_move(
+    store: MovingStore, source: SessionStore, there: Redis, how: str
+) -> None:
+    """A session that has ended does not come back from a source whose master was replaced."""
+    await source.set("a", {"user_id": 7})
+    assert await store.get("a")
+    await there.unlink("rss:{a}")
+    await source.set("a", {"user_id": 7})
+    await (store.delete("a") if how == "delete" else store.rotate("a", {"user_id": 8}))
+    assert await source.get("a") == {}
+
+
+async def test_a_full_limit(there: Redis, keyspace: Keyspace) -> None:
+    """A limit that refuses new sessions lets those from the source come."""
+    options: dict[str, Any] = {"references": {"user_id": Reference(limit=1, on_limit="refuse")}}
+    async with (
+        SessionStore(there, **options) as source,
+        MovingStore(there, source=source, prefix=keyspace.prefix, partitions=1, **options) as store,
+    ):
+        await source.set("a", {"user_id": 7})
+        await store.create({"user_id": 7})
+        assert await store.get("a")
+        with pytest.raises(LimitExceeded):
+            await store.create({"user_id": 7})
 
 
 async def test_a_store_that_cannot_take_them(cluster_url: str, source: SessionStore) -> None:

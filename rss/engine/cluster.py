@@ -26,8 +26,8 @@ from rss.keys import Layout, Partitioned, slot, tag_in
 
 _Address = tuple[str, int]
 
-# Seconds for one server to report the topology, which takes several round trips: at first, and at most, after looks in
-# which no server was fast enough. The cluster may be far away.
+# Seconds for one server to report the topology, which takes several round trips: at first, and at most. It grows with
+# each server that is too slow until a first one has answered, and later with each look in which none was fast enough.
 _PATIENCE: Final = 0.5
 _LONG_PATIENCE: Final = 3.0
 # Seconds between two looks at the topology: at least, and at most while nothing changes.
@@ -127,10 +127,10 @@ class Cluster:
 
         If none answers, the server stays the master.
         """
-        self._doubts.add(node)
         replicas = [self._replicas.get(address, []) for address, one in self._nodes.items() if one is node]
         async with self._lock:
             for candidates in (*([replica] for replica in itertools.chain(*replicas)), None):
+                self._doubts.add(node)
                 with contextlib.suppress(Exception):  # Also of a hook of the user.
                     await self._look(candidates)
                 if node not in self.owners:
@@ -187,12 +187,14 @@ class Cluster:
             except Exception as failure:  # noqa: BLE001 - another server may give a topology that can be read
                 if not isinstance(error, TimeoutError):  # It may answer if more patience is given.
                     error = failure
+                if isinstance(failure, TimeoutError) and not self._known:
+                    self._patience = min(2 * self._patience, _LONG_PATIENCE)
                 continue
             self._patience = min(max(_PATIENCE, 3 * (self.loop.time() - began)), _LONG_PATIENCE)
             if masters:
                 await self._adopt(masters, replicas)
                 return
-        if candidates is None and isinstance(error, TimeoutError):
+        if candidates is None and self._known and isinstance(error, TimeoutError):
             self._patience = min(2 * self._patience, _LONG_PATIENCE)
         raise error or redis.exceptions.ConnectionError("no server of the cluster is known")
 

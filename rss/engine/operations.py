@@ -120,8 +120,7 @@ _PAGE: Final = "50"
 #: The maximum number of ids in a set whose page shares a volley with others. A volley may have a hundred of these.
 FEW: Final = 3
 
-# The lifetime of an unconfirmed copy in milliseconds. Twice the timeout of the store is added, because two more scripts
-# must run until the copy is confirmed.
+# The lifetime of an unconfirmed copy in milliseconds.
 _ARRIVAL: Final = 60_000
 # How many ids to try for a new session before waiting for a slot that moves. How often to confirm a copy.
 _TRIES: Final = 4
@@ -445,7 +444,9 @@ class Operations:
                 if retired:
                     ttl = str(retired.ttl) if max_age == "keep" else "renew"
                     with suppress(Conflict):  # Another call with this id was faster. Begin anew, and complete its work.
-                        confirmed = await self.confirm(new, ttl, retired, copy, written, replicas=replicas)
+                        confirmed = await self.confirm(
+                            new, ttl, retired, copy, written, deadline=deadline, replicas=replicas
+                        )
                         return Rotated(new, confirmed or retired.ttl)
                 if asyncio.get_running_loop().time() >= deadline:
                     if not retired:
@@ -454,10 +455,11 @@ class Operations:
                 await asyncio.sleep(backoff(tries))
         raise StoreUnavailable("other calls changed or moved the session all the time: it could not get a new id")
 
-    async def arrive(self, new: str, copy: Copy, replaces: str = "any") -> str:
+    async def arrive(self, new: str, copy: Copy, replaces: str = "any", *, lives: int = _ARRIVAL) -> str:
         """Write a copy of a session. Return "", or the name of another copy, which stays.
 
-        *replaces*: the name of another copy that this one may replace, "" for none, or "any".
+        *replaces*: the name of another copy that this one may replace, "" for none, or "any". *lives*: milliseconds
+        until it expires, if it is not confirmed. Twice the timeout is added, because two more scripts must run.
 
         Raises `Conflict` if the id was used otherwise.
         """
@@ -466,8 +468,8 @@ class Operations:
         for name in self.fields.references:
             if (data := fields.get(name.encode())) is not None:
                 before += (name, data)
-        lives = str(_ARRIVAL + round(self.timeout * 2000))
-        args = [copy.name, replaces, lives, str(len(before)), *before, str(len(copy.pairs)), *copy.pairs]
+        expires = str(lives + round(self.timeout * 2000))
+        args = [copy.name, replaces, expires, str(len(before)), *before, str(len(copy.pairs)), *copy.pairs]
         reply = await self._step(ARRIVE, new, args)
         return reply.decode() if isinstance(reply, bytes) else ""
 
@@ -488,11 +490,13 @@ class Operations:
         copy: Copy,
         written: Container[bytes] = frozenset(),
         *,
+        deadline: float = 0,
         replicas: int = 0,
     ) -> int:
         """Complete a copy, and return its TTL in milliseconds. Return 0 if it was evicted already.
 
         *ttl*: milliseconds, or "renew". *written*: the fields of the rotation, which come after those of `retired`.
+        *deadline*: the loop's time until which the copy may be written again. Later, its tombstone may be gone too.
 
         Raises `Conflict` if the session was ended for a copy of another call. That call must write its copy again.
         """
@@ -510,7 +514,8 @@ class Operations:
             except (Conflict, SessionNotFound):
                 # Another call has put its copy in the place of ours, or a new master lacks ours. What has changed was
                 # noted against our copy, so write it again.
-                if not left or retired.copy != copy.name.encode():
+                late = asyncio.get_running_loop().time() >= deadline
+                if late or not left or retired.copy != copy.name.encode():
                     raise
                 await self.arrive(new, copy)
         return 0
