@@ -193,13 +193,14 @@ class Scene:
         """Return whether a write that was acknowledged at a time may be lost."""
         return self.is_at_risk(session_id) and written > self.began
 
-    def lose(self, what: str, session_id: str, written: float) -> None:
-        """Count a lost write that was acknowledged at a time."""
+    def lose(self, what: str, session_id: str, *written: float) -> None:
+        """Count a lost write: one of those that were acknowledged at these times."""
         self.now.lost += 1
+        late = max(written) - self.at_risk_until
         if not self.is_at_risk(session_id):
             self.now.inexcusable[what] += 1
-        elif written > self.at_risk_until:
-            self.now.inexcusable[f"{what} {written - self.at_risk_until:.3f} s after the fault"] += 1
+        elif late > 0 and not any(self.began < when <= self.at_risk_until for when in written):
+            self.now.inexcusable[f"{what} {late:.3f} s after the fault"] += 1
 
     def note_error(self, name: str, error: Exception, *, durable: bool) -> None:
         """Count a SessionError of an operation."""

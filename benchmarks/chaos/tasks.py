@@ -54,11 +54,8 @@ class Model:
     made: float = 0
     set: float = 0
     counted: float = 0
-
-    @property
-    def referenced(self) -> float:
-        """When the last write of a reference was acknowledged."""
-        return max(self.made, self.set)
+    #: When the last write of each reference was acknowledged.
+    named: dict[str, float] = field(default_factory=dict)
 
     @property
     def references(self) -> list[tuple[str, str]]:
@@ -175,7 +172,7 @@ class Task:
         model = Model(f"tag {next(_tags)}", self._user_id(), self._number)
         self._expected[model.tag] = model
         values = {"tag": model.tag, "user_id": model.user, "ip": address(self._number, 0), "n": 0, "x": 0}
-        self._born(await self._store.create(values), model)
+        self._born(await self._store.create(values), model, "user_id", "ip")
 
     async def _get(self, session_id: str) -> None:
         self._verify(session_id, await self._store.get(session_id))
@@ -191,6 +188,7 @@ class Task:
         await self._store.set(session_id, {"x": x, "ip": address(self._number, x)}, create=False)
         model.others.discard(x)
         model.x, model.set = x, time.perf_counter()
+        model.named["ip"] = model.set
 
     async def _rotate(self, session_id: str) -> None:
         await self._renew_id(session_id, self.live[session_id].user, {})
@@ -204,10 +202,11 @@ class Task:
         model.mortal = True
         model.users.add(user)
         heir = replace(model, user=user, others=set(model.others), users=set(model.users), mortal=False)
+        heir.named = dict(model.named)
         self._expected[model.tag] = heir
         new = await self._store.rotate(session_id, values, durable=1 if durable else None)
         self._gone(session_id, durable=durable)
-        self._born(new, heir)
+        self._born(new, heir, *values)
 
     async def _touch(self, session_id: str) -> None:
         if not await self._store.touch(session_id, self._random.choice(["1 day", "2 days"])):
@@ -244,7 +243,7 @@ class Task:
             self._doomed.discard((name, value))
         for one in ending:
             # A write that gave the session this value may be lost. Then the new master did not end the session.
-            written = self.live[one].referenced
+            written = self.live[one].named.get(name, 0)
             if self._scene.may_lose(one, written):
                 self._gone(one, when=written)
             else:
@@ -260,9 +259,10 @@ class Task:
     def _with(self, name: str, value: str) -> set[str]:
         return {one for one, model in self.live.items() if (name, value) in model.references}
 
-    def _born(self, session_id: str, model: Model) -> None:
+    def _born(self, session_id: str, model: Model, *names: str) -> None:
         self._expected.pop(model.tag, None)
         model.made = time.perf_counter()
+        model.named |= dict.fromkeys(names, model.made)
         self.live[session_id] = model
 
     def _gone(self, session_id: str, *, durable: bool = False, when: float | None = None) -> None:
@@ -301,7 +301,7 @@ class Task:
         if not found:
             if not (model.mortal or self._doomed.intersection(model.possible)):
                 # If the write of a reference was lost, a later `delete_by` ended more than the model knows.
-                scene.lose("a session", session_id, model.referenced)
+                scene.lose("a session", session_id, model.made, *model.named.values())
             if model.tag in self._expected:
                 self._expected[model.tag] = model  # It was written to before it got the new id.
             self._gone(session_id)
