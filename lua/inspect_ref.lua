@@ -26,7 +26,6 @@ local function inspect_ref()
   local ids, dead, short = args(left), {}, false
   clock()
   local ttl = redis.call("PTTL", set)
-  local reply = { cursor, false, 0 }
   if left == 0 then
     local scanned = redis.pcall("SSCAN", set, cursor, "COUNT", page)
     if scanned.err then
@@ -37,6 +36,7 @@ local function inspect_ref()
     end
     cursor, ids = scanned[1], scanned[2]
   end
+  local reply = { cursor, false, 0 }
   if ttl == -2 then surely(nil, set) end
   if ttl == -1 then
     reply[4] = "endless"
@@ -45,7 +45,6 @@ local function inspect_ref()
       ttl = max_age
     end
   end
-  reply[1] = cursor
   reply[2] = each_of(ids, function(id)
     local name = session_key(id)
     local session = look(name)

@@ -124,11 +124,14 @@ class IncompleteReference(SessionError):
     field: str
     #: The number of sessions that `delete_by` or `block` ended.
     ended: int
+    #: The number of sessions that `ids_by` or `count_by` found.
+    found: int
 
-    def __init__(self, field: str, ended: int = 0) -> None:
-        super().__init__(field, ended)
+    def __init__(self, field: str, ended: int = 0, found: int = 0) -> None:
+        super().__init__(field, ended, found)
         self.field = field
         self.ended = ended
+        self.found = found
 
     def __str__(self) -> str:
         done = f"; {self.ended:,} sessions were ended" if self.ended else ""

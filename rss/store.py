@@ -20,7 +20,7 @@ from rss.durations import Duration, milliseconds
 from rss.engine.fan_out import FanOut
 from rss.engine.operations import MaxAge, Operations, Renewal
 from rss.engine.subscription import Message, subscribed
-from rss.errors import SessionEnded, SessionError, SessionNotFound
+from rss.errors import IncompleteReference, SessionEnded, SessionError, SessionNotFound
 from rss.events import Event, event_of
 from rss.fields import Fields, field_name, field_names, listed
 from rss.keys import Layout, Partitioned, Plain, text
@@ -451,8 +451,14 @@ class SessionStore(Generic[S]):
 
     async def ids_by(self, field: str, value: str | int) -> list[str]:
         """Return the ids of the sessions with this value of a reference, in no particular order."""
+        ids = list[str]()
         with self.operations.several():
-            return [session["id"] async for session in self._find(field, value, [], begun=True)]
+            try:
+                async for session in self._find(field, value, [], begun=True):
+                    ids.append(session["id"])
+            except IncompleteReference as error:
+                raise IncompleteReference(field, found=len(ids)) from error
+        return ids
 
     async def count_by(self, field: str, value: str | int, *, exact: bool = True) -> int:
         """Return how many sessions have this value of a reference.

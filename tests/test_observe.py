@@ -21,6 +21,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from redis.asyncio import Redis
 
 from rss import Reference, SessionError, Sessions, SessionStore, StoreUnavailable
+from rss.engine import operations
+from rss.engine.coalesce import Operation
 from rss.engine.engine import Engine
 from rss.engine.operations import ALL
 from rss.keys import Partitioned
@@ -140,10 +142,10 @@ def operation_of(attributes: Mapping[str, Any]) -> str:
 
 def test_every_operation_is_called() -> None:
     """The calls above run all scripts but those of maintenance. The table in the guide names all operations."""
-    operations = {one.script for one in ALL} | {"scard", "hget"}
-    assert {name for _, names in CALLS.values() for name in names} == operations - MAINTENANCE
+    called = {one.script for one in ALL} | {"scard", "hget"}
+    assert {name for _, names in CALLS.values() for name in names} == called - MAINTENANCE
     table = GUIDE.split("| operation | methods |", 1)[1].split("\n\n", 1)[0]
-    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))) == operations | {
+    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))) == called | {
         "set",
         "hset",
         "hdel",
@@ -188,6 +190,19 @@ async def test_every_call_is_exported_once(
 
 
 # ---------------------------------------------------------------------- OpenTelemetry
+
+
+def test_commands_and_scripts() -> None:
+    """The span of a plain command has its name, and that of a script says EVALSHA, for all operations."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    observe = OpenTelemetry(provider, MeterProvider())
+    known = [one for one in vars(operations).values() if isinstance(one, Operation)]
+    for one in known:
+        observe(Observation(one.script or one.command.lower(), 0.1, 1, 1, None))
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert names == [f"EVALSHA {one.script}" if one.script else one.command for one in known]
+    assert {"EVALSHA get", "SCARD"} <= {*names}
 
 
 async def test_a_span(store: SessionStore, exports: Exports) -> None:

@@ -1,5 +1,6 @@
 """The operator's command `rss`. It needs the extra `[cli]`."""
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -15,4 +16,9 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"rss needs {error.name}: pip install 'redis-session-sets[cli]'\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A terminal may lack a character of a value.
+            stream.reconfigure(errors="backslashreplace")
     cli(args, prog_name="rss")

@@ -1,6 +1,7 @@
 """Define a command: its options, help, confirmation, errors and exit codes. All commands share these."""
 
 import asyncio
+import contextlib
 import functools
 import importlib.metadata
 import signal
@@ -16,7 +17,8 @@ from rss.cli.opening import Refusal, Store, opened
 from rss.cli.output import Output
 from rss.clients import Client
 from rss.engine.failures import failure_of
-from rss.errors import IncompleteReference, PartlyDone, SessionError
+from rss.engine.meta import Held
+from rss.errors import IncompleteReference, PartlyDone, SessionError, SessionNotFound
 
 _CODES: Final = """\b
 Exit codes:
@@ -37,9 +39,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except IncompleteReference as error:
-            _stop(ctx, f"{error} (rss reindex)", 4)
+            _stop(ctx, f"the reference {error.field!r} is incomplete, so sessions may be missing: see rss reindex", 4)
         except PartlyDone as error:
             _stop(ctx, f"{error}: run it again", 3)
+        except SessionNotFound as error:
+            _stop(ctx, str(error), 1)
         except SessionError as error:
             _stop(ctx, str(error), 3)
         except (TimeoutError, redis.exceptions.RedisError) as error:
@@ -85,10 +89,11 @@ def cli() -> None:
 
 @dataclass
 class Place:
-    """The store and the output of a command. *yes*: do not ask for confirmation."""
+    """The store and the output of a command. *yes*: do not ask for confirmation. *held*: its meta key."""
 
     store: Store
     client: Client
+    held: Held
     url: str
     prefix: str
     output: Output
@@ -99,11 +104,12 @@ _URL: Final = click.option(
     "--url",
     envvar="REDIS_URL",
     default="redis://localhost:6379",
+    show_default=True,
     help="The Redis: redis://, rediss:// for TLS, unix://, redis+cluster:// for a Redis Cluster, or "
     "redis+sentinel://host:port,host:port/service. Also REDIS_URL.",
 )
 _PREFIX: Final = click.option(
-    "--prefix", envvar="RSS_PREFIX", default="rss", help="That of the store. Also RSS_PREFIX."
+    "--prefix", envvar="RSS_PREFIX", default="rss", show_default=True, help="The prefix of the keys. Also RSS_PREFIX."
 )
 _JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON: a document, or a line for each item.")
 _YES: Final = click.option("--yes", is_flag=True, help="Do not ask. Without a terminal, this is required.")
@@ -122,8 +128,9 @@ def command(name: str, *examples: str, asks: bool = False, events: bool = True) 
         @functools.wraps(function)
         def run(url: str, prefix: str, *, as_json: bool, yes: bool = False, **options: Any) -> None:
             async def work() -> int:
-                async with opened(url, prefix, options.get("forget", ()), events=events) as (store, client):
-                    return await function(Place(store, client, url, prefix, Output(as_json=as_json), yes), **options)
+                async with opened(url, prefix, options.get("forget", ()), events=events) as (store, client, held):
+                    output = Output(as_json=as_json)
+                    return await function(Place(store, client, held, url, prefix, output, yes), **options)
 
             click.get_current_context().exit(asyncio.run(work()))
 
@@ -149,5 +156,9 @@ def ask(place: Place, question: str) -> None:
         if not click.confirm(question, err=True):
             place.output.note("Nothing was changed.")
             click.get_current_context().exit(1)
+    except click.Abort:  # Ctrl-C or Ctrl-D, after the question.
+        with contextlib.suppress(OSError):  # The terminal may be gone.
+            place.output.note("\nNothing was changed.")
+        raise
     finally:
         signal.signal(signal.SIGINT, handler)

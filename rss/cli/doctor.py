@@ -19,7 +19,8 @@ from rss.engine.line import line_to
 from rss.engine.meta import ask, connected
 from rss.engine.operations import Copy, Position
 from rss.engine.scripts import pack
-from rss.errors import IncompleteReference, SessionError, StoreUnavailable
+from rss.errors import IncompleteReference, SessionError, SessionNotFound, StoreUnavailable
+from rss.keys import Partitioned
 
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _CALLS: Final = 20
@@ -38,15 +39,15 @@ class Line(NamedTuple):
     sentence: str
 
 
-async def examine(store: Store, url: str) -> AsyncIterator[Line]:
-    """Iterate over all lines."""
+async def examine(store: Store, url: str, *, events: bool) -> AsyncIterator[Line]:
+    """Iterate over all lines. *events*: whether the stores publish events."""
     yield _transport(url)
     yield _distribution()
     masters = store.operations.engine.servers.masters
     for node in masters:  # Each has users and settings of its own.
         async with asyncio.timeout(store.operations.timeout), connected(node) as connection:
             where = f" of {_address(connection)}" if len(masters) > 1 else ""
-            for line in [*await _server(connection, url), *await _commands(store, connection)]:
+            for line in [*await _server(connection, url), *await _commands(store, connection, events=events)]:
                 yield line._replace(what=line.what + where)
         for line in await _scripts(store, node):
             yield line._replace(what=line.what + where)
@@ -140,14 +141,17 @@ async def _lazy_expiry(connection: AbstractConnection) -> Line:
     return Line("warning", what, "A large reference set that expires stops Redis for a moment: set it to yes.")
 
 
-async def _commands(store: Store, connection: AbstractConnection) -> list[Line]:
-    """Try the plain commands that some methods need."""
+async def _commands(store: Store, connection: AbstractConnection, *, events: bool) -> list[Line]:
+    """Try the plain commands that some methods need. *events*: whether the stores publish events."""
     layout, lines = store.operations.layout, list[Line]()
+    publish = "SPUBLISH" if isinstance(layout, Partitioned) else "PUBLISH"
     for command, needing in (
+        *(((publish, layout.meta, ""), "events"),) * events,
         (("SCAN", "0", "MATCH", f"{layout.prefix}:*", "COUNT", "1"), "check, repair, reindex, sweep, stats and copy"),
         (("DBSIZE",), "check, repair, reindex, sweep, stats and copy"),
         (("HKEYS", layout.meta), "reindex"),
         (("SET", layout.marker(0), "", "PX", "1"), "durable, sweep, repair and reindex"),
+        (("MEMORY", "USAGE", layout.meta), "the bytes of stats"),
         (("WAIT", "0", "1"), "durable"),
         (("CLIENT", "TRACKING", "OFF"), "wait_ended"),
     ):
@@ -155,8 +159,10 @@ async def _commands(store: Store, connection: AbstractConnection) -> list[Line]:
             await ask(connection, *command)
         except redis.exceptions.MovedError:  # The key is on another master.
             continue
-        except redis.exceptions.ResponseError:
-            name = " ".join(command[:2]) if command[0] == "CLIENT" else command[0]
+        except redis.exceptions.ResponseError as error:
+            if "unknown command" in str(error):  # Redis 6.2 has no SPUBLISH, and needs none.
+                continue
+            name = " ".join(command[:2]) if command[0] in ("CLIENT", "MEMORY") else command[0]
             lines.append(Line("warning", f"command {name}", f"This user may not run it: needed for {needing}."))
     return lines
 
@@ -166,17 +172,22 @@ async def _scripts(store: Store, node: Node) -> list[Line]:
     partitions = {number for number, owner in enumerate(store.operations.engine.servers.owners) if owner is node}
     if not partitions:
         return []
-    trial, lines = _Trial(store, partitions), list[Line]()
+    trial, lines, skipped = _Trial(store, partitions), list[Line](), list[str]()
     try:
         for name, call in trial.calls():
             try:
                 await call()
-            except StoreUnavailable:
-                raise
             except IncompleteReference:  # The script has run.
                 continue
             except SessionError as error:
+                if isinstance(error, SessionNotFound) and lines:  # A script before it failed.
+                    skipped.append(name)
+                    continue
                 lines.append(Line("error", f"script {name}", _sentence(error)))
+                if isinstance(error, StoreUnavailable):
+                    break
+        if skipped:
+            lines.append(Line("warning", "scripts", f"Not tried, because others failed: {', '.join(skipped)}."))
     finally:
         left = await trial.clear()
     if left:

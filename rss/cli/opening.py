@@ -1,12 +1,14 @@
 """Open the store of a prefix as its applications do, and change nothing by opening it."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import click
 import redis.exceptions
+from redis.asyncio import Redis
 
 from rss.clients import Client, client_of, close
 from rss.codec import JSONCodec, TextCodec
@@ -31,12 +33,16 @@ Store = SessionStore[dict[str, Any]]
 def client_for(url: str) -> Client:
     """Return a client. Raises `Refusal` if the URL is invalid. The message does not hold the URL, which has secrets."""
     try:
-        return client_of(url)
-    except (ValueError, redis.exceptions.RedisError):
+        client = client_of(url)
+        if isinstance(client, Redis):
+            # Only this notices bad options in the URL.
+            client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError, redis.exceptions.RedisError, redis.exceptions.RedisClusterException):
         raise Refusal(
             "the URL must be redis://host:port/db, rediss://..., unix://path, redis+cluster://host:port or "
             "redis+sentinel://host:port,host:port/service"
         ) from None
+    return client
 
 
 async def read_meta(client: Client, prefix: str) -> Held | None:
@@ -55,6 +61,8 @@ async def read_meta(client: Client, prefix: str) -> Held | None:
         async with asyncio.timeout(store.operations.timeout):
             await engine.servers.ready()
             return await held_by(store.operations.layout, engine.servers.master_of)
+    except ValueError:
+        raise Refusal(f"the key {prefix}:_meta is damaged: another program has written to it") from None
     except (OSError, redis.exceptions.RedisError) as error:
         raise failure_of(error) from error
     finally:
@@ -73,9 +81,14 @@ def store_of(client: Client, prefix: str, held: Held, without: Collection[str] =
             f"the options of the references of {prefix!r} are not known, because an older version of "
             "redis-session-sets wrote them: start the application with this version first"
         )
+    references = {name: kind for name, kind in held.references.items() if name not in without}
+    if sum(kind.identity for kind in references.values()) > 1:  # The identity has changed, and the old one is known.
+        references = {name: dataclasses.replace(kind, identity=False) for name, kind in references.items()}
     store: Store = SessionStore(
         client,
-        references={name: kind for name, kind in held.references.items() if name not in without},
+        references=references,
+        max_age=held.max_age / 1000,
+        max_lifetime=held.max_lifetime / 1000 or None,
         prefix=prefix,
         partitions=held.partitions,
         partition_by_identity=held.identity is not None,
@@ -90,8 +103,8 @@ def store_of(client: Client, prefix: str, held: Held, without: Collection[str] =
 @asynccontextmanager
 async def opened(
     url: str, prefix: str, without: Collection[str] = (), *, events: bool = True
-) -> AsyncIterator[tuple[Store, Client]]:
-    """Open the store of a prefix, and yield it with a client. See `store_of` for the other arguments.
+) -> AsyncIterator[tuple[Store, Client, Held]]:
+    """Open the store of a prefix, and yield it, a client and its meta key. See `store_of` for the other arguments.
 
     Raises `Refusal` if no store used the prefix.
     """
@@ -103,6 +116,6 @@ async def opened(
         if unknown := set(without) - set(held.references):
             raise Refusal(f"the prefix has no reference {min(unknown)!r}")
         async with store_of(client, prefix, held, without, events=events) as store:
-            yield store, client
+            yield store, client, held
     finally:
         await close(client)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -15,6 +16,10 @@ from rich.text import Text
 
 # Columns. Output that is no terminal is not cut at the width of one.
 _WIDE = 10_000
+# The least width of a column whose cells may be folded.
+_FOLDED = 12
+# Columns that are not folded.
+_WHOLE = ("id", "reference", "examined", "created (UTC)", "expires in ")
 
 
 def safe(value: object) -> str:
@@ -67,12 +72,24 @@ class Output:
         named = any(map(str.strip, columns))
         table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=named)
         for column in columns:
-            whole = column in ("id", "reference", "examined", "created (UTC)")
+            whole = column in _WHOLE
             side: JustifyMethod = "right" if column.endswith(" ") else "left"
             table.add_column(column.strip(), justify=side, overflow="fold", no_wrap=whole)
         for row in rows:
             table.add_row(*(cell if isinstance(cell, Text) else Text(safe(cell)) for cell in row))
         self.out.print(table)
+
+    def records(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a table, or a table of each row if the terminal is too narrow."""
+        width = 0
+        for column, *cells in zip(columns, *rows, strict=True):
+            widest = max(cell_len(safe(cell)) for cell in (column, *cells))
+            width += 2 + (widest if column in _WHOLE else min(widest, _FOLDED))
+        if width <= self.out.width:
+            self.table("", columns, rows)
+            return
+        for row in rows:
+            self.table("", ["", ""], [*zip(map(str.strip, columns), row, strict=True)])
 
     def note(self, sentence: str) -> None:
         """Print a sentence on stderr."""

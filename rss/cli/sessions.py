@@ -1,8 +1,8 @@
 """The commands that look at sessions, and end them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection
+from contextlib import aclosing, suppress
 from typing import Any, Final
 
 import click
@@ -13,9 +13,12 @@ from rss.cli.output import ago, date, safe
 from rss.durations import milliseconds
 from rss.engine.operations import Read
 from rss.errors import IncompleteReference, SessionError
+from rss.fields import field_names
 
 # How many sessions are read together.
 _AT_ONCE: Final = 50
+# What stands for the value of a field that cannot be decoded.
+_UNREADABLE: Final = "<unreadable>"
 
 
 def _target(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, str] | None:
@@ -39,7 +42,7 @@ def _known(store: Store, target: tuple[str, str]) -> tuple[str, str]:
     return target
 
 
-async def _ids(store: Store, target: tuple[str, str]) -> AsyncIterator[list[str]]:
+async def _ids(store: Store, target: tuple[str, str]) -> AsyncGenerator[list[str]]:
     """Iterate over the ids of the sessions with a value, some at a time. Raises `IncompleteReference` at the end."""
     ids = list[str]()
     try:
@@ -54,13 +57,12 @@ async def _ids(store: Store, target: tuple[str, str]) -> AsyncIterator[list[str]
     yield ids
 
 
-async def _known_ids(store: Store, target: tuple[str, str]) -> set[str]:
-    """Return the ids of the sessions with a value. If the reference is incomplete, return those that are found."""
-    found = set[str]()
-    with suppress(IncompleteReference):
-        async for ids in _ids(store, target):
-            found.update(ids)
-    return found
+async def _about(store: Store, target: tuple[str, str]) -> int:
+    """Return about how many sessions have a value. If the reference is incomplete, count those that are found."""
+    try:
+        return await store.count_by(*target, exact=False)
+    except IncompleteReference as error:
+        return error.found
 
 
 def _values(store: Store, read: Read) -> dict[str, Any]:
@@ -70,8 +72,19 @@ def _values(store: Store, read: Read) -> dict[str, Any]:
         try:
             values |= store.fields.decode([name, data])
         except SessionError:
-            values[name.decode(errors="backslashreplace")] = "<unreadable>"
+            values[name.decode(errors="backslashreplace")] = _UNREADABLE
     return values
+
+
+def _sets(store: Store, row: dict[str, Any]) -> list[str]:
+    """Return the keys of the reference sets of a session. A value that is damaged has none."""
+    layout, keys = store.operations.layout, list[str]()
+    for name in store.fields.references:
+        value = row["fields"].get(name)
+        if value is not _UNREADABLE:
+            with suppress(TypeError, ValueError):
+                keys += layout.references(store.fields.encode({name: value}).references, layout.place(row["id"])[1])
+    return keys
 
 
 def _created(read: Read) -> str | None:
@@ -90,7 +103,7 @@ async def ls(place: Place, target: tuple[str, str], fields: str | None, limit: i
     Each line has the id, the time when the session was made, the time until it expires, and some fields. A field that
     is encrypted, or not readable for another reason, is shown as <unreadable>.
     """
-    names = fields.split(",") if fields else [*place.store.fields.references]
+    names = [*place.store.fields.references] if fields is None else field_names(map(str.strip, fields.split(",")), "id")
     rows, failure = list[dict[str, Any]](), None
     try:
         async for row in _rows(place.store, _known(place.store, target), names):
@@ -104,8 +117,9 @@ async def ls(place: Place, target: tuple[str, str], fields: str | None, limit: i
             place.output.document(row)
     elif rows:
         columns = ["id", "created (UTC)", "expires in ", *names]
-        lines = (_line(row, [row["fields"].get(name, "") for name in names]) for row in rows[:limit])
-        place.output.table("", columns, lines)
+        place.output.records(
+            columns, [_line(row, [row["fields"].get(name, "") for name in names]) for row in rows[:limit]]
+        )
     else:
         place.output.note("No session has this value.")
     if len(rows) > limit:
@@ -145,15 +159,14 @@ async def show(place: Place, session_id: str) -> int:
 
     Why a session ended is known for five minutes.
     """
-    store, layout = place.store, place.store.operations.layout
+    store = place.store
     read = await store.operations.get(session_id, None)
     if read.state != b"alive":
         sentence = f"The session was ended: {read.ended}." if read.ended else "There is no such session."
         place.output.document({"id": session_id, "state": read.state.decode(), "reason": read.ended}, safe(sentence))
         return 1
     row = _row(store, read)
-    texts = store.fields.encode({name: row["fields"].get(name) for name in store.fields.references}).references
-    row = {**row, "state": "alive", "sets": layout.references(texts, layout.place(row["id"])[1])}
+    row = {**row, "state": "alive", "sets": _sets(store, row)}
     if place.output.as_json:
         place.output.document(row)
         return 0
@@ -168,8 +181,14 @@ async def show(place: Place, session_id: str) -> int:
 @click.option("--fast", is_flag=True, help="One command, which also counts the ids of some expired sessions.")
 async def count(place: Place, target: tuple[str, str], *, fast: bool) -> int:
     """Count the sessions with a value of a reference."""
-    number = await place.store.count_by(*_known(place.store, target), exact=not fast)
+    failure = None
+    try:
+        number = await place.store.count_by(*_known(place.store, target), exact=not fast)
+    except IncompleteReference as error:
+        number, failure = error.found, error
     place.output.document({"count": number}, str(number))
+    if failure:
+        raise failure
     return 0
 
 
@@ -183,7 +202,9 @@ async def count(place: Place, target: tuple[str, str], *, fast: bool) -> int:
 @click.option("--id", "session_id", help="End this session, instead of those with a value.")
 @click.option("--keep", multiple=True, metavar="ID", help="Keep this session. May be given several times.")
 @click.option("--block", metavar="TIME", help="Let no session join the value for this time, such as 30s.")
-@click.option("--reason", default="revoked", show_default=True, help="A word, which is known for five minutes.")
+@click.option(
+    "--reason", default="revoked", show_default=True, help="Why: a short word, which is known for five minutes."
+)
 @click.option("--durable", type=click.IntRange(1), help="Wait until this number of replicas have the writes.")
 async def revoke(
     place: Place,
@@ -207,26 +228,40 @@ async def revoke(
         return _ended(place, int(await store.delete(session_id, reason=reason, durable=durable)))
     if session_id is not None or target is None:
         raise Refusal("give either a reference and a value, or --id")
-    async with _confirmed(place, target, keep) as with_value:
-        ended = await store.delete_by(*with_value, keep=keep, reason=reason, block=block, durable=durable)
-    code = _ended(place, ended)
+    target = _known(store, target)
+    kept = await asyncio.gather(*(store.operations.get(one, []) for one in keep))
+    if any(read.state != b"alive" for read in kept):
+        place.output.note("A session to keep is not alive. Nothing was ended.")
+        return 1
+    await _confirm(place, target, keep)
+    delete = store.delete_by(*target, keep=keep, keep_required=bool(keep), reason=reason, block=block, durable=durable)
+    code = await _end(place, target, delete)
     return 0 if block else code
 
 
-@asynccontextmanager
-async def _confirmed(
-    place: Place, target: tuple[str, str], keep: Collection[str] = ()
-) -> AsyncIterator[tuple[str, str]]:
-    """Ask before more than one session with a value ends. After a Ctrl-C, say how many have ended."""
-    target = _known(place.store, target)
-    found = await _known_ids(place.store, target) - {*keep}
-    if len(found) > 1:
-        ask(place, f"End {len(found):,} sessions with {safe('='.join(target))}?")
+async def _confirm(place: Place, target: tuple[str, str], keep: Collection[str] = ()) -> None:
+    """Ask before more than one session with a value ends."""
+    if place.yes:  # Sessions end at once, and a block begins at once.
+        return
+    with suppress(IncompleteReference):
+        async with aclosing(_ids(place.store, target)) as pages:
+            async for ids in pages:
+                if len({*ids} - {*keep}) > 1:
+                    number = await _about(place.store, target)
+                    ask(place, f"End about {number:,} sessions with {safe('='.join(target))}?")
+                    return
+
+
+async def _end(place: Place, target: tuple[str, str], ending: Awaitable[int]) -> int:
+    """End sessions with a value, and return the exit code. After a Ctrl-C, say how many are left."""
     try:
-        yield target
+        return _ended(place, await ending)
+    except IncompleteReference as error:
+        _ended(place, error.ended)
+        raise
     except asyncio.CancelledError:
-        left = await _known_ids(place.store, target)
-        place.output.note(f"Interrupted. {len(found - left):,} of {len(found):,} sessions have ended: run it again.")
+        left = await _about(place.store, target)
+        place.output.note(f"Interrupted. About {left:,} sessions are left: run it again.")
         raise
 
 
@@ -238,7 +273,9 @@ def _ended(place: Place, ended: int) -> int:
 @command("block", "rss block user_id=7 1h", asks=True)
 @_TARGET
 @click.argument("time")
-@click.option("--reason", default="blocked", show_default=True, help="A word, which the error of a login has.")
+@click.option(
+    "--reason", default="blocked", show_default=True, help="Why: a short word. A login that is refused gets it."
+)
 @click.option("--durable", type=click.IntRange(1), help="Wait until this number of replicas have the writes.")
 async def block(place: Place, target: tuple[str, str], time: str, reason: str, durable: int | None) -> int:
     """Let no session join a value of a reference for some time, and end all sessions with it.
@@ -246,9 +283,9 @@ async def block(place: Place, target: tuple[str, str], time: str, reason: str, d
     It asks before it ends more than one session. TIME is a number and a unit, such as 30s, 15m, 1h or "2 days".
     """
     milliseconds(time, "TIME")
-    async with _confirmed(place, target) as with_value:
-        ended = await place.store.block(*with_value, time, reason=reason, durable=durable)
-    _ended(place, ended)
+    target = _known(place.store, target)
+    await _confirm(place, target)
+    await _end(place, target, place.store.block(*target, time, reason=reason, durable=durable))
     return 0
 
 

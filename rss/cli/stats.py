@@ -12,7 +12,6 @@ import redis.exceptions
 from rss.cli.opening import Store
 from rss.engine.lane import Node
 from rss.engine.line import Line, line_to
-from rss.engine.operations import COUNT_BY
 from rss.engine.scan import scan
 from rss.engine.scripts import pack
 from rss.errors import IncompleteReference, SessionError, StoreUnavailable
@@ -99,15 +98,15 @@ class Statistics:
                     return "tombstones"
                 return {b"alive": "sessions", b"ended": "tombstones"}.get(read.state)
             if parsed.kind == "set" and parsed.name in self._store.fields.references:
-                return await self._look_at_set(name, parsed)
+                return await self._look_at_set(parsed)
         except StoreUnavailable:
             raise
         except SessionError:
             return "other"  # Its type is wrong: `rss check` says so.
         return {"own": None, "fence": "fences"}.get(parsed.kind, "other")
 
-    async def _look_at_set(self, name: str, parsed: Parsed) -> str | None:
-        count: int = await self._store.operations.engine.run(COUNT_BY, (name,), partition=parsed.partition)
+    async def _look_at_set(self, parsed: Parsed) -> str | None:
+        count = await self._store.operations.count_by(parsed.name, parsed.value, parsed.partition)
         if not count:
             return None
         self.ids[parsed.name] += count
@@ -118,10 +117,8 @@ class Statistics:
     async def _size(self, reference: str, value: str) -> int:
         try:
             return await self._store.count_by(reference, value, exact=False)
-        except IncompleteReference:
-            layout, operations = self._store.operations.layout, self._store.operations
-            partitions = layout.with_value(reference, value)
-            return sum(await asyncio.gather(*(operations.count_by(reference, value, one) for one in partitions)))
+        except IncompleteReference as error:
+            return error.found
 
     async def _sample(self, keys: list[tuple[str, str]], node: Node, stack: AsyncExitStack) -> None:
         """Ask for the sizes of some keys, each with its kind, and whether ids of the sets among them are stale.

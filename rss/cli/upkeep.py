@@ -89,10 +89,11 @@ async def repair(place: Place) -> int:
 
     Sessions are added to the sets that lack them, and stale ids leave. A key without a TTL gets one. Keys that are
     misplaced, stray or of a wrong type are removed. A session that is revoked, because a strict reference set lacks it,
-    stays revoked. The exit code is 1 if something could not be mended: the log says why.
+    stays revoked. The exit code is 1 if something could not be mended: stderr says why.
     """
     ask(
-        place, f"Repair the keys that begin with {safe(place.prefix)}: ? Keys that are not of this library are removed."
+        place,
+        f"Repair the keys that begin with '{safe(place.prefix)}:', and remove those that are not of this library?",
     )
     done = "What was found is mended. Run it again."
     found = await _findings(place, place.store.maintenance.repair, "repairing", done)
@@ -132,7 +133,9 @@ def _line(finding: Finding) -> dict[str, Any]:
 
 
 @command("reindex", "rss reindex")
-@click.option("--forget", multiple=True, metavar="REFERENCE", help="No application has this reference any more.")
+@click.option(
+    "--forget", multiple=True, metavar="REFERENCE", help="Forget this reference, because no store has it any more."
+)
 async def reindex(place: Place, forget: tuple[str, ...]) -> int:
     """Complete the sets of references that are incomplete, because some processes lacked them for a while.
 
@@ -163,21 +166,28 @@ async def doctor(place: Place) -> int:
     of its own, and removes that. It measures the latency, and says which references are incomplete. The exit code is 1
     if a line is an error.
     """
-    lines = [line async for line in doctors.examine(place.store, place.url)]
-    if place.output.as_json:
-        for line in lines:
-            place.output.document(line._asdict())
-    else:
-        colors = {"ok": "green", "warning": "yellow", "error": "red"}
-        rows = ((Text(one.level, colors[one.level]), one.what, one.sentence) for one in lines)
-        place.output.table("", ["", "examined", "result"], rows)
+    lines = list[doctors.Line]()
+    try:
+        async for line in doctors.examine(place.store, place.url, events=place.held.events):
+            lines.append(line)
+            if place.output.as_json:
+                place.output.document(line._asdict())
+    finally:  # It ends early if Redis does not answer any more.
+        if not place.output.as_json:
+            colors = {"ok": "green", "warning": "yellow", "error": "red"}
+            rows = ((Text(one.level, colors[one.level]), one.what, one.sentence) for one in lines)
+            place.output.table("", ["", "examined", "result"], rows)
     return 1 if any(line.level == "error" for line in lines) else 0
 
 
 @command("copy", "rss copy --to redis+cluster://10.0.0.5:6379", asks=True)
 @click.option("--to", required=True, metavar="URL", help="The Redis or Redis Cluster to move the sessions to.")
 @click.option(
-    "--partitions", type=click.IntRange(1, 4096), default=64, show_default=True, help="For a prefix that is new there."
+    "--partitions",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    help="Their number, if the prefix is new there.",
 )
 async def copy(place: Place, to: str, partitions: int) -> int:
     """Move all sessions to another Redis or Redis Cluster, under the same prefix.
@@ -189,11 +199,14 @@ async def copy(place: Place, to: str, partitions: int) -> int:
     store, target = place.store, client_for(to)
     progress = Progress(0, 0)
     try:
-        here, held = await read_meta(place.client, place.prefix), await read_meta(target, place.prefix)
-        if held and (set(held.references) != set(store.fields.references) or held.identity or not held.partitions):
-            raise Refusal(
-                "the stores there have other references, no partitions, or all sessions of an identity in one partition"
-            )
+        here, held = place.held, await read_meta(target, place.prefix)
+        if held and set(held.references) != set(store.fields.references):
+            raise Refusal("the stores there have other references")
+        if held and not held.partitions:
+            raise Refusal("the stores there have no partitions. Is it the Redis from which the sessions move?")
+        if held and held.identity:
+            raise Refusal("the stores there need partition_by_identity=False, because sessions keep their ids")
+        last = held or here
         ask(place, "Move all sessions, so that they are no longer where they are now?")
         moving: MovingStore[dict[str, Any]] = MovingStore(
             target,
@@ -202,8 +215,10 @@ async def copy(place: Place, to: str, partitions: int) -> int:
             prefix=place.prefix,
             partitions=held.partitions if held else partitions,
             partition_by_identity=False,
+            max_age=last.max_age / 1000,
+            max_lifetime=last.max_lifetime / 1000 or None,
             codec=store.fields.codec,
-            events=any(one.events for one in (here, held) if one),
+            events=here.events or last.events,
         )
 
         def note(now: Progress) -> None:

@@ -20,6 +20,8 @@ async def watch(place: Place, reason: str | None) -> int:
     The stores of the applications must have events=True. A gap means that some events may be missing, because the
     connection was lost. Expired sessions are shown when a sweep finds them.
     """
+    if not place.held.events:
+        place.output.note("No store with this prefix publishes events: give the stores events=True.")
     async with place.store.events() as events:
         place.output.note("Watching. Ctrl-C ends this.")
         async for event in events:
@@ -34,5 +36,5 @@ def _line(event: Event, *, as_json: bool) -> str:
         return json.dumps({"time": now, **dataclasses.asdict(event)}, default=str)
     identity = "" if event.identity is None else f"of {safe(event.identity)}"
     parts = (event.session_id, event.new_id and f"-> {event.new_id}", event.field and f"{event.field}={event.value}")
-    words = [f"{event.kind:<8}", *filter(None, map(safe, parts)), identity, event.reason]
+    words = [f"{event.kind:<8}", *filter(None, map(safe, parts)), identity, safe(event.reason)]
     return " ".join([now, *filter(None, words)])

@@ -14,7 +14,7 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 from rss.engine.call import Call
 from rss.engine.cluster import Cluster
 from rss.engine.coalesce import Operation, durable
-from rss.engine.failures import code_of
+from rss.engine.failures import code_of, tls_reason
 from rss.engine.observed import ObservedCall, guarded
 from rss.engine.scripts import Scripts
 from rss.engine.servers import OneServer, SentinelServer
@@ -164,7 +164,9 @@ class Engine:
             # If a server answered with an error, the first call reports it, or waits.
             if code_of(error) or isinstance(error, redis.exceptions.ResponseError):
                 return
-            why = f"cannot connect to Redis at {_address(self._client)}: is it running, and is the address right?"
+            reason = tls_reason(error)
+            advice = f"TLS failed: {reason}" if reason else "is it running, and is the address right?"
+            why = f"cannot connect to Redis at {_address(self._client)}: {advice}"
             raise StoreUnavailable(why) from error
         channel.close()
 

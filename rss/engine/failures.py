@@ -1,6 +1,7 @@
 """Convert errors of Redis to errors of this library, and decide which of them are worth a retry."""
 
 import re
+import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
@@ -54,6 +55,11 @@ _WORDS: Final = {
     "max number of clients": "MAXCLIENTS",
     "non local key": LATER,
     "undeclared keys were accessed": LATER,  # Redis 8, if a command of a script has several keys.
+}
+# What an operator can mend, whose text holds no key.
+_MISTAKES: Final = {
+    "DB index": "this Redis has no database of that number",
+    "cluster support disabled": "this Redis is not a Redis Cluster: give the store a Redis",
 }
 _FORBIDDEN: Final = re.compile(r"^NOPERM|ACL failure|has no permissions|can't run this command")
 _COMMAND: Final = re.compile(r"'([\w|]+)' command")
@@ -114,7 +120,8 @@ def error_for(error: BaseException) -> Exception | None:
         what = f"the command {command[1]}" if command else "a command or a key of the scripts"
         words = f"this user of Redis has no permission for {what}: see the ACL rule in the guide to the store"
     else:
-        words = "Redis refused the operation: the cause says why"
+        known = (words for part, words in _MISTAKES.items() if part in text)
+        words = next(known, "Redis refused the operation: the cause says why")
     return with_cause(SessionError(words), error)
 
 
@@ -132,6 +139,13 @@ def failure_of(error: BaseException) -> Exception:
     if isinstance(error, SessionError) or code_of(error) or isinstance(error, redis.exceptions.ResponseError):
         return final_error_for(error)
     return with_cause(StoreUnavailable("Redis does not answer"), error)
+
+
+def tls_reason(error: BaseException | None) -> str:
+    """Return why TLS failed, given an error of a connection. Return "" if it was something else."""
+    while error and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return str(getattr(error, "verify_message", "") or getattr(error, "reason", "") or "") if error else ""
 
 
 def with_cause(error: _E, cause: BaseException | None) -> _E:

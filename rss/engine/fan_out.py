@@ -107,7 +107,7 @@ class FanOut:
         with self._operations.incompleteness(field, partitions[0]) as incomplete:
             sizes = await asyncio.gather(*(self._operations.count_by(field, value, p) for p in partitions))
             if await incomplete:
-                raise IncompleteReference(field)
+                raise IncompleteReference(field, found=sum(sizes))
         return sum(sizes)
 
     async def blocked(self, field: str, value: object) -> int:

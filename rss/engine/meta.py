@@ -102,7 +102,9 @@ async def open_store(layout: Layout, description: Mapping[str, str], master_of: 
             name, _, held = rest.partition(" ")
             none = "no" if name == "partitions" else "none"
             raise SessionError(_OTHER[name].format(held or none, own[name] or none)) from None
-        added, missing = ([name.decode() for name in names] for names in reply)
+        added, missing = ([name.decode() for name in names] for names in reply[:2])
+        if reply[2]:
+            _logger.warning("no events are published, because this user of Redis may not: see the guide to the store")
         for names, kind in ((added, NEW), (missing, LACKED)):
             if names:
                 await mark(layout, names, kind, master_of)
@@ -113,9 +115,14 @@ async def open_store(layout: Layout, description: Mapping[str, str], master_of: 
             _logger.warning("the references %s are %s: reindex when all processes have the same ones", names, text)
 
 
-def describe(references: Mapping[str, Reference], *, json: bool, events: bool) -> dict[str, str]:
-    """Return fields of the meta key: what a program must know to read, end or repair the sessions of a store."""
-    fields = {"events": "yes" if events else "no"}
+def describe(
+    references: Mapping[str, Reference], *, json: bool, events: bool, max_age: int, max_lifetime: int
+) -> dict[str, str]:
+    """Return fields of the meta key: what a program must know to read, end or repair the sessions of a store.
+
+    *max_age*, *max_lifetime*: milliseconds. 0: there is no maximum.
+    """
+    fields = {"events": "yes" if events else "no", "max_age": str(max_age), "max_lifetime": str(max_lifetime)}
     for name, reference in references.items():
         words = ["json" if json else "text"]
         words += [word for word in ("strict", "identity") if getattr(reference, word)]
@@ -133,10 +140,14 @@ class Held(NamedTuple):
     identity: str | None
     #: The references, with the options that this module knows.
     references: dict[str, Reference]
+    #: Milliseconds until a session expires that is not renewed.
+    max_age: int
+    #: The longest life of a session in milliseconds. 0: there is none.
+    max_lifetime: int
     #: Whether the store publishes events.
     events: bool
     #: Whether the values of references are JSON. False: they are texts. None: a version of this library that did not
-    #: write the options was the last to open a store, so it is not known which references are strict either.
+    #: write all of this was the last to open a store, so it is not known which references are strict either.
     json: bool | None
 
 
@@ -155,8 +166,10 @@ async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
         int(partitions) if partitions else None,
         identity,
         {name: Reference(strict="strict" in one, identity="identity" in one) for name, one in words.items()},
+        int(held.get("max_age", 0)),
+        int(held.get("max_lifetime", 0)),
         held.get("events") == "yes",
-        None if not all(words.values()) else not any("text" in one for one in words.values()),
+        not any("text" in one for one in words.values()) if all(words.values()) and "max_age" in held else None,
     )
 
 

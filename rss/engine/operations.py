@@ -282,7 +282,7 @@ class Operations:
         parts = {operation.script: operation.parts for operation in ALL}
         self.scripts: Scripts = Scripts(lua, parts, partitioned=isinstance(layout, Partitioned))
         #: The engine that runs the scripts.
-        description = describe(fields.references, json=json, events=events)
+        description = describe(fields.references, json=json, events=events, max_age=max_age, max_lifetime=max_lifetime)
         self.engine: Engine = Engine(client, self.scripts, layout, description, timeout, observe=observe)
 
     def get(

@@ -207,6 +207,9 @@ async def test_a_certificate_that_is_not_trusted(url: str, admin: Redis, certifi
             await store.touch("a")
         assert "certificate" in str(raised.value.__cause__)
         await store.aclose()
+        with pytest.raises(StoreUnavailable, match="TLS failed: .*certificate"):
+            async with store:
+                pass
 
 
 async def test_pushes_are_ignored(url: str, admin: Redis) -> None:
