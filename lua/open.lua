@@ -8,15 +8,15 @@
               reference, with its options in words, and "moving" if sessions move to this store from one without
               partitions
 
-  Returns the names of the references that the stores before it lacked; the names of those that it lacks; and whether
-  it has events but may not publish them, 1 or 0; or
+  Returns two lists: the names of the references that the stores before it lacked, and of those that it lacks; then 1
+  if it has events but may not publish them; or
     RSSOTHER name held
                       if the format, the number of partitions or the identity was another one
 
   If the meta key does not exist, the prefix is new. Then the store lacks nothing, and nor did any store before it.
   Other values are written anew if they differ: those of the last store to open are kept.
 ]]
-local meta, held, wanted, own, reply = KEYS[1], {}, {}, {}, { {}, {}, 0 }
+local meta, held, wanted, own, reply = KEYS[1], {}, {}, {}, { {}, {} }
 local with_partitions = ARGV[2] ~= ""
 local new, fields = redis.call("EXISTS", meta) == 0, redis.call("HGETALL", meta)
 for i = 1, #fields, 2 do held[fields[i]] = fields[i + 1] end

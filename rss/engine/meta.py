@@ -103,7 +103,7 @@ async def open_store(layout: Layout, description: Mapping[str, str], master_of: 
             none = "no" if name == "partitions" else "none"
             raise SessionError(_OTHER[name].format(held or none, own[name] or none)) from None
         added, missing = ([name.decode() for name in names] for names in reply[:2])
-        if reply[2]:
+        if len(reply) > 2:
             _logger.warning("no events are published, because this user of Redis may not: see the guide to the store")
         for names, kind in ((added, NEW), (missing, LACKED)):
             if names:
