@@ -36,7 +36,6 @@ local function arrive()
   if copy then
     local other = copy.held[5 + references]
     if other ~= copied and other ~= replaces and replaces ~= "any" then return other end
-    discard(copy)
   end
 
   local before, after = described(there, first - 2), described(first, last)
@@ -45,13 +44,15 @@ local function arrive()
     sets[n] = sets_in(after, n)
     for _, set in ipairs(sets_in(before, n)) do arrives[fence_of(set)] = true end
   end
-  local session = { key = name, held = { string.sub(name, #session_stem + 1, -1 - #ending) } }
+  -- A copy that was here stays in its sets, or a delete_by_ref that works through one would take it for a new session.
+  local session = copy or { key = name, held = { string.sub(name, #session_stem + 1, -1 - #ending) } }
+  session.held[3] = nil
   local plan = plan_move(session, session.held[1], 0)
   if plan.err then return plan end
 
   local ttl = lifetime(session, tonumber(lives))
   enter(plan, session, name, ttl)
-  redis.call("UNLINK", name) -- A key that is neither a session nor a tombstone.
+  redis.call("UNLINK", name) -- The old copy, or a key that is neither a session nor a tombstone.
   session.held[3] = now
   redis.call("HSET", name, "id", session.held[1], "_arriving", copied, "_created", now)
   spread("HSET", name, ARGV, first, last)

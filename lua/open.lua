@@ -8,15 +8,14 @@
               reference, with its options in words, and "moving" if sessions move to this store from one without
               partitions
 
-  Returns two lists: the names of the references that the stores before it lacked, and of those that it lacks; then 1
-  if it has events but may not publish them; or
+  Returns two lists: the names of the references that the stores before it lacked, and of those that it lacks; or
     RSSOTHER name held
                       if the format, the number of partitions or the identity was another one
 
   If the meta key does not exist, the prefix is new. Then the store lacks nothing, and nor did any store before it.
   Other values are written anew if they differ: those of the last store to open are kept.
 ]]
-local meta, held, wanted, own, reply = KEYS[1], {}, {}, {}, { {}, {} }
+local meta, held, wanted, own, lists = KEYS[1], {}, {}, {}, { {}, {} }
 local with_partitions = ARGV[2] ~= ""
 local new, fields = redis.call("EXISTS", meta) == 0, redis.call("HGETALL", meta)
 for i = 1, #fields, 2 do held[fields[i]] = fields[i + 1] end
@@ -27,7 +26,7 @@ local function want(name, value)
 end
 
 -- Sessions may move from a store without partitions to one with them. Until all have moved, both may open.
-for i = 4, #ARGV, 2 do own[ARGV[i]] = ARGV[i + 1] end
+for i = 4, #ARGV, 2 do own[ARGV[i]] = true end
 local moving = own.moving or held.moving
 for i, name in ipairs({ "format", "partitions", "identity" }) do
   local missing, differs = not held[name] and ARGV[i] ~= "", (held[name] or "") ~= ARGV[i]
@@ -42,23 +41,14 @@ for i = 4, #ARGV, 2 do
   local name, value = ARGV[i], ARGV[i + 1]
   local field = string.match(name, "^reference:(.*)")
   if field and not new and not held[name] then
-    table.insert(reply[1], field)
+    table.insert(lists[1], field)
   elseif held[name] ~= value then
     want(name, value)
   end
 end
 for name in pairs(held) do
   local field = string.match(name, "^reference:(.*)")
-  if field and not own[name] then table.insert(reply[2], field) end
-end
-
--- The other scripts ignore that they may not publish, because their writes are done. Redis 6.2 has no SPUBLISH.
-if own.events == "yes" then
-  local sent = redis.pcall(with_partitions and "SPUBLISH" or "PUBLISH", meta, "")
-  if with_partitions and type(sent) == "table" and string.find(sent.err, "[Uu]nknown") then
-    sent = redis.pcall("PUBLISH", meta, "")
-  end
-  if type(sent) == "table" then reply[3] = 1 end
+  if field and not own[name] then table.insert(lists[2], field) end
 end
 
 -- A full server refuses only the first write of a script, and never HDEL.
@@ -66,4 +56,4 @@ if wanted[1] then
   redis.call("HDEL", meta, "")
   redis.call("HSET", meta, unpack(wanted))
 end
-return reply
+return lists

@@ -15,7 +15,8 @@
     RSSENDED reason   if it was ended, even by this call, while delete_by_ref works through one of its sets
 
   The tombstone keeps the reply for a second run, also of a call with another copy under the same id: `_to`, the id of
-  the copy; `_copy`, its name; `_ttl`; the changed fields; and `_gone:<field>` for each field that is gone.
+  the copy; `_copy`, its name; `_expires`, the time in milliseconds at which the session would have expired; the changed
+  fields; and `_gone:<field>` for each field that is gone.
 ]]
 
 -- Return what has changed since the copy ARGV[first] to ARGV[last]: field, value, ...; then the fields that are gone.
@@ -42,11 +43,12 @@ end
 -- Return the reply of the first run from the tombstone. Falsy if another call made the tombstone.
 local function replied(name, id)
   local noted, ttl, copy, values, gone = redis.call("HGETALL", name), nil, nil, {}, {}
+  clock()
   for i = 1, #noted, 2 do
     local field, value = noted[i], noted[i + 1]
     if field == "_to" and value ~= id then return nil end
-    if field == "_ttl" then
-      ttl = tonumber(value)
+    if field == "_expires" then
+      ttl = math.max(1, value - now)
     elseif field == "_copy" then
       copy = value
     elseif string.sub(field, 1, 6) == "_gone:" then
@@ -80,7 +82,7 @@ local function retire()
   if failed then return failed end
   session.moves = true
   bury(session, "rotated")
-  redis.call("HSET", name, "_to", id, "_copy", copy, "_ttl", session.ttl)
+  redis.call("HSET", name, "_to", id, "_copy", copy, "_expires", now + session.ttl)
   spread("HSET", name, values, 1, #values)
   for i = 1, #gone do redis.call("HSET", name, "_gone:" .. gone[i], "") end
   if tell then tell("rotated", session.held[1], id) end

@@ -124,7 +124,7 @@ class IncompleteReference(SessionError):
     field: str
     #: The number of sessions that `delete_by` or `block` ended.
     ended: int
-    #: The number of sessions that `ids_by` or `count_by` found.
+    #: The number of sessions that `ids_by` or `count_by` found; of `count_by` with *exact* False, the number of ids.
     found: int
 
     def __init__(self, field: str, ended: int = 0, found: int = 0) -> None:

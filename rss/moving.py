@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, Final, Literal, NamedTuple, Unpack
 
 from redis.asyncio import Redis, RedisCluster
@@ -13,7 +13,15 @@ from rss.engine.failures import with_cause
 from rss.engine.fan_out import FanOut
 from rss.engine.operations import TOMBSTONE, Copy, MaxAge, Operations, Read, Renewal, Retired, Rotated, Taken
 from rss.engine.scan import scan
-from rss.errors import Conflict, IncompleteReference, PartlyDone, SessionEnded, SessionNotFound, StoreUnavailable
+from rss.errors import (
+    Conflict,
+    IncompleteReference,
+    PartlyDone,
+    SessionEnded,
+    SessionError,
+    SessionNotFound,
+    StoreUnavailable,
+)
 from rss.fields import Encoded
 from rss.keys import Partitioned
 from rss.store import S, SessionStore, StoreOptions
@@ -33,8 +41,12 @@ class MovingStore(SessionStore[S]):
     """A store whose sessions come from another one, *source*, which applications have used until now.
 
     Each operation on a session moves the session first, if it is still at the source. Operations on a reference look at
-    both. For a process that still uses the source itself, a session that has moved has ended. When there is none any
-    more, `move_all` moves the rest. Then the processes change to a plain `SessionStore`, one after the other.
+    both. For a process that still uses the source itself, a session that has moved has ended. When no process uses the
+    source itself any more, call `move_all`: it moves the rest. Then the processes change to a plain `SessionStore`, one
+    after the other.
+
+    If a process dies while it moves a session, the next operation on the session completes the move. If there is none
+    within five minutes, the session is lost.
 
     The source and this store must have the same references and codec. This store must have partitions, on one Redis
     too. Sessions keep their ids, so if there are several partitions, it must have `partition_by_identity=False`. Grace
@@ -69,17 +81,16 @@ class MovingStore(SessionStore[S]):
 
         Call this when no process uses the source itself any more. It may be stopped and called again.
 
-        Raises `StoreUnavailable` if a server does not answer.
+        Raises `StoreUnavailable` if a server does not answer. Raises `SessionError` at the end if some sessions could
+        not move, for example because a key of the target holds another type of data.
         """
-        progress, waiting = Progress(0, 0), list[str]()
+        progress, waiting, failures = Progress(0, 0), list[str](), list[SessionError]()
         layout = self._source.operations.layout
 
         async def move() -> None:
             nonlocal progress
             moved = await asyncio.gather(*map(self._moving.bring, waiting), return_exceptions=True)
-            for outcome in moved:
-                if isinstance(outcome, BaseException) and not isinstance(outcome, SessionNotFound):
-                    raise outcome
+            failures.extend(_failures(moved))
             progress = Progress(progress.seen + len(moved), progress.moved + sum(one is True for one in moved))
             waiting.clear()
             report(progress)
@@ -87,13 +98,15 @@ class MovingStore(SessionStore[S]):
         async with aclosing(scan(self._source.operations.engine.servers, layout, "hash")) as pages:
             async for page in pages:
                 for name in page.names:
-                    parsed = layout.parse(name.decode(errors="replace"))  # No key of the store is not UTF-8.
+                    parsed = layout.parse(name.decode(errors="replace"))  # All keys of the store are UTF-8.
                     if parsed.kind == "session":
                         waiting.append(parsed.name)
                         if len(waiting) == _AT_ONCE:
                             await move()
         if waiting:
             await move()
+        if failures:
+            raise SessionError(f"{len(failures):,} sessions could not move; the cause is that of one") from failures[0]
         return progress
 
     async def wait_ended(self, session_id: str) -> str:
@@ -103,6 +116,18 @@ class MovingStore(SessionStore[S]):
         except SessionEnded as error:
             return error.reason
         return await super().wait_ended(session_id)
+
+
+def _failures(outcomes: Sequence[bool | BaseException]) -> list[SessionError]:
+    """Return the errors that are about one session. Raise another one, such as that a server does not answer."""
+    failures = list[SessionError]()
+    for outcome in outcomes:
+        if isinstance(outcome, bool | SessionNotFound):
+            continue
+        if isinstance(outcome, StoreUnavailable) or not isinstance(outcome, SessionError):
+            raise outcome
+        failures.append(outcome)
+    return failures
 
 
 class _MovingOperations(Operations):
@@ -126,7 +151,7 @@ class _MovingOperations(Operations):
         with self.source.several(), self._target.several():
             for tries in itertools.count(1):
                 # A session must not stay half moved because its caller is cancelled.
-                outcome = await asyncio.shield(self._try(session_id, replaces, deadline))
+                outcome = await asyncio.shield(self._try(session_id, replaces))
                 if isinstance(outcome, bool):
                     return outcome
                 replaces = outcome
@@ -135,7 +160,7 @@ class _MovingOperations(Operations):
                 await asyncio.sleep(backoff(tries))
         raise StoreUnavailable("other calls changed or moved the session all the time: it could not move")
 
-    async def _try(self, session_id: str, replaces: str, deadline: float) -> bool | str:
+    async def _try(self, session_id: str, replaces: str) -> bool | str:
         """Move a session, and return whether it was at the source.
 
         Return a text if it must be tried again: the name of a copy that the next try may replace, or "". The next try
@@ -153,7 +178,7 @@ class _MovingOperations(Operations):
                     if other:
                         return other
                 retired = await self.source.retire(session_id, session_id, copy)
-                return await self._confirm(session_id, retired, copy, deadline) if retired else copy.name
+                return await self._confirm(session_id, retired, copy) if retired else copy.name
             except Conflict:  # It has moved already.
                 return False
             except SessionNotFound as error:
@@ -162,10 +187,10 @@ class _MovingOperations(Operations):
                     raise
                 return False
 
-    async def _confirm(self, session_id: str, retired: Retired, copy: Copy, deadline: float) -> bool | str:
+    async def _confirm(self, session_id: str, retired: Retired, copy: Copy) -> bool | str:
         """Complete a move. Return what `_try` returns."""
         try:
-            await self._target.confirm(session_id, str(retired.ttl), retired, copy, deadline=deadline)
+            await self._target.confirm(session_id, str(retired.ttl), retired, copy, lives=TOMBSTONE)
         except Conflict:  # The call that has ended it must write its copy again.
             return ""
         except SessionNotFound:  # It has moved already, and has ended or expired since.
@@ -224,10 +249,8 @@ class _MovingOperations(Operations):
             await self.bring(session_id)
         except SessionEnded:
             return False
-        ended = await self._target.delete(session_id, reason, expected, replicas=replicas)
-        if ended:
-            await self._end_there(session_id, reason)
-        return ended
+        await self._end_there(session_id, reason)
+        return await self._target.delete(session_id, reason, expected, replicas=replicas)
 
     async def rotate(
         self,
@@ -241,12 +264,14 @@ class _MovingOperations(Operations):
     ) -> Rotated:
         """Give a session a new id."""
         await self.bring(session_id)
-        rotated = await self._target.rotate(session_id, mint, values, max_age, grace=grace, replicas=replicas)
         await self._end_there(session_id, "rotated")
-        return rotated
+        return await self._target.rotate(session_id, mint, values, max_age, grace=grace, replicas=replicas)
 
     async def _end_there(self, session_id: str, reason: str) -> None:
-        """End a session at the source too. A replica that took over there may not know that it has moved."""
+        """End a session that has moved at the source too. First: if the source does not answer, nothing is done.
+
+        After a failover of the source, its new master may still hold the session, and it would move again.
+        """
         await self.source.delete(session_id, reason)
 
 
@@ -263,16 +288,25 @@ class _Both(FanOut):
         self, field: str, value: object, fields: Sequence[str] | None, *, begun: bool
     ) -> AsyncGenerator[list[bytes]]:
         """Iterate over the sessions with a value. One that moves meanwhile may come twice."""
+        failure = None
         for one in (self._source, self._target):
-            async for pairs in one.find(field, value, fields, begun=begun):
-                yield pairs
+            try:
+                async for pairs in one.find(field, value, fields, begun=begun):
+                    yield pairs
+            except IncompleteReference as error:  # The other store may have more.
+                failure = error
+        if failure:
+            raise failure
 
     async def delete(self, field: str, value: object, *, keep: Mapping[int, Sequence[str]], **options: Any) -> int:
         """End the sessions with a value, except those to keep, which move first."""
         required, first = options.pop("required"), 0
         for session_id in (session_id for ids in keep.values() for session_id in ids):
-            with suppress(*(() if required else (SessionNotFound,))):
+            try:
                 await self._moving.bring(session_id)
+            except SessionNotFound:
+                if required:
+                    raise
         if required:  # It may raise that nothing is to end.
             first = await self._target.delete(field, value, keep=keep, required=True, **options)
         here = await _ended(self._source.delete(field, value, keep={}, required=False, **options))
@@ -291,7 +325,15 @@ class _Both(FanOut):
 
     async def count(self, field: str, value: object) -> int:
         """Return the number of ids in the sets of a value."""
-        return await self._source.count(field, value) + await self._target.count(field, value)
+        found, failure = 0, None
+        for one in (self._source, self._target):
+            try:
+                found += await one.count(field, value)
+            except IncompleteReference as error:
+                found, failure = found + error.found, error
+        if failure:
+            raise with_cause(IncompleteReference(field, found=found), failure)
+        return found
 
     async def blocked(self, field: str, value: object) -> int:
         """Return the milliseconds until the block of a value ends. Return 0 if it is not blocked."""
@@ -315,5 +357,5 @@ async def _ended(deleting: Awaitable[int]) -> _Ended:
         return _Ended(await deleting, None)
     except (IncompleteReference, PartlyDone) as error:
         return _Ended(error.ended, error)
-    except StoreUnavailable as error:  # A store without partitions raises this one.
+    except StoreUnavailable as error:  # A store with one partition does not raise PartlyDone.
         return _Ended(0, with_cause(PartlyDone(0, 1, 1), error))

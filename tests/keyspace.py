@@ -168,7 +168,7 @@ class Keyspace:
                     assert int(fields.pop("_created")) > 0
                     assert int(fields.pop("_max_age", "1")) > 0
                 if fields.get("_ended") == "rotated" and "_to" in fields:  # It has moved to another partition.
-                    assert int(fields.pop("_ttl")) > 0
+                    assert int(fields.pop("_expires")) > 0
                     fields = {"_ended": "rotated"}
                 found[name] = fields
             elif kind == "set":

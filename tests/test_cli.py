@@ -208,13 +208,18 @@ async def test_revoke(place: Place) -> None:
     await place.rss("revoke", "--id", ids[0], expect=1)
 
 
+@on_both
 async def test_a_session_to_keep_that_is_not_alive(place: Place) -> None:
     """`revoke --keep` ends nothing if a session to keep is not alive: its id may be mistyped."""
     ids = await fill(place.store, 3, user_id=7)
     for keep in (["mistyped"], [ids[0], "mistyped"]):
         result = await place.rss("revoke", "user_id=7", "--yes", *(f"--keep={one}" for one in keep), expect=1)
-        assert result.err == "A session to keep is not alive. Nothing was ended.\n"
+        assert result.err == "The session mistyped of --keep is not alive. Nothing was ended.\n"
     assert await place.store.count_by("user_id", 7) == 3
+    args = ["revoke", "user_id=7", f"--keep={ids[0]}", "--url", place.url, "--prefix", place.prefix]
+    assert (await asyncio.to_thread(talk, args, "End about 2 sessions with user_id=7?", b"y\n"))[0] == 0
+    assert await place.store.ids_by("user_id", 7) == ids[:1]
+    assert (await asyncio.to_thread(talk, args, "", b""))[0] == 1  # Nothing is left to end, so it does not ask.
 
 
 @pytest.mark.parametrize("data", ['{"a": 1}', "1.5", "true", "[[1]]", '""', "\udcff"])
@@ -280,10 +285,12 @@ async def test_stats(place: Place) -> None:
         await place.admin.unlink(place.store.get_session_key(one))
     await place.admin.set(f"{place.prefix}:thing", "x", ex=600)
     await place.admin.set(place.store.get_session_key("a-string"), "x", ex=600)
+    for value in ("", "x" * 600):  # No value of a reference.
+        await place.admin.set(place.store.get_reference_key("user_id", "QQQ").replace("QQQ", value), "x", ex=600)
     await place.store.rotate(ids[1], grace="1m")
     await place.admin.sadd((await place.rss("show", ids[30], "--json")).lines[0]["sets"][0], b"\xff")
     [told] = (await place.rss("stats", "--json")).lines
-    assert (told["sessions"], told["tombstones"], told["other"]) == (34, 2, 2)
+    assert (told["sessions"], told["tombstones"], told["other"]) == (34, 2, 4)
     assert told["fences"] > 0
     assert told["references"]["user_id"]["largest"] == [{"value": "7", "ids": 29}, {"value": "8", "ids": 11}]
     assert told["references"]["user_id"]["ids"] == 40
@@ -513,7 +520,7 @@ async def test_the_options_of_references_are_kept(redis_url: str, keyspace: Keys
         async def held() -> Held | None:
             return await held_by(store.operations.layout, store.operations.engine.servers.master_of)
 
-        first = Held("1", None, None, {"a": Reference()}, 28 * 86_400_000, 0, events=False, json=True)
+        first = Held("1", None, None, {"a": Reference()}, 28 * 86_400_000, 0, events=False, json=True, complete=True)
         assert await held() == first
         await admin.hset(meta, "reference:a", "")
         assert "an older version" in (await place.rss("check", expect=2)).err
@@ -668,8 +675,8 @@ def test_the_extra_is_missing() -> None:
 async def test_a_closed_pipe(place: Place) -> None:
     """`rss ls user_id=7 | head -1` ends without an error message."""
     await fill(place.store, 900, user_id=7)
-    for more in ((), ("--json",)):
-        process = command("ls", "user_id=7", *more, "--url", place.url, "--prefix", place.prefix)
+    for more in (("ls", "user_id=7"), ("ls", "user_id=7", "--json"), ("doctor", "--json")):
+        process = command(*more, "--url", place.url, "--prefix", place.prefix)
         assert process.stdout
         assert process.stderr
         process.stdout.readline()
@@ -705,7 +712,7 @@ async def test_watching_what_nobody_publishes(url: str) -> None:
         process.send_signal(signal.SIGINT)
         _, err = await asyncio.to_thread(process.communicate, None, 30)
         assert line.endswith(r"ended    x \x1b[2J\n" + "\n")
-        assert "No store with this prefix publishes events" in err
+        assert "The store that opened last publishes no events" in err
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -841,9 +848,27 @@ async def test_an_interrupted_revoke(url: str) -> None:
             code, err = await interrupt(place, ["revoke", "user_id=7", "--yes"], begun)
         left = await store.count_by("user_id", 7)
         assert code == 130
-        assert err == f"Interrupted. About {left:,} sessions are left: run it again.\n"
+        assert err == f"Interrupted. Of the sessions to end, about {left:,} are left: run it again.\n"
         assert 0 < left < 30_000
         assert "Nothing is wrong" in (await place.rss("check")).err
+        await admin.flushall()
+
+
+async def test_an_interrupted_revoke_of_a_server_that_stops(url: str) -> None:
+    """After a Ctrl-C, the command does not wait long for a server that does not answer."""
+    async with client_of(url) as admin, SessionStore.from_url(url, references=["user_id"]) as store:
+        await admin.flushall()
+        async with SessionStore.from_url(url, references=["user_id"]):
+            await fill(store, 30_000, user_id=7)
+        key = store.get_reference_key("user_id", 7)
+        process = command("revoke", "user_id=7", "--yes", "--url", url)
+        while await admin.scard(key) == 30_000:
+            await asyncio.sleep(0.001)
+        async with stopped(admin):
+            process.send_signal(signal.SIGINT)
+            _, err = await asyncio.to_thread(process.communicate, None, 8)
+        assert process.returncode == 130
+        assert err == "Interrupted. Of the sessions to end, some are left: run it again.\n"
         await admin.flushall()
 
 
@@ -876,6 +901,7 @@ async def test_a_question(place: Place) -> None:
         told = await asyncio.to_thread(talk, args, prompt, answer)
         assert told[0] == code, told
         assert "Traceback" not in told[1]
+        assert ("Nothing was changed." in told[1]) == (code != 0)
         assert await place.store.count_by("user_id", 7) == left
 
 
@@ -1006,7 +1032,7 @@ async def test_the_doctor_of_a_user_without_rights(url: str) -> None:
             lines = {line["what"]: line for line in result.lines}
             assert {line["level"] for line in lines.values() if line["level"] != "ok"} >= {"warning"}
             assert "may not run INFO" in lines["server"]["sentence"]
-            assert "may not run it" in lines["command SCAN"]["sentence"]
+            assert "no permission for the command scan" in lines["command SCAN"]["sentence"]
             assert result.code == code, result
             assert {name for name in lines if lines[name]["level"] == "error"} == what
             assert ("Not tried, because others failed" in result.out) == ("-rename" in rules)
@@ -1039,7 +1065,7 @@ async def test_the_doctor_of_a_user_that_may_not_publish(
                 await store.create()
             assert caplog.text.count("no events are published") == warnings
             result = await asyncio.to_thread(run, "doctor", "--url", user, "--json")
-            assert sum("PUBLISH" in line["what"] for line in result.lines) == warnings
+            assert sum(line["what"] == "events" for line in result.lines) == warnings
         await admin.execute_command("ACL", "DELUSER", "app")
         await admin.flushall()
 
@@ -1054,6 +1080,8 @@ async def test_the_doctor_of_a_full_server() -> None:
         assert result.code == 1, result
         levels = {line["what"]: line["level"] for line in result.lines}
         assert levels["script set_with_refs"] == "error"
+        assert "Not tried, because others failed: get, get_and_renew" in result.out
+        assert "permission" not in result.out
         assert levels["latency"] == "ok"
         assert levels["maxmemory-policy"] == "ok"
 

@@ -157,6 +157,19 @@ async def test_the_other_side_ends_too(store: MovingStore, source: SessionStore,
     await store.get("a")
     async with SessionStore(there, references=["user_id"]):
         pass  # A store without the reference "ip" makes it incomplete.
+    found = list[str]()
+
+    async def find() -> None:
+        async for session in store.find_by("ip", "x"):
+            found.append(session["id"])
+
+    with pytest.raises(IncompleteReference):
+        await find()
+    assert sorted(found) == ["a", "b", "c"]
+    for exact in (True, False):
+        with pytest.raises(IncompleteReference) as raised:
+            await store.count_by("ip", "x", exact=exact)
+        assert raised.value.found == 3
     with pytest.raises(IncompleteReference) as raised:
         await store.delete_by("ip", "x")
     assert raised.value.ended == 3
@@ -438,6 +451,60 @@ async def test_a_source_that_has_forgotten_the_move(
     await source.set("a", {"user_id": 7})
     await (store.delete("a") if how == "delete" else store.rotate("a", {"user_id": 8}))
     assert await source.get("a") == {}
+
+
+@pytest.mark.parametrize("how", ["delete", "rotate"])
+async def test_a_source_that_is_away_later(
+    store: MovingStore, source: SessionStore, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """If the source does not answer, a session that has moved is neither ended nor rotated, and the call may repeat."""
+
+    async def fail(call: Awaitable[Any]) -> Any:
+        await call
+        raise StoreUnavailable("gone")
+
+    await source.set("a", {"user_id": 7})
+    session = await store.get("a")
+    call = (lambda: store.delete("a")) if how == "delete" else (lambda: store.rotate("a", {"user_id": 8}))
+    run_at(source, monkeypatch, "delete_with_refs", fail)
+    with pytest.raises(StoreUnavailable):
+        await call()
+    assert await store.get("a") == session
+    assert await call()
+    assert await store.get("a") == {}
+
+
+async def test_a_session_that_expires_while_it_moves(
+    store: MovingStore, source: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session whose move is completed later does not live longer for that."""
+
+    async def stop(call: Awaitable[Any]) -> Any:
+        await call
+        raise StoreUnavailable("gone")
+
+    await store.load()
+    await source.set("a", {"user_id": 7}, 1)
+    run_at(source, monkeypatch, "retire_with_refs", stop)
+    with pytest.raises(StoreUnavailable):
+        await store.get("a")
+    await asyncio.sleep(1.1)
+    await store.get("a")
+    assert (await store.ttl("a") or timedelta(0)) < timedelta(milliseconds=100)
+
+
+async def test_a_session_that_cannot_move(store: MovingStore, source: SessionStore, keyspace: Keyspace) -> None:
+    """`move_all` moves the others, and then raises an error."""
+    for n in range(5):
+        await source.set(f"s{n}", {"user_id": n})
+    bad = store.get_reference_keys("user_id", 3)[store.operations.layout.place("s3")[1]]
+    await keyspace.client.set(bad, "x", ex=60)
+    with pytest.raises(SessionError, match="1 sessions could not move") as raised:
+        await store.move_all()
+    assert not isinstance(raised.value, StoreUnavailable)
+    assert [await source.ended(f"s{n}") for n in range(5)] == ["rotated"] * 3 + [None, "rotated"]
+    await keyspace.client.unlink(bad)
+    assert await store.move_all() == Progress(5, 1)
 
 
 async def test_a_full_limit(there: Redis, keyspace: Keyspace) -> None:

@@ -89,7 +89,7 @@ def cli() -> None:
 
 @dataclass
 class Place:
-    """The store and the output of a command. *yes*: do not ask for confirmation. *held*: its meta key."""
+    """The store and the output of a command. *yes*: do not ask for confirmation. *held*: what its meta key says."""
 
     store: Store
     client: Client

@@ -6,7 +6,7 @@ import secrets
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,13 +14,13 @@ import redis.exceptions
 from redis.asyncio.connection import AbstractConnection
 
 from rss.cli.opening import Store
+from rss.engine.failures import final_error_for
 from rss.engine.lane import Node
 from rss.engine.line import line_to
-from rss.engine.meta import ask, connected
+from rss.engine.meta import ask, connected, may_publish
 from rss.engine.operations import Copy, Position
 from rss.engine.scripts import pack
 from rss.errors import IncompleteReference, SessionError, SessionNotFound, StoreUnavailable
-from rss.keys import Partitioned
 
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _CALLS: Final = 20
@@ -39,7 +39,7 @@ class Line(NamedTuple):
     sentence: str
 
 
-async def examine(store: Store, url: str, *, events: bool) -> AsyncIterator[Line]:
+async def examine(store: Store, url: str, *, events: bool) -> AsyncGenerator[Line]:
     """Iterate over all lines. *events*: whether the stores publish events."""
     yield _transport(url)
     yield _distribution()
@@ -144,9 +144,9 @@ async def _lazy_expiry(connection: AbstractConnection) -> Line:
 async def _commands(store: Store, connection: AbstractConnection, *, events: bool) -> list[Line]:
     """Try the plain commands that some methods need. *events*: whether the stores publish events."""
     layout, lines = store.operations.layout, list[Line]()
-    publish = "SPUBLISH" if isinstance(layout, Partitioned) else "PUBLISH"
+    if events and not await may_publish(connection, layout):
+        lines.append(Line("warning", "events", "No events are published: this user may not publish to the channels."))
     for command, needing in (
-        *(((publish, layout.meta, ""), "events"),) * events,
         (("SCAN", "0", "MATCH", f"{layout.prefix}:*", "COUNT", "1"), "check, repair, reindex, sweep, stats and copy"),
         (("DBSIZE",), "check, repair, reindex, sweep, stats and copy"),
         (("HKEYS", layout.meta), "reindex"),
@@ -160,10 +160,9 @@ async def _commands(store: Store, connection: AbstractConnection, *, events: boo
         except redis.exceptions.MovedError:  # The key is on another master.
             continue
         except redis.exceptions.ResponseError as error:
-            if "unknown command" in str(error):  # Redis 6.2 has no SPUBLISH, and needs none.
-                continue
             name = " ".join(command[:2]) if command[0] in ("CLIENT", "MEMORY") else command[0]
-            lines.append(Line("warning", f"command {name}", f"This user may not run it: needed for {needing}."))
+            sentence = _sentence(final_error_for(error))
+            lines.append(Line("warning", f"command {name}", f"{sentence} It is needed for {needing}."))
     return lines
 
 
@@ -174,7 +173,8 @@ async def _scripts(store: Store, node: Node) -> list[Line]:
         return []
     trial, lines, skipped = _Trial(store, partitions), list[Line](), list[str]()
     try:
-        for name, call in trial.calls():
+        calls = trial.calls()
+        for name, call in calls:
             try:
                 await call()
             except IncompleteReference:  # The script has run.
@@ -185,7 +185,7 @@ async def _scripts(store: Store, node: Node) -> list[Line]:
                     continue
                 lines.append(Line("error", f"script {name}", _sentence(error)))
                 if isinstance(error, StoreUnavailable):
-                    break
+                    skipped += [name for name, _ in calls]
         if skipped:
             lines.append(Line("warning", "scripts", f"Not tried, because others failed: {', '.join(skipped)}."))
     finally:
@@ -195,7 +195,7 @@ async def _scripts(store: Store, node: Node) -> list[Line]:
     return lines or [Line("ok", "scripts", "This user may run every script.")]
 
 
-def _sentence(error: SessionError) -> str:
+def _sentence(error: Exception) -> str:
     text = str(error)
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -250,10 +250,10 @@ class _Trial:
     async def _move(self, session_id: str, other: str) -> None:
         """Move the session to another id, as a change of its partition does."""
         copy = Copy.of(session_id, (await self._operations.get(session_id, None)).pairs)
-        await self._operations.arrive(other, copy)
+        await self._operations.arrive(other, copy, lives=60_000)
         retired = await self._operations.retire(session_id, other, copy)
         if retired:
-            await self._operations.confirm(other, "60000", retired, copy)
+            await self._operations.confirm(other, "60000", retired, copy, lives=60_000)
 
     async def clear(self) -> bool:
         """Remove all keys of the trial. Return whether that failed."""

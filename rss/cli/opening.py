@@ -40,7 +40,7 @@ def client_for(url: str) -> Client:
     except (TypeError, ValueError, redis.exceptions.RedisError, redis.exceptions.RedisClusterException):
         raise Refusal(
             "the URL must be redis://host:port/db, rediss://..., unix://path, redis+cluster://host:port or "
-            "redis+sentinel://host:port,host:port/service"
+            "redis+sentinel://host:port,host:port/service, and its options those of redis-py"
         ) from None
     return client
 
@@ -60,13 +60,21 @@ async def read_meta(client: Client, prefix: str) -> Held | None:
         await engine.connect()
         async with asyncio.timeout(store.operations.timeout):
             await engine.servers.ready()
-            return await held_by(store.operations.layout, engine.servers.master_of)
+            held = await held_by(store.operations.layout, engine.servers.master_of)
     except ValueError:
         raise Refusal(f"the key {prefix}:_meta is damaged: another program has written to it") from None
     except (OSError, redis.exceptions.RedisError) as error:
         raise failure_of(error) from error
     finally:
         await store.aclose()
+    if held and held.format != FORMAT:
+        raise Refusal(f"the sessions with the prefix {prefix!r} have a format that this version does not know")
+    if held and not held.complete:
+        raise Refusal(
+            f"the key {prefix}:_meta lacks options or lifetimes, because an older version of redis-session-sets wrote "
+            "it: start the application with this version first"
+        )
+    return held
 
 
 def store_of(client: Client, prefix: str, held: Held, without: Collection[str] = (), *, events: bool = True) -> Store:
@@ -74,13 +82,6 @@ def store_of(client: Client, prefix: str, held: Held, without: Collection[str] =
 
     *without*: references to leave out. *events*: whether to publish events if those stores do.
     """
-    if held.format != FORMAT:
-        raise Refusal(f"the sessions with the prefix {prefix!r} have a format that this version does not know")
-    if held.json is None:
-        raise Refusal(
-            f"the options of the references of {prefix!r} are not known, because an older version of "
-            "redis-session-sets wrote them: start the application with this version first"
-        )
     references = {name: kind for name, kind in held.references.items() if name not in without}
     if sum(kind.identity for kind in references.values()) > 1:  # The identity has changed, and the old one is known.
         references = {name: dataclasses.replace(kind, identity=False) for name, kind in references.items()}

@@ -57,12 +57,13 @@ async def _ids(store: Store, target: tuple[str, str]) -> AsyncGenerator[list[str
     yield ids
 
 
-async def _about(store: Store, target: tuple[str, str]) -> int:
-    """Return about how many sessions have a value. If the reference is incomplete, count those that are found."""
+async def _about(store: Store, target: tuple[str, str], keep: Collection[str]) -> int:
+    """Return about how many sessions with a value would end. If the reference is incomplete, count what is found."""
     try:
-        return await store.count_by(*target, exact=False)
+        number = await store.count_by(*target, exact=False)
     except IncompleteReference as error:
-        return error.found
+        number = error.found
+    return max(0, number - len({*keep}))
 
 
 def _values(store: Store, read: Read) -> dict[str, Any]:
@@ -230,12 +231,13 @@ async def revoke(
         raise Refusal("give either a reference and a value, or --id")
     target = _known(store, target)
     kept = await asyncio.gather(*(store.operations.get(one, []) for one in keep))
-    if any(read.state != b"alive" for read in kept):
-        place.output.note("A session to keep is not alive. Nothing was ended.")
-        return 1
+    for one, read in zip(keep, kept, strict=True):
+        if read.state != b"alive":
+            place.output.note(f"The session {safe(one)} of --keep is not alive. Nothing was ended.")
+            return 1
     await _confirm(place, target, keep)
     delete = store.delete_by(*target, keep=keep, keep_required=bool(keep), reason=reason, block=block, durable=durable)
-    code = await _end(place, target, delete)
+    code = await _end(place, target, delete, keep)
     return 0 if block else code
 
 
@@ -243,16 +245,19 @@ async def _confirm(place: Place, target: tuple[str, str], keep: Collection[str] 
     """Ask before more than one session with a value ends."""
     if place.yes:  # Sessions end at once, and a block begins at once.
         return
+    others = set[str]()
     with suppress(IncompleteReference):
         async with aclosing(_ids(place.store, target)) as pages:
             async for ids in pages:
-                if len({*ids} - {*keep}) > 1:
-                    number = await _about(place.store, target)
-                    ask(place, f"End about {number:,} sessions with {safe('='.join(target))}?")
-                    return
+                others |= {*ids} - {*keep}
+                if len(others) > 1:
+                    break
+    if len(others) > 1:
+        number = await _about(place.store, target, keep)
+        ask(place, f"End about {number:,} sessions with {safe('='.join(target))}?")
 
 
-async def _end(place: Place, target: tuple[str, str], ending: Awaitable[int]) -> int:
+async def _end(place: Place, target: tuple[str, str], ending: Awaitable[int], keep: Collection[str] = ()) -> int:
     """End sessions with a value, and return the exit code. After a Ctrl-C, say how many are left."""
     try:
         return _ended(place, await ending)
@@ -260,8 +265,11 @@ async def _end(place: Place, target: tuple[str, str], ending: Awaitable[int]) ->
         _ended(place, error.ended)
         raise
     except asyncio.CancelledError:
-        left = await _about(place.store, target)
-        place.output.note(f"Interrupted. About {left:,} sessions are left: run it again.")
+        left = "some"
+        with suppress(SessionError, TimeoutError):
+            async with asyncio.timeout(1):  # Redis may have stopped: nobody waits long after a Ctrl-C.
+                left = f"about {await _about(place.store, target, keep):,}"
+        place.output.note(f"Interrupted. Of the sessions to end, {left} are left: run it again.")
         raise
 
 

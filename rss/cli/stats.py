@@ -101,8 +101,8 @@ class Statistics:
                 return await self._look_at_set(parsed)
         except StoreUnavailable:
             raise
-        except SessionError:
-            return "other"  # Its type is wrong: `rss check` says so.
+        except (SessionError, ValueError):
+            return "other"  # Its type or its value is wrong: `rss check` says so.
         return {"own": None, "fence": "fences"}.get(parsed.kind, "other")
 
     async def _look_at_set(self, parsed: Parsed) -> str | None:

@@ -15,6 +15,7 @@ from rss.cli.opening import Refusal, client_for, read_meta
 from rss.cli.output import safe, size
 from rss.cli.stats import Statistics
 from rss.clients import close
+from rss.errors import IncompleteReference, SessionError
 from rss.maintenance import Finding
 from rss.moving import MovingStore, Progress
 
@@ -143,7 +144,13 @@ async def reindex(place: Place, forget: tuple[str, ...]) -> int:
     """
     del forget  # The store was opened without them.
     with place.output.progress("reindexing", "Run it again: it begins anew.") as report:
-        names = await place.store.maintenance.reindex(report)
+        try:
+            names = await place.store.maintenance.reindex(report)
+        except IncompleteReference as error:
+            raise SessionError(
+                f"the reference {error.field!r} is still incomplete, because stores without it keep opening: give all "
+                "processes the same references, and run it again"
+            ) from None
     sentence = f"Complete now: {', '.join(names)}." if names else "Every reference was complete."
     place.output.document({"completed": names}, safe(sentence))
     return 0
@@ -168,10 +175,11 @@ async def doctor(place: Place) -> int:
     """
     lines = list[doctors.Line]()
     try:
-        async for line in doctors.examine(place.store, place.url, events=place.held.events):
-            lines.append(line)
-            if place.output.as_json:
-                place.output.document(line._asdict())
+        async with aclosing(doctors.examine(place.store, place.url, events=place.held.events)) as found:
+            async for line in found:
+                lines.append(line)
+                if place.output.as_json:
+                    place.output.document(line._asdict())
     finally:  # It ends early if Redis does not answer any more.
         if not place.output.as_json:
             colors = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -203,9 +211,11 @@ async def copy(place: Place, to: str, partitions: int) -> int:
         if held and set(held.references) != set(store.fields.references):
             raise Refusal("the stores there have other references")
         if held and not held.partitions:
-            raise Refusal("the stores there have no partitions. Is it the Redis from which the sessions move?")
+            raise Refusal("the stores there have no partitions: is --to the Redis from which the sessions move?")
         if held and held.identity:
             raise Refusal("the stores there need partition_by_identity=False, because sessions keep their ids")
+        if held and held.json != here.json:
+            raise Refusal("the stores there have another codec")
         last = held or here
         ask(place, "Move all sessions, so that they are no longer where they are now?")
         moving: MovingStore[dict[str, Any]] = MovingStore(

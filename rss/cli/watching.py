@@ -21,7 +21,7 @@ async def watch(place: Place, reason: str | None) -> int:
     connection was lost. Expired sessions are shown when a sweep finds them.
     """
     if not place.held.events:
-        place.output.note("No store with this prefix publishes events: give the stores events=True.")
+        place.output.note("The store that opened last publishes no events. Only those with events=True do.")
     async with place.store.events() as events:
         place.output.note("Watching. Ctrl-C ends this.")
         async for event in events:

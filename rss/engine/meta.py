@@ -102,9 +102,9 @@ async def open_store(layout: Layout, description: Mapping[str, str], master_of: 
             name, _, held = rest.partition(" ")
             none = "no" if name == "partitions" else "none"
             raise SessionError(_OTHER[name].format(held or none, own[name] or none)) from None
-        added, missing = ([name.decode() for name in names] for names in reply[:2])
-        if len(reply) > 2:
-            _logger.warning("no events are published, because this user of Redis may not: see the guide to the store")
+        added, missing = ([name.decode() for name in names] for names in reply)
+        if description["events"] == "yes" and not await may_publish(connection, layout):
+            _logger.warning("no events are published: this user of Redis has no permission, see the guide to the store")
         for names, kind in ((added, NEW), (missing, LACKED)):
             if names:
                 await mark(layout, names, kind, master_of)
@@ -113,6 +113,20 @@ async def open_store(layout: Layout, description: Mapping[str, str], master_of: 
     for names, text in ((added, "new"), (missing, "missing in this store")):
         if names:
             _logger.warning("the references %s are %s: reindex when all processes have the same ones", names, text)
+
+
+async def may_publish(connection: AbstractConnection, layout: Layout) -> bool:
+    """Return whether the user of Redis may publish events. The scripts ignore that error, as their writes are done."""
+    for command in ("SPUBLISH", "PUBLISH") if isinstance(layout, Partitioned) else ("PUBLISH",):
+        try:
+            await ask(connection, command, layout.meta, "")
+        except redis.exceptions.NoPermissionError:
+            return False
+        except redis.exceptions.ResponseError as error:
+            if "unknown command" in str(error):  # Redis 6.2 has no SPUBLISH, so the scripts use PUBLISH.
+                continue
+        return True  # Also if another master has the slot: Redis looks at the permissions first.
+    return True
 
 
 def describe(
@@ -144,11 +158,13 @@ class Held(NamedTuple):
     max_age: int
     #: The longest life of a session in milliseconds. 0: there is none.
     max_lifetime: int
-    #: Whether the store publishes events.
+    #: Whether the store that opened last publishes events.
     events: bool
-    #: Whether the values of references are JSON. False: they are texts. None: a version of this library that did not
-    #: write all of this was the last to open a store, so it is not known which references are strict either.
-    json: bool | None
+    #: Whether the values of references are JSON. False: they are texts.
+    json: bool
+    #: Whether the key tells the options of the references and the lifetimes. False: older versions of this library have
+    #: written it.
+    complete: bool
 
 
 async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
@@ -169,7 +185,8 @@ async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
         int(held.get("max_age", 0)),
         int(held.get("max_lifetime", 0)),
         held.get("events") == "yes",
-        not any("text" in one for one in words.values()) if all(words.values()) and "max_age" in held else None,
+        not any("text" in one for one in words.values()),
+        all(words.values()) and int(held.get("max_age", 0)) > 0,
     )
 
 

@@ -141,7 +141,7 @@ class Rotated(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A session that is copied. Empty: it has ended, or is the successor of a session with grace."""
+    """What was read of a session, and what its copy holds. Both are empty if it has ended or its id is in grace."""
 
     #: What was read of it: field, data, ...
     read: Sequence[bytes]
@@ -164,7 +164,7 @@ class Copy(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The same for the same fields, and for no others: two calls may copy one session at different times."""
+        """A hash of the fields that were read. Two calls that read different fields make copies of different names."""
         fields = sorted(zip(self.read[::2], self.read[1::2], strict=True))
         packed = pack(*(part for field in fields for part in field)) if fields else b""
         return blake2b(packed, digest_size=12, usedforsecurity=False).hexdigest()
@@ -429,7 +429,7 @@ class Operations:
                 copy = Copy.of(session_id, (await self.get(session_id, None, begun=True)).pairs, pairs, written)
                 if copy.read:
                     try:
-                        await self.arrive(new, copy)
+                        await self.arrive(new, copy, lives=_ARRIVAL)
                     except Conflict:  # A call with this id was completed, or its copy was ended.
                         new = mint()
                         continue
@@ -445,7 +445,7 @@ class Operations:
                     ttl = str(retired.ttl) if max_age == "keep" else "renew"
                     with suppress(Conflict):  # Another call with this id was faster. Begin anew, and complete its work.
                         confirmed = await self.confirm(
-                            new, ttl, retired, copy, written, deadline=deadline, replicas=replicas
+                            new, ttl, retired, copy, written, lives=_ARRIVAL, replicas=replicas
                         )
                         return Rotated(new, confirmed or retired.ttl)
                 if asyncio.get_running_loop().time() >= deadline:
@@ -455,7 +455,7 @@ class Operations:
                 await asyncio.sleep(backoff(tries))
         raise StoreUnavailable("other calls changed or moved the session all the time: it could not get a new id")
 
-    async def arrive(self, new: str, copy: Copy, replaces: str = "any", *, lives: int = _ARRIVAL) -> str:
+    async def arrive(self, new: str, copy: Copy, replaces: str = "any", *, lives: int) -> str:
         """Write a copy of a session. Return "", or the name of another copy, which stays.
 
         *replaces*: the name of another copy that this one may replace, "" for none, or "any". *lives*: milliseconds
@@ -490,16 +490,20 @@ class Operations:
         copy: Copy,
         written: Container[bytes] = frozenset(),
         *,
-        deadline: float = 0,
+        lives: int,
         replicas: int = 0,
     ) -> int:
         """Complete a copy, and return its TTL in milliseconds. Return 0 if it was evicted already.
 
+        Call this directly after `retire`.
+
         *ttl*: milliseconds, or "renew". *written*: the fields of the rotation, which come after those of `retired`.
-        *deadline*: the loop's time until which the copy may be written again. Later, its tombstone may be gone too.
+        *lives*: as in `arrive`, for a copy that must be written again.
 
         Raises `Conflict` if the session was ended for a copy of another call. That call must write its copy again.
         """
+        # Later than that, a new session with this id may have ended without a trace, and a copy would bring it back.
+        latest = asyncio.get_running_loop().time() + TOMBSTONE / 2000
         changed = zip(retired.values[::2], retired.values[1::2], strict=True)
         values = [part for pair in changed if pair[0] not in written for part in pair]
         gone = [name for name in retired.gone if name not in written]
@@ -514,10 +518,10 @@ class Operations:
             except (Conflict, SessionNotFound):
                 # Another call has put its copy in the place of ours, or a new master lacks ours. What has changed was
                 # noted against our copy, so write it again.
-                late = asyncio.get_running_loop().time() >= deadline
+                late = asyncio.get_running_loop().time() >= latest
                 if late or not left or retired.copy != copy.name.encode():
                     raise
-                await self.arrive(new, copy)
+                await self.arrive(new, copy, lives=lives)
         return 0
 
     def discard(self, new: str, copy: Copy) -> None:
