@@ -15,7 +15,7 @@ import redis.exceptions
 from rss.engine.failures import code_of, failure_of
 from rss.engine.lane import Node, Servers
 from rss.engine.line import Attempts, line_to
-from rss.engine.meta import LACKED, NEW, forget, known_references
+from rss.engine.meta import LACKED, NEW, forget, held_by, known_references
 from rss.engine.operations import Mode, Operations, Position
 from rss.engine.scan import scan
 from rss.engine.scripts import pack
@@ -90,7 +90,7 @@ class Maintenance:
         """Iterate over what is wrong. Change nothing."""
         return self._inspect_all(report, "check")
 
-    def repair(self, report: Report = lambda _: None) -> AsyncGenerator[Finding]:
+    async def repair(self, report: Report = lambda _: None) -> AsyncGenerator[Finding]:
         """Mend what is wrong, and iterate over it.
 
         Sessions are added to the sets that lack them, and stale ids leave. Keys without a TTL get one. Keys that are
@@ -98,8 +98,19 @@ class Maintenance:
         that of this store and a colon. So the prefix must not be shared with another application.
 
         A session is not added to the sets of a strict reference, because it is revoked if they lack it.
+
+        Raises `SessionError` while sessions move to the store: those that have not moved may have the same prefix.
         """
-        return self._inspect_all(report, "mend_and_remove")
+        servers = self._operations.engine.servers
+        held = await _outside(servers, lambda: held_by(self._layout, servers.master_of))
+        if held and held.moving:
+            raise SessionError(
+                "sessions move to this store, and a repair could remove those that have not moved: first let all "
+                "processes use a plain SessionStore"
+            )
+        async with aclosing(self._inspect_all(report, "mend_and_remove")) as findings:
+            async for finding in findings:
+                yield finding
 
     async def sweep(self, report: Report = lambda _: None) -> int:
         """Remove the stale ids from all reference sets, and return their number. Sets without a TTL get one."""

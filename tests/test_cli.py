@@ -520,7 +520,18 @@ async def test_the_options_of_references_are_kept(redis_url: str, keyspace: Keys
         async def held() -> Held | None:
             return await held_by(store.operations.layout, store.operations.engine.servers.master_of)
 
-        first = Held("1", None, None, {"a": Reference()}, 28 * 86_400_000, 0, events=False, json=True, complete=True)
+        first = Held(
+            "1",
+            None,
+            None,
+            {"a": Reference()},
+            28 * 86_400_000,
+            0,
+            events=False,
+            json=True,
+            complete=True,
+            moving=False,
+        )
         assert await held() == first
         await admin.hset(meta, "reference:a", "")
         assert "an older version" in (await place.rss("check", expect=2)).err

@@ -143,8 +143,13 @@ async def test_both_in_one_redis(source: SessionStore, there: Redis) -> None:
     async with MovingStore(there, source=source, **options) as store:
         async with SessionStore(there, references=REFERENCES) as late:
             assert await late.ids_by("user_id", 1) == ["a"]
+        with pytest.raises(SessionError, match="could remove those that have not moved"):
+            await anext(store.maintenance.repair())
+        assert await source.get("a")
         assert await store.move_all() == Progress(1, 1)
     async with SessionStore(there, **options) as plain:
+        assert await plain.ids_by("user_id", 1) == ["a"]
+        assert {found.kind async for found in plain.maintenance.repair()} <= {"stray"}  # The tombstone at the source.
         assert await plain.ids_by("user_id", 1) == ["a"]
     with pytest.raises(SessionError, match="in 64 partitions, not in no"):
         await SessionStore(there, references=REFERENCES).create()

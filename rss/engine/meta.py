@@ -165,6 +165,8 @@ class Held(NamedTuple):
     #: Whether the key tells the options of the references and the lifetimes. False: older versions of this library have
     #: written it.
     complete: bool
+    #: Whether sessions may still move to these stores from one without partitions.
+    moving: bool
 
 
 async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
@@ -187,6 +189,7 @@ async def held_by(layout: Layout, master_of: MasterOf) -> Held | None:
         held.get("events") == "yes",
         not any("text" in one for one in words.values()),
         all(words.values()) and int(held.get("max_age", 0)) > 0,
+        "moving" in held,
     )
 
 
