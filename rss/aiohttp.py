@@ -1,13 +1,12 @@
 """Sessions for aiohttp, including its sub-applications, streams, files and WebSockets."""
 
-import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from rss.session import Session, Sessions, checked
+from rss.session import Session, Sessions, checked, log_refusal
 
 if TYPE_CHECKING:
     from rss.oidc import BackChannelLogout  # It needs the extra [oidc].
@@ -28,8 +27,6 @@ _ERRORS: Final = {
     403: web.HTTPForbidden,
     401: web.HTTPUnauthorized,
 }
-
-_logger = logging.getLogger("rss")
 
 
 def setup(app: web.Application, sessions: Sessions[Any]) -> None:
@@ -96,7 +93,7 @@ async def _attach(request: web.Request, handler: Handler) -> web.StreamResponse:
         status = session.status_for(error)
         if session.sent or status is None:
             raise
-        _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
+        log_refusal(status, error)
         # Raise an error, not return a response: middlewares of the application may render a page for it.
         refused = _ERRORS[status]()
         _add_sessions(refused, request)

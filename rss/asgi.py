@@ -1,6 +1,5 @@
 """Sessions for every ASGI application: on Starlette, FastAPI, Litestar, Quart, or without a framework."""
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from rss.dict_session import DictSession
 from rss.errors import SessionError
-from rss.session import Session, Sessions, checked
+from rss.session import Session, Sessions, checked, log_refusal
 
 if TYPE_CHECKING:
 
@@ -35,8 +34,6 @@ KEY: Final = "rss.session"
 
 # The messages that carry headers to the client. Each request sends one of them.
 _BEGINNINGS: Final = {"http.response.start", "websocket.accept", "websocket.http.response.start"}
-
-_logger = logging.getLogger("rss")
 
 
 class SessionMiddleware:
@@ -88,7 +85,7 @@ class SessionMiddleware:
                 raise
             if status is None:
                 raise
-            _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
+            log_refusal(status, error)
             await response.refuse(status)
 
 
@@ -105,7 +102,7 @@ async def _with_items(scope: _Scope, session: Session[Any], send: _Send) -> _Sen
                 status = session.status_for(error)
                 if status is None:
                     raise
-                _logger.error("%d: %s", status, error)  # noqa: TRY400 - the application is not at fault
+                log_refusal(status, error)
                 message = {**message, "status": HTTPStatus.INTERNAL_SERVER_ERROR}
         await send(message)
 

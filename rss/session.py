@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from datetime import timedelta
+from http import HTTPStatus
 from typing import Any, Final, Generic, Literal, cast
 
 from rss.cookies import CookiePolicy, Signer
@@ -761,6 +762,12 @@ class Session(Generic[S]):
         if isinstance(error, LimitExceeded):
             return 403
         return 409 if self.ended == "rotated" else 401
+
+
+def log_refusal(status: int, error: BaseException) -> None:
+    """Log an error that an application has let pass. Only 503 is a fault: anybody can cause 401 by an old cookie."""
+    level = logging.ERROR if status == HTTPStatus.SERVICE_UNAVAILABLE else logging.INFO
+    _logger.log(level, "%d: %s", status, error)
 
 
 def checked(sessions: Sessions[Any], call: str) -> Sessions[Any]:

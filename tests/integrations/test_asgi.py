@@ -183,6 +183,7 @@ async def test_an_unavailable_store_is_answered(
     assert sent[0].get("status", sent[0].get("code")) in (503, 1013)
     (record,) = caplog.records
     assert record.getMessage().startswith("503: no answer from Redis")
+    assert record.levelname == "ERROR"
     assert token not in caplog.text
 
 

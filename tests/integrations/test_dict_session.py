@@ -188,6 +188,7 @@ async def test_errors_of_the_dict_are_answered(
         visitor.cookie_jar.update_cookies({"session-id": token}, visitor._base_url or "")  # type: ignore[arg-type]
         assert await visit(visitor, "/late", 401) == "Unauthorized"
     assert "403: this value of 'user_id' is blocked" in caplog.text
+    assert {record.levelname for record in caplog.records if record.name == "rss"} == {"INFO"}
     assert "Traceback" not in caplog.text
     assert "user_id:{8}" not in await keyspace.dump()
 
