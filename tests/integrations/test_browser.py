@@ -116,8 +116,8 @@ async def person(
 def _is_error(message: ConsoleMessage) -> bool:
     expected = re.fullmatch(
         r"Failed to load resource: the server responded with a status of (403|404|409|503) .*"
-        # An open page tries to reach a server that is away.
-        r"|WebSocket connection to .* failed: .*ERR_CONNECTION_REFUSED",
+        # An open page tries to reach a server that is away, or that goes away meanwhile.
+        r"|WebSocket connection to .* failed: .*ERR_CONNECTION_(REFUSED|RESET)",
         message.text,
     )
     return message.type == "error" and not expected
@@ -376,8 +376,11 @@ async def test_a_page_says_when_the_server_is_away(chromium: Browser, secrecy: S
     """Pages say when Redis or the server is away, and recover afterwards; nobody is signed out."""
     port = free_port()
     with own_server() as url:
-        admin = Redis.from_url(url)
-        async with serve_demo(url, port, secrecy) as demo, person(chromium, secrecy) as page:
+        async with (
+            Redis.from_url(url) as admin,
+            serve_demo(url, port, secrecy) as demo,
+            person(chromium, secrecy) as page,
+        ):
             await sign_in(page, demo)
             await admin.client_pause(3_000, all=True)
             await page.goto(demo)
@@ -392,7 +395,6 @@ async def test_a_page_says_when_the_server_is_away(chromium: Browser, secrecy: S
             await expect(page.get_by_text("The server is away")).to_be_visible()
             async with serve_demo(url, port, secrecy):
                 await expect(page.get_by_text("The server is away")).to_be_hidden(timeout=10_000)
-        await admin.aclose()
 
 
 async def test_a_port_in_use_is_one_line(redis_url: str) -> None:
