@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
 from rss import Reference, SessionError, SessionStore, StoreUnavailable
@@ -51,7 +52,10 @@ def _servers() -> Iterator[Servers]:
     with (
         own_server("--port", str(master), *options) as url,
         own_server("--port", str(replica), *options, "--replicaof", "127.0.0.1", str(master)),
+        SyncRedis(port=master) as admin,
     ):
+        admin.set("ready", "yes")
+        assert admin.wait(1, 20_000) == 1  # Its first reply comes up to a second after it has connected.
         yield Servers(url, master, replica)
 
 
