@@ -46,7 +46,7 @@ local function arrive()
   end
   -- A copy that was here stays in its sets, or a delete_by_ref that works through one would take it for a new session.
   local session = copy or { key = name, held = { string.sub(name, #session_stem + 1, -1 - #ending) } }
-  session.held[3] = nil
+  session.held[3] = nil -- The copy is made now, so its lifetime counts from now.
   local plan = plan_move(session, session.held[1], 0)
   if plan.err then return plan end
 

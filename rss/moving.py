@@ -106,7 +106,7 @@ class MovingStore(SessionStore[S]):
         if waiting:
             await move()
         if failures:
-            raise SessionError(f"{len(failures):,} sessions could not move; the cause is that of one") from failures[0]
+            raise SessionError(f"{len(failures):,} sessions could not move; the cause tells of one") from failures[0]
         return progress
 
     async def wait_ended(self, session_id: str) -> str:
@@ -119,7 +119,7 @@ class MovingStore(SessionStore[S]):
 
 
 def _failures(outcomes: Sequence[bool | BaseException]) -> list[SessionError]:
-    """Return the errors that are about one session. Raise another one, such as that a server does not answer."""
+    """Return the errors that concern single sessions. Raise any other error, such as `StoreUnavailable`."""
     failures = list[SessionError]()
     for outcome in outcomes:
         if isinstance(outcome, bool | SessionNotFound):
@@ -268,9 +268,10 @@ class _MovingOperations(Operations):
         return await self._target.rotate(session_id, mint, values, max_age, grace=grace, replicas=replicas)
 
     async def _end_there(self, session_id: str, reason: str) -> None:
-        """End a session that has moved at the source too. First: if the source does not answer, nothing is done.
+        """End a session that has moved at the source too, before it ends at the target.
 
-        After a failover of the source, its new master may still hold the session, and it would move again.
+        After a failover of the source, its new master may still hold the session, and the session would move again. If
+        the source does not answer, the session lives on at the target, and the caller may call again.
         """
         await self.source.delete(session_id, reason)
 

@@ -765,7 +765,7 @@ class Session(Generic[S]):
 
 
 def log_refusal(status: int, error: BaseException) -> None:
-    """Log an error that an application has let pass. Only 503 is a fault: anybody can cause 401 by an old cookie."""
+    """Log an error that an application did not catch. Only 503 is an ERROR: anybody can cause 401 by an old cookie."""
     level = logging.ERROR if status == HTTPStatus.SERVICE_UNAVAILABLE else logging.INFO
     _logger.log(level, "%d: %s", status, error)
 

@@ -134,7 +134,7 @@ async def test_ls(place: Place) -> None:
 
 
 async def test_ls_in_a_narrow_terminal(place: Place) -> None:
-    """Where a table does not fit, each session has a table of its own, with its whole id."""
+    """If the table is wider than the terminal, `ls` prints a table for each session, with the whole id."""
     ids = await fill(place.store, 2, user_id=7, ip="10.0.0.1")
     for columns, headings in ((200, 1), (60, 2)):
         args = ["ls", "user_id=7", "--fields", "user_id,ip", "--url", place.url, "--prefix", place.prefix]
@@ -219,7 +219,7 @@ async def test_a_session_to_keep_that_is_not_alive(place: Place) -> None:
     args = ["revoke", "user_id=7", f"--keep={ids[0]}", "--url", place.url, "--prefix", place.prefix]
     assert (await asyncio.to_thread(talk, args, "End about 2 sessions with user_id=7?", b"y\n"))[0] == 0
     assert await place.store.ids_by("user_id", 7) == ids[:1]
-    assert (await asyncio.to_thread(talk, args, "", b""))[0] == 1  # Nothing is left to end, so it does not ask.
+    assert (await asyncio.to_thread(talk, args, "", b""))[0] == 1  # No other session is left, so there is no question.
 
 
 @pytest.mark.parametrize("data", ['{"a": 1}', "1.5", "true", "[[1]]", '""', "\udcff"])

@@ -17,7 +17,7 @@ from rss.fields import field_names
 
 # How many sessions are read together.
 _AT_ONCE: Final = 50
-# What stands for the value of a field that cannot be decoded.
+# Shown in place of a value that cannot be decoded.
 _UNREADABLE: Final = "<unreadable>"
 
 

@@ -180,7 +180,7 @@ async def doctor(place: Place) -> int:
                 lines.append(line)
                 if place.output.as_json:
                     place.output.document(line._asdict())
-    finally:  # It ends early if Redis does not answer any more.
+    finally:  # If Redis stops answering, show what is known until then.
         if not place.output.as_json:
             colors = {"ok": "green", "warning": "yellow", "error": "red"}
             rows = ((Text(one.level, colors[one.level]), one.what, one.sentence) for one in lines)

@@ -56,7 +56,7 @@ _WORDS: Final = {
     "non local key": LATER,
     "undeclared keys were accessed": LATER,  # Redis 8, if a command of a script has several keys.
 }
-# What an operator can mend, whose text holds no key.
+# Parts of the texts of errors that a wrong configuration causes, and what to tell the operator.
 _MISTAKES: Final = {
     "DB index": "this Redis has no database of that number",
     "cluster support disabled": "this Redis is not a Redis Cluster: give the store a Redis",

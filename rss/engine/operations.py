@@ -141,11 +141,11 @@ class Rotated(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """What was read of a session, and what its copy holds. Both are empty if it has ended or its id is in grace."""
+    """The copy of a session. Both lists are empty if the session has ended, or if its id is an old one in grace."""
 
-    #: What was read of it: field, data, ...
+    #: The session as it was read: field, data, ...
     read: Sequence[bytes]
-    #: What its copy has: field, data, ...
+    #: The content of the copy: field, data, ...
     pairs: Sequence[str | bytes]
 
     @classmethod
@@ -164,7 +164,7 @@ class Copy(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A hash of the fields that were read. Two calls that read different fields make copies of different names."""
+        """A hash of the session as it was read. If it changes before a second call reads it, the names differ."""
         fields = sorted(zip(self.read[::2], self.read[1::2], strict=True))
         packed = pack(*(part for field in fields for part in field)) if fields else b""
         return blake2b(packed, digest_size=12, usedforsecurity=False).hexdigest()
@@ -502,7 +502,8 @@ class Operations:
 
         Raises `Conflict` if the session was ended for a copy of another call. That call must write its copy again.
         """
-        # Later than that, a new session with this id may have ended without a trace, and a copy would bring it back.
+        # Half the life of a tombstone. After its whole life, nothing tells that the copy was confirmed and then ended,
+        # so writing it again would revive the session.
         latest = asyncio.get_running_loop().time() + TOMBSTONE / 2000
         changed = zip(retired.values[::2], retired.values[1::2], strict=True)
         values = [part for pair in changed if pair[0] not in written for part in pair]
