@@ -267,8 +267,9 @@ async def _end(place: Place, target: tuple[str, str], ending: Awaitable[int], ke
     except asyncio.CancelledError:
         left = "some"
         with suppress(SessionError, TimeoutError):
-            async with asyncio.timeout(1):  # Redis may have stopped: nobody waits long after a Ctrl-C.
-                left = f"about {await _about(place.store, target, keep):,}"
+            # Redis may have stopped, and nobody waits long after a Ctrl-C. Before Python 3.11.3, asyncio.timeout raises
+            # CancelledError in a task that was cancelled before.
+            left = f"about {await asyncio.wait_for(_about(place.store, target, keep), 1):,}"
         place.output.note(f"Interrupted. Of the sessions to end, {left} are left: run it again.")
         raise
 
